@@ -1,0 +1,40 @@
+"""Quantization-aware fine-tuning for Hugging Face PEFT: low-rank adapters trained inside a low-bit quantizer.
+
+Importing the package registers the method "DLQAT" with PEFT.
+"""
+
+from .calibrate import Calibration, calibrate
+from .callback import DLQATCallback
+from .config import DLQATConfig
+from .distill import adapters_disabled, distillation_loss, teacher_logits
+from .grid import Grid
+from .layer import DLQATLayer, DLQATLinear
+from .model import DLQATModel
+from .optimizer import create_dlqat_optimizer
+from .qweight import QuantizedWeight
+from .register import extend_peft_type, register
+from .report import GridReport, LayerReport, grid_report
+
+__version__ = "0.1.0"
+
+extend_peft_type()
+register(DLQATConfig, DLQATModel)
+
+__all__ = [
+    "Calibration",
+    "DLQATCallback",
+    "DLQATConfig",
+    "DLQATLayer",
+    "DLQATLinear",
+    "DLQATModel",
+    "Grid",
+    "GridReport",
+    "LayerReport",
+    "QuantizedWeight",
+    "adapters_disabled",
+    "calibrate",
+    "create_dlqat_optimizer",
+    "distillation_loss",
+    "grid_report",
+    "teacher_logits",
+]

@@ -1,0 +1,77 @@
+"""The package's section of an adapter's model card (README.md)."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import DLQATConfig
+
+_START, _END = "<!-- peft_dlqat -->", "<!-- /peft_dlqat -->"
+
+
+def write_section(directory: str | os.PathLike[str], config: DLQATConfig) -> None:
+    """Add or replace the section in `directory`/README.md; nothing is written where there is no card yet."""
+    path = Path(directory) / "README.md"
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    section = f"{_START}\n{render(config)}\n{_END}"
+    if _START in text and _END in text:
+        text = re.sub(f"{_START}.*?{_END}", lambda _: section, text, flags=re.DOTALL)
+    else:
+        head, marker, body = _split_metadata(text)
+        text = f"{head}{marker}\n{section}\n\n{body.lstrip()}"
+    path.write_text(text, encoding="utf-8")
+
+
+def _split_metadata(text: str) -> tuple[str, str, str]:
+    """(YAML block, its closing line, the rest); the first two are empty where there is no block."""
+    match = re.match(r"(---\n.*?)(\n---\n)", text, flags=re.DOTALL)
+    return (match[1], match[2], text[match.end() :]) if match else ("", "", text)
+
+
+def render(config: DLQATConfig) -> str:
+    """The section as Markdown: how to load the adapter, its grid, its size, and what calibration did."""
+    base = config.base_model_name_or_path or "BASE_MODEL"
+    group = "one scale a row" if config.group_size == -1 else f"groups of {config.group_size} input channels"
+    lines = [
+        f"# {config.bits}-bit DL-QAT adapter",
+        "",
+        "Trained inside a low-bit quantizer ([DL-QAT](https://arxiv.org/abs/2504.09223)) with "
+        "`pip install peft-dlqat`: merged into its base model, every adapted weight lies on the grid below.",
+        "",
+        "```python",
+        "import peft_dlqat  # registers the method with PEFT; without it loading fails with KeyError: 'DLQAT'",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+        'model = PeftModel.from_pretrained(model, "THIS_REPOSITORY")',
+        "model = model.merge_and_unload()  # optional: plain weights, the same logits",
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| grid | {config.bits} bits, {group}, zero point: {config.zero_point}, scales in {config.scale_dtype} |",
+        f"| low-rank update | r = {config.r}, lora_alpha = {config.lora_alpha} |",
+    ]
+    for name in ("bits_pattern", "group_size_pattern", "rank_pattern", "alpha_pattern"):
+        if pattern := getattr(config, name):
+            lines.append(f"| {name} | {pattern} |")
+    record = config.record
+    if {"adapter_parameters", "base_parameters"} <= record.keys():
+        adapter, base_count = record["adapter_parameters"], record["base_parameters"]
+        share = adapter / (adapter + base_count)
+        lines.append(f"| trained parameters | {adapter:,} of {adapter + base_count:,} ({share:.2%}) |")
+    if calibration := record.get("calibration"):
+        lines.append(
+            f"| calibration | {calibration['steps']} steps, {calibration['objective']}: loss "
+            f"{calibration['loss_before']:.4f} -> {calibration['loss_after']:.4f} |"
+        )
+    else:
+        lines.append("| calibration | none: trained on the initial grid |")
+    return "\n".join(lines)

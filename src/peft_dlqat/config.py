@@ -1,0 +1,189 @@
+"""DLQATConfig: what a user writes. Strings and numbers in, everything JSON; resolved to values once, at injection."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from .card import write_section
+from .grid import SCALE_DTYPES, ZERO_POINTS, Grid, largest_group
+from .initialisation import INITIALISATIONS
+
+DEFAULT_GROUP_SIZE = 128
+_BIAS = ("none", "all", "dlqat_only")
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None, remedy: str) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise ValueError(f"{name}={value!r} must be an integer {limits}; {remedy}.")
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def _check_bits(name: str, value: Any) -> None:
+    _check_int(name, value, 2, 8, "use 4 for little loss, 3 or 2 for the smallest model")
+
+
+def _check_group_size(name: str, value: Any) -> None:
+    if value != -1 or isinstance(value, bool | float):
+        _check_int(name, value, 1, None, f"use {DEFAULT_GROUP_SIZE}, 64 or 32, or -1 for one scale a row")
+
+
+def _check_rank(name: str, value: Any) -> None:
+    _check_int(name, value, 1, None, "use 8 to 64")
+
+
+def _check_alpha(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}={value!r} must be a positive number; use r, or twice r.")
+
+
+@dataclass
+class DLQATConfig(PeftConfig):
+    """Configuration of a [`DLQATModel`]: quantization-aware training of low-rank adapters (arXiv 2504.09223).
+
+    Args:
+        bits: width of a weight, 2 to 8.
+        group_size: input channels that share a scale; -1 for one scale a row. Where it does not divide a layer's
+            in_features, the largest divisor not above it is used, with one warning. A size above a layer's in_features
+            is refused, but for the default, which adapts to any layer.
+        zero_point: "integer" (asymmetric; the kind that most engines read), "none" (symmetric, signed scale) or
+            "float" (any real offset; GGUF Q4_1 and MLX hold it).
+        scale_dtype: dtype in which scales ship and, rounded straight-through, train: "bfloat16", "float16", "float32".
+        r: rank of the low-rank update.
+        lora_alpha: the update is scaled by lora_alpha / r.
+        use_rslora: scale by lora_alpha / sqrt(r) instead.
+        target_modules: names (suffixes), a regex, or "all-linear": every linear layer but the output head.
+        exclude_modules: names or a regex of modules to leave alone.
+        modules_to_save: modules to train in full precision and save beside the adapter.
+        layers_to_transform: index or indices of the layers to adapt; all by default.
+        layers_pattern: name of the list of layers, where it is not a usual one.
+        rank_pattern: r by module name (suffix or regex), overriding `r`.
+        alpha_pattern: lora_alpha by module name, overriding `lora_alpha`.
+        bits_pattern: bits by module name, overriding `bits`.
+        group_size_pattern: group_size by module name, overriding `group_size`.
+        bias: which biases train: "none", "all" or "dlqat_only".
+        init: first grid of a layer: "mse" (least squared error over clipped ranges) or "minmax".
+        init_weights: True starts B at zero, so that a fresh adapter is exactly round-to-nearest; False starts it
+            at random, for tests.
+        record: what the package did with the adapter (parameter counts, calibration), saved with it. Not for setting.
+
+    Raises:
+        ValueError: for a value that no layer could take; says the value, the rule and a remedy.
+
+    Example:
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_dlqat import DLQATConfig
+        >>> model = get_peft_model(model, DLQATConfig(bits=3, task_type="CAUSAL_LM"))
+        ```
+    """
+
+    bits: int = field(default=4, metadata={"help": "Width of a weight, 2 to 8."})
+    group_size: int = field(
+        default=DEFAULT_GROUP_SIZE, metadata={"help": "Input channels that share a scale; -1 for one scale a row."}
+    )
+    zero_point: Literal["integer", "none", "float"] = field(
+        default="integer", metadata={"help": "Kind of zero: 'integer', 'none' (symmetric) or 'float'."}
+    )
+    scale_dtype: Literal["bfloat16", "float16", "float32"] = field(
+        default="bfloat16", metadata={"help": "Dtype in which scales ship."}
+    )
+    r: int = field(default=8, metadata={"help": "Rank of the low-rank update."})
+    lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / r."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead."})
+    target_modules: list[str] | str | None = field(
+        default="all-linear", metadata={"help": "Names, a regex, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regex of modules to leave alone."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train in full precision and save beside the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Index or indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "r by module name."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "lora_alpha by module name."})
+    bits_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "bits by module name."})
+    group_size_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "group_size by module name."})
+    bias: Literal["none", "all", "dlqat_only"] = field(default="none", metadata={"help": "Which biases train."})
+    init: Literal["mse", "minmax"] = field(default="mse", metadata={"help": "First grid of a layer."})
+    init_weights: bool = field(default=True, metadata={"help": "Start B at zero; False starts it at random."})
+    record: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "What the package did with the adapter; not for setting."}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what no layer could take."""
+        super().__post_init__()
+        self.peft_type = PeftType.DLQAT  # type: ignore[attr-defined]
+        _check_bits("bits", self.bits)
+        _check_group_size("group_size", self.group_size)
+        _check_choice("zero_point", self.zero_point, ZERO_POINTS)
+        _check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        _check_rank("r", self.r)
+        _check_alpha("lora_alpha", self.lora_alpha)
+        _check_choice("bias", self.bias, _BIAS)
+        _check_choice("init", self.init, INITIALISATIONS)
+        for name in ("use_rslora", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+        for name, check in (
+            ("rank_pattern", _check_rank),
+            ("alpha_pattern", _check_alpha),
+            ("bits_pattern", _check_bits),
+            ("group_size_pattern", _check_group_size),
+        ):
+            pattern = getattr(self, name) or {}
+            if not isinstance(pattern, dict):
+                raise ValueError(f"{name}={pattern!r} must be a dict from module names to values.")
+            setattr(self, name, pattern)
+            for key, value in pattern.items():
+                check(f"{name}[{key!r}]", value)
+        self.target_modules = "all-linear" if self.target_modules is None else self._as_set(self.target_modules)
+        self.exclude_modules = self._as_set(self.exclude_modules)
+        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if is_regex and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} has no meaning beside the regex "
+                f"target_modules={self.target_modules!r}; put the layers into the regex, or name the modules in a list."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform; say which layers to adapt."
+            )
+
+    @staticmethod
+    def _as_set(names: Any) -> Any:
+        return set(names) if isinstance(names, list | tuple) else names
+
+    def grid(self, in_features: int, bits: int, group_size: int) -> Grid:
+        """The grid of a layer of `in_features` inputs, with the largest group that divides them."""
+        size = largest_group(in_features, group_size)
+        return Grid(bits, size, self.zero_point, SCALE_DTYPES[self.scale_dtype])
+
+    def scaling(self, r: int, lora_alpha: float) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA."""
+        return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save adapter_config.json and put this adapter's section into the model card beside it.
+
+        Every path that saves an adapter (PEFT's, the Trainer's, transformers' own) saves its config after the card.
+        """
+        super().save_pretrained(str(save_directory), **kwargs)
+        write_section(save_directory, self)

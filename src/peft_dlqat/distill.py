@@ -1,0 +1,81 @@
+"""The base model as its own teacher: the same weights with the adapters switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Run the untouched base model inside the block, on any model with adapters, wrapped or injected.
+
+    Unlike PEFT's `disable_adapter`, this leaves every parameter's `requires_grad` as it is.
+
+    Args:
+        model: a model with adapters.
+    """
+    switches = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [module._disable_adapters for module in switches]
+    for module in switches:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module, disabled in zip(switches, before, strict=True):
+            module._disable_adapters = disabled
+
+
+@torch.no_grad()
+def teacher_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Logits of the base model in full precision, without dropout.
+
+    Args:
+        model: a model with adapters.
+        batch: keyword arguments of its forward; `labels` are left out.
+
+    Returns:
+        Logits, [batch, length, vocabulary] for a language model.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with adapters_disabled(model):
+            return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def distillation_loss(
+    logits: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None = None, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean KL divergence, in nats a token, from the teacher's next-token distribution to the model's.
+
+    KL(teacher || model), the objective that LLM-QAT (arXiv 2305.17888) and BitDistiller's forward half minimise.
+
+    Args:
+        logits: the model's, [batch, length, vocabulary].
+        teacher: the teacher's, the same shape.
+        labels: [batch, length] as a causal language model takes them; positions whose next label is -100 don't count.
+        mask: attention mask [batch, length], used where there are no labels: padding does not count.
+
+    Returns:
+        A scalar, differentiable in `logits`; 0 where nothing counts.
+    """
+    log_p, log_q = teacher.float().log_softmax(-1), logits.float().log_softmax(-1)
+    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    if labels is not None and labels.shape == divergence.shape:
+        counts = F.pad(labels[..., 1:] != -100, (0, 1), value=False)
+    elif mask is not None and mask.shape == divergence.shape:
+        counts = mask.bool()
+    else:
+        return divergence.mean()
+    return (divergence * counts).sum() / counts.sum().clamp(min=1)

@@ -1,0 +1,335 @@
+"""The adapter layer: a frozen linear layer whose weight is quantized with a low-rank update inside the quantizer.
+
+    y = x @ w_hat.T + bias,    w_hat = m * Quantize(W0 + scaling * BA; s, zero)        (arXiv 2504.09223, eq. 3)
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from .grid import SCALE_DTYPES, ZERO_POINTS, Grid
+from .initialisation import initialise
+from .ops import fake_quantize_linear
+from .qweight import QuantizedWeight, harden, latent_weight
+
+
+class _Float32Mixin:
+    """A dict of tensors that follows a module's device but stays float32.
+
+    On a bf16 or fp16 grid, s, z, b and m would be other numbers, and the weight another weight.
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_float32, recurse)  # type: ignore[misc]
+
+
+class Float32ParameterDict(_Float32Mixin, nn.ParameterDict):
+    """An `nn.ParameterDict` whose entries stay float32."""
+
+
+class Float32BufferDict(_Float32Mixin, BufferDict):
+    """PEFT's `BufferDict`, persistent, whose entries stay float32."""
+
+    def __init__(self) -> None:
+        super().__init__(persistent=True)
+
+
+class DLQATLayer(BaseTunerLayer):
+    """Adapter state of one linear layer and what can be done with it.
+
+    Per adapter (in = in_features, out = out_features):
+
+    | name                 | shape           | kind                                                             |
+    |----------------------|-----------------|------------------------------------------------------------------|
+    | `dlqat_A`            | [r, in]         | trained                                                          |
+    | `dlqat_B`            | [out, r]        | trained; starts at zero                                          |
+    | `dlqat_magnitude`    | [out, n_groups] | m, trained, float32; starts at one                               |
+    | `dlqat_scale`        | [out, n_groups] | s, float32 buffer; calibrated, then frozen                       |
+    | `dlqat_zero_point`   | [out, n_groups] | z, float32 buffer of integers; only `zero_point="integer"`       |
+    | `dlqat_offset`       | [out, n_groups] | b, float32 buffer; only `zero_point="float"`                     |
+    | `dlqat_spec`         | [5]             | buffer: what the tensors beside it mean, see `encode_spec`       |
+    """
+
+    adapter_layer_names = ("dlqat_A", "dlqat_B", "dlqat_magnitude")
+    other_param_names = (
+        "dlqat_scale",
+        "dlqat_zero_point",
+        "dlqat_offset",
+        "dlqat_spec",
+        "dlqat_grid",
+        "dlqat_scaling",
+    )
+
+    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool) -> None:
+        self.base_layer = base_layer
+        self.fan_in_fan_out = fan_in_fan_out
+        self.dlqat_A = nn.ParameterDict()
+        self.dlqat_B = nn.ParameterDict()
+        self.dlqat_magnitude = Float32ParameterDict()
+        self.dlqat_scale = Float32BufferDict()
+        self.dlqat_zero_point = Float32BufferDict()
+        self.dlqat_offset = Float32BufferDict()
+        self.dlqat_spec = Float32BufferDict()
+        self.dlqat_grid: dict[str, Grid] = {}
+        self.dlqat_scaling: dict[str, float] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._unmerged_weight: torch.Tensor | None = None
+        shape = tuple(self.get_base_layer().weight.shape)
+        self.out_features, self.in_features = shape[::-1] if fan_in_fan_out else shape
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        scaling: float,
+        grid: Grid,
+        init: str,
+        init_weights: bool = True,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter, its grid fitted to W0 by `init` (skipped for a weight on the meta device)."""
+        weight = self.original_weight()
+        # Adapters are initialised where the weight is; under `low_cpu_mem_usage` both are on the meta device.
+        device = torch.empty(0).device if torch.empty(0).is_meta else weight.device
+        n_groups = self.in_features // grid.group_size
+        if device.type == "meta" or weight.is_meta:
+            scale = torch.empty(self.out_features, n_groups, device=device)
+            zero = None if grid.zero_point == "none" else torch.empty_like(scale)
+        else:
+            scale, zero = initialise(weight, grid, init)
+        self.dlqat_grid[adapter_name] = grid
+        self.dlqat_scaling[adapter_name] = scaling
+        # A and B take the base layer's dtype, as LoRA's do; PEFT then makes them float32 unless told not to.
+        like = {"device": device, "dtype": weight.dtype}
+        self.dlqat_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features, **like))
+        self.dlqat_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, **like))
+        self.dlqat_magnitude[adapter_name] = nn.Parameter(torch.ones(self.out_features, n_groups, device=device))
+        self.dlqat_scale[adapter_name] = scale
+        if zero is not None:
+            zeros = self.dlqat_zero_point if grid.zero_point == "integer" else self.dlqat_offset
+            zeros[adapter_name] = zero
+        self.dlqat_spec[adapter_name] = encode_spec(grid, scaling).to(device)
+        nn.init.kaiming_uniform_(self.dlqat_A[adapter_name], a=math.sqrt(5))
+        if not init_weights:
+            nn.init.kaiming_uniform_(self.dlqat_B[adapter_name], a=math.sqrt(5))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT's, but no dtype changes: a loaded adapter stays, to the bit, what was saved."""
+        device = self.get_base_layer().weight.device if device is None else device
+        for name in self.adapter_layer_names + self.other_param_names:
+            entries = getattr(self, name)
+            tensors_on_device = isinstance(entries, nn.Module) and adapter_name in entries
+            if tensors_on_device and device.type != "meta" and not entries[adapter_name].is_meta:
+                entries[adapter_name] = entries[adapter_name].to(device)
+
+    def original_weight(self) -> torch.Tensor:
+        """W0 [out, in], merged or not; a view where the base layer stores it transposed."""
+        weight = self.get_base_layer().weight.data if self._unmerged_weight is None else self._unmerged_weight
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def zero(self, adapter_name: str) -> torch.Tensor | None:
+        """z or b [out, n_groups], or None for a symmetric grid."""
+        for zeros in (self.dlqat_zero_point, self.dlqat_offset):
+            if adapter_name in zeros:
+                return zeros[adapter_name]
+        return None
+
+    def _present(self, adapter_names: list[str]) -> list[str]:
+        return [name for name in adapter_names if name in self.dlqat_A]
+
+    @torch.no_grad()
+    def quantized_weight(self, adapter_name: str | None = None) -> QuantizedWeight:
+        """The weight as it ships: codes, scale and zero.
+
+        Args:
+            adapter_name: defaults to the active adapter.
+
+        Raises:
+            ValueError: if the layer has no such adapter, or if several are active: their sum lies on no grid.
+        """
+        names = self._present(self.active_adapters if adapter_name is None else [adapter_name])
+        if len(names) != 1:
+            what = f"adapters {names} are active and their sum lies on no grid" if names else "there is no such adapter"
+            raise ValueError(f"{what}: codes belong to one adapter; name one of {sorted(self.dlqat_grid)}.")
+        name = names[0]
+        latent = latent_weight(
+            self.original_weight(), self.dlqat_A[name], self.dlqat_B[name], self.dlqat_scaling[name]
+        )
+        return harden(
+            latent, self.dlqat_scale[name], self.zero(name), self.dlqat_magnitude[name], self.dlqat_grid[name]
+        )
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """w_hat - W0 [out, in], float32."""
+        return self.quantized_weight(adapter_name).dequantize() - self.original_weight().float()
+
+    def _merged_weight(self, adapter_names: list[str]) -> torch.Tensor:
+        """w_hat, or for several adapters W0 plus the sum of their differences to it; as the base layer stores it."""
+        if len(adapter_names) == 1:
+            weight = self.quantized_weight(adapter_names[0]).dequantize()
+        else:
+            weight = self.original_weight().float() + sum(self.get_delta_weight(name) for name in adapter_names)
+        weight = weight.to(self.original_weight().dtype)
+        return weight.t().contiguous() if self.fan_in_fan_out else weight
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put w_hat into the base layer, computed from the original weight, which is kept for `unmerge`.
+
+        Args:
+            safe_merge: check for NaN and infinity first.
+            adapter_names: adapters to merge; all active ones by default.
+
+        Raises:
+            ValueError: with `safe_merge`, if the merged weight is not finite.
+            TypeError: if the base layer's weight is itself quantized.
+        """
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        check_float_weight(self.get_base_layer(), "merge into")
+        weight = self._merged_weight(self.merged_adapters + names)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken"
+            )
+        base_layer = self.get_base_layer()
+        if self._unmerged_weight is None:
+            self._unmerged_weight = base_layer.weight.data
+        base_layer.weight.data = weight
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the very tensor back that `merge` replaced."""
+        if not self.merged or self._unmerged_weight is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        weight = self.get_base_layer().weight
+        weight.data = self._unmerged_weight.to(weight.device)
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+
+class DLQATLinear(nn.Module, DLQATLayer):
+    """DL-QAT on an `nn.Linear`, or on transformers' `Conv1D` (`fan_in_fan_out`)."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, fan_in_fan_out: bool, **kwargs: Any) -> None:
+        super().__init__()
+        DLQATLayer.__init__(self, base_layer, fan_in_fan_out)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **kwargs)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """y [..., out] from x [..., in]; the dtype is the base layer's own."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        names = self._present(self.active_adapters)
+        if self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+
+        base_layer = self.get_base_layer()
+        weight = base_layer.weight
+        dtype, device_type = x.dtype, x.device.type
+        compute_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+        x = self._cast_input_dtype(x, compute_dtype)
+        bias = None if base_layer.bias is None else base_layer.bias.to(x.dtype)
+        outputs = [
+            fake_quantize_linear(
+                x,
+                bias,
+                weight,
+                self.dlqat_A[name],
+                self.dlqat_B[name],
+                self.dlqat_magnitude[name],
+                self.dlqat_scale[name],
+                self.zero(name),
+                self.dlqat_grid[name],
+                self.dlqat_scaling[name],
+                self.fan_in_fan_out,
+            )
+            for name in names
+        ]
+        result = outputs[0]
+        if len(outputs) > 1:
+            base = self.base_layer(x, *args, **kwargs)
+            result = base + sum(output - base for output in outputs)
+        return result if torch.is_autocast_enabled(device_type) else result.to(dtype)
+
+    def __repr__(self) -> str:
+        """Named as PEFT names its layers."""
+        return "dlqat." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        """The grids, by adapter."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, grids={self.dlqat_grid}"
+
+
+def encode_spec(grid: Grid, scaling: float) -> torch.Tensor:
+    """What an adapter's tensors mean, saved with them: [bits, group_size, zero_point, scale_dtype, scaling].
+
+    zero_point and scale_dtype are positions in `grid.ZERO_POINTS` and `grid.SCALE_DTYPES`. Two configs can agree in
+    every tensor's shape and name and still mean different weights (3 or 4 bits, say); loading compares this.
+    """
+    zero_point = ZERO_POINTS.index(grid.zero_point)
+    scale_dtype = list(SCALE_DTYPES.values()).index(grid.scale_dtype)
+    return torch.tensor([grid.bits, grid.group_size, zero_point, scale_dtype, scaling], device="cpu")
+
+
+def check_float_weight(layer: nn.Module, action: str) -> None:
+    """Refuse layers whose weight is quantized already: w_hat would be rounded again, onto another grid.
+
+    Raises:
+        TypeError: if the weight is not a plain floating-point tensor (bitsandbytes, HQQ, GPTQ, AWQ, torchao, ...).
+    """
+    weight = getattr(layer, "weight", None)
+    plain = isinstance(weight, torch.Tensor) and type(weight.data).__name__ in ("Tensor", "DTensor")
+    if not plain or not weight.is_floating_point() or weight.element_size() < 2:  # type: ignore[union-attr]
+        found = "none" if weight is None else f"{type(weight).__name__} of {getattr(weight, 'dtype', None)}"
+        raise TypeError(
+            f"cannot {action} {type(layer).__name__} (weight: {found}): its weight is quantized already, and rounding "
+            "onto a second grid would change it; load the base model in bfloat16, float16 or float32."
+        )
+
+
+def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, DLQATLayer]]:
+    """The layers that hold an adapter, by module name.
+
+    Args:
+        model: a model with DL-QAT adapters, wrapped by PEFT or injected.
+        adapter_name: defaults to the active adapter.
+
+    Returns:
+        The adapter's name and its layers.
+
+    Raises:
+        ValueError: if the model has no such adapter, or several are active and none is named.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DLQATLayer)}
+    if not layers:
+        raise ValueError("the model has no DL-QAT adapter; make one by get_peft_model(model, DLQATConfig(bits=4)).")
+    if adapter_name is None:
+        active = next(iter(layers.values())).active_adapters
+        if len(active) != 1:
+            raise ValueError(f"{len(active)} adapters are active {list(active)}; name one by adapter_name.")
+        adapter_name = active[0]
+    found = {name: layer for name, layer in layers.items() if adapter_name in layer.dlqat_grid}
+    if not found:
+        known = sorted({adapter for layer in layers.values() for adapter in layer.dlqat_grid})
+        raise ValueError(f"there is no DL-QAT adapter {adapter_name!r}; the model has {known}.")
+    return adapter_name, found

@@ -1,0 +1,224 @@
+"""DLQATModel: puts adapter layers into a model, and checks what is put in and what is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import DEFAULT_GROUP_SIZE, DLQATConfig
+from .layer import DLQATLayer, DLQATLinear, check_float_weight
+from .state import check_state
+
+
+class DLQATModel(BaseTuner):
+    """A model with DL-QAT adapter layers in the place of its linear layers.
+
+    Args:
+        model: the model to adapt.
+        config: a [`DLQATConfig`].
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
+
+    Raises:
+        ValueError: if a target is no linear layer, its weight holds NaN or infinity, or a group is larger than its
+            in_features. All targets are checked before any is replaced.
+        TypeError: if a target's weight is quantized already.
+    """
+
+    prefix: str = "dlqat_"
+    tuner_layer_cls = DLQATLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._warned: set[str] = set()
+        super().__init__(*args, **kwargs)
+
+    def _prepare_model(self, peft_config: DLQATConfig, model: nn.Module) -> None:
+        """Resolve "all-linear" where layers_to_transform selects from it, then check every target."""
+        if peft_config.target_modules == "all-linear":
+            _maybe_include_all_linear_layers(peft_config, model)
+            if peft_config.layers_to_transform is not None:
+                # PEFT does not look at the layer of a module that is named in full.
+                peft_config.target_modules = {
+                    name
+                    for name in peft_config.target_modules
+                    if check_target_module_exists(
+                        replace(peft_config, target_modules=[name.rpartition(".")[2]]), name
+                    )
+                }
+        self._check_targets(peft_config, model)
+
+    def _check_targets(self, config: DLQATConfig, model: nn.Module) -> None:
+        adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DLQATLayer))
+        names, smaller = [], []
+        for name, module in model.named_modules():
+            if name.startswith(adapted) or self._check_target_module_exists(config, name) is not True:
+                continue
+            names.append(name)
+            settings = _layer_settings(config, name)
+            if self._check_target(name, module, settings["group_size"]):
+                smaller.append(name)
+        for field in ("bits_pattern", "group_size_pattern"):
+            unused = [key for key in getattr(config, field) if not any(get_pattern_key([key], n) == key for n in names)]
+            if unused:
+                warnings.warn(f"The following {field} keys did not match any targeted module: {unused}.", stacklevel=2)
+        if smaller:
+            sizes: dict[str, list[str]] = {}
+            for name in smaller:
+                settings = _layer_settings(config, name)
+                grid = config.grid(_features(model.get_submodule(name))[0], settings["bits"], settings["group_size"])
+                sizes.setdefault(f"{settings['group_size']} -> {grid.group_size}", []).append(name)
+            listing = "; ".join(f"{change}: {', '.join(modules)}" for change, modules in sizes.items())
+            warnings.warn(
+                f"group_size does not divide in_features everywhere; the largest divisor is used instead ({listing}).",
+                stacklevel=2,
+            )
+
+    @staticmethod
+    def _check_target(name: str, module: nn.Module, group_size: int) -> bool:
+        """Refuse a target that cannot be adapted; True if it needs a smaller group than asked for."""
+        layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
+        if not isinstance(layer, nn.Linear | Conv1D):
+            check_quantized = hasattr(layer, "qweight") or hasattr(layer, "W_q")  # GPTQ, AWQ; HQQ
+            if check_quantized:
+                check_float_weight(layer, f"adapt {name},")
+            raise ValueError(
+                f"target module {name} is a {type(layer).__name__}, not a linear layer; only torch.nn.Linear and "
+                "transformers' Conv1D can be adapted: narrow target_modules or use exclude_modules."
+            )
+        check_float_weight(layer, f"adapt {name},")
+        weight = module.original_weight() if isinstance(module, DLQATLayer) else layer.weight
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            raise ValueError(
+                f"the weight of {name} holds NaN or infinity, which no grid can hold; repair the base model "
+                "or leave the module out by exclude_modules."
+            )
+        in_features = _features(module)[0]
+        if group_size > in_features and group_size != DEFAULT_GROUP_SIZE:
+            raise ValueError(
+                f"group_size={group_size} is larger than in_features={in_features} of {name}; use at most "
+                f"{in_features}, or -1 for one scale a row (group_size_pattern sets it for some modules only)."
+            )
+        return group_size != -1 and in_features % group_size != 0
+
+    def _create_and_replace(
+        self,
+        peft_config: DLQATConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        settings = _layer_settings(peft_config, current_key)
+        kwargs = {
+            "r": settings["r"],
+            "scaling": peft_config.scaling(settings["r"], settings["lora_alpha"]),
+            "grid": peft_config.grid(_features(target)[0], settings["bits"], settings["group_size"]),
+            "init": peft_config.init,
+            "init_weights": peft_config.init_weights,
+            "inference_mode": peft_config.inference_mode,
+        }
+        if isinstance(target, DLQATLayer):
+            target.update_layer(adapter_name, **kwargs)
+            return
+        new_module = DLQATLinear(target, adapter_name, fan_in_fan_out=isinstance(target, Conv1D), **kwargs)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; then counts the parameters, for the model card."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = [layer for layer in model.modules() if isinstance(layer, DLQATLayer)]
+        adapter = sum(
+            getattr(layer, name)[adapter_name].numel()
+            for layer in layers
+            for name in layer.adapter_layer_names
+            if adapter_name in getattr(layer, name)
+        )
+        base = sum(p.numel() for name, p in model.named_parameters() if ".dlqat_" not in name)
+        self.peft_config[adapter_name].record.update(adapter_parameters=adapter, base_parameters=base)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's; warns where several adapters become active."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            warnings.warn(
+                f"adapters {list(adapter_name)} are active together: the weight is W0 plus the sum of their differences "
+                "to it, which lies on no grid and cannot be exported; activate one of them for a quantized model.",
+                stacklevel=2,
+            )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward; warns once if an adapter that was never calibrated is trained."""
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_if_never_calibrated()
+        return super().forward(*args, **kwargs)
+
+    def _warn_if_never_calibrated(self) -> None:
+        for name in self.active_adapters:
+            config = self.peft_config[name]
+            if "calibration" in config.record or name in self._warned or not self._is_trained(name):
+                continue
+            self._warned.add(name)
+            warnings.warn(
+                f"adapter {name!r} is being trained on its initial grid ({config.init}), never calibrated; call "
+                "`peft_dlqat.calibrate` first or add a `DLQATCallback` to the Trainer for better accuracy.",
+                stacklevel=2,
+            )
+
+    def _is_trained(self, adapter_name: str) -> bool:
+        layer = next(layer for layer in self.model.modules() if isinstance(layer, DLQATLayer))
+        return adapter_name in layer.dlqat_A and layer.dlqat_A[adapter_name].requires_grad and not layer.disable_adapters
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse `adapter_names`, which PEFT would silently ignore."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names= in forward is not supported: a batch shares one quantized weight; call set_adapter "
+                "and run the samples of each adapter in a batch of their own."
+            )
+        yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DLQATConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As PEFT's, then checks the tensors before any of them reaches the model."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_state(model, adapter_name, remapped)
+        return remapped
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer, a Conv1D or an adapter layer."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return module.in_features, module.out_features  # type: ignore[return-value]
+
+
+def _layer_settings(config: DLQATConfig, key: str) -> dict[str, Any]:
+    """r, lora_alpha, bits and group_size of the module named `key`."""
+    fields = {
+        "r": config.rank_pattern,
+        "lora_alpha": config.alpha_pattern,
+        "bits": config.bits_pattern,
+        "group_size": config.group_size_pattern,
+    }
+    return {
+        name: pattern.get(get_pattern_key(pattern.keys(), key), getattr(config, name))
+        for name, pattern in fields.items()
+    }

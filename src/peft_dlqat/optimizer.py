@@ -1,0 +1,61 @@
+"""An optimiser with DL-QAT's parameter groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.trainer_pt_utils import get_parameter_names
+
+# What the Trainer exempts from weight decay; m is added to it below.
+_NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+
+def create_dlqat_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[torch.optim.Optimizer],
+    *,
+    lr: float,
+    magnitude_lr: float | None = None,
+    weight_decay: float = 0.0,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """Create an optimiser in which the magnitude m has a learning rate of its own and no weight decay.
+
+    Decay would pull m to zero, and the layer's output with it. In the manner of PEFT's `create_loraplus_optimizer`.
+
+    Args:
+        model: a model with a DL-QAT adapter.
+        optimizer_cls: for example `torch.optim.AdamW`.
+        lr: learning rate of A, B and whatever else is trainable.
+        magnitude_lr: learning rate of m; defaults to `lr`.
+        weight_decay: of all but m, biases and norms.
+        **kwargs: further arguments of the optimiser.
+
+    Returns:
+        The optimiser, to be given to the Trainer as `optimizers=(optimizer, None)`.
+
+    Raises:
+        ValueError: if nothing is trainable.
+
+    Example:
+        ```py
+        >>> optimizer = create_dlqat_optimizer(model, torch.optim.AdamW, lr=1e-3, magnitude_lr=1e-4)
+        >>> trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, None))
+        ```
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        raise ValueError("the model has no trainable parameter; add an adapter, or load one with is_trainable=True.")
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
+    magnitudes, others, exempt = [], [], []
+    for name, parameter in trainable.items():
+        group = magnitudes if ".dlqat_magnitude." in name else others if name in decayed else exempt
+        group.append(parameter)
+    groups = [
+        {"params": others, "lr": lr, "weight_decay": weight_decay},
+        {"params": exempt, "lr": lr, "weight_decay": 0.0},
+        {"params": magnitudes, "lr": lr if magnitude_lr is None else magnitude_lr, "weight_decay": 0.0},
+    ]
+    return optimizer_cls([group for group in groups if group["params"]], **kwargs)

@@ -1,0 +1,111 @@
+"""Checks a saved adapter's tensors against the model before they are loaded, so that a bad file changes nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .grid import SCALE_DTYPES, ZERO_POINTS
+from .layer import DLQATLayer
+
+_NAMED = ("dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_scale", "dlqat_zero_point", "dlqat_offset", "dlqat_spec")
+_SPEC_FIELDS = ("bits", "group_size", "zero_point", "scale_dtype", "lora scaling")
+
+
+def check_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors that do not belong to this adapter.
+
+    Args:
+        model: the model, with the adapter injected.
+        adapter_name: the adapter to be loaded into.
+        state_dict: tensors by the model's own keys.
+
+    Raises:
+        ValueError: for missing or extra tensors, shapes of another base or config, values that are not finite, a scale
+            that is 0 (or negative, where the grid has a zero), a zero point that is no code, or a grid that is not
+            the config's.
+    """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, DLQATLayer) and adapter_name in layer.dlqat_A
+    }
+    expected = {
+        f"{name}.{kind}.{adapter_name}": getattr(layer, kind)[adapter_name]
+        for name, layer in layers.items()
+        for kind in _NAMED
+        if adapter_name in getattr(layer, kind)
+    }
+    found = {key: value for key, value in state_dict.items() if any(f".{kind}" in key for kind in _NAMED)}
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(
+            f"the saved adapter does not fit this model and config: {len(missing)} tensors are missing "
+            f"{missing[:3]}, {len(extra)} are unexpected {extra[:3]}; load it with its own adapter_config.json on the "
+            "base model that it was trained on."
+        )
+    wrong = [
+        f"{key} is {list(found[key].shape)}, not {list(tensor.shape)}"
+        for key, tensor in expected.items()
+        if found[key].shape != tensor.shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"the saved adapter has {len(wrong)} tensors of other shapes than this model and config ({wrong[0]}); load "
+            "it with its own adapter_config.json on the base model that it was trained on."
+        )
+    for name, layer in layers.items():
+        own = {kind: found.get(f"{name}.{kind}.{adapter_name}") for kind in _NAMED}
+        _check_layer(name, layer, adapter_name, own)
+
+
+def _check_layer(name: str, layer: DLQATLayer, adapter_name: str, state: dict[str, torch.Tensor | None]) -> None:
+    grid = layer.dlqat_grid[adapter_name]
+    spec = state["dlqat_spec"]
+    assert spec is not None
+    # The one buffer that is compared rather than loaded into: it must say what the config says.
+    own = layer_spec(layer, adapter_name)
+    if not torch.allclose(spec.float().cpu(), own):
+        differences = [
+            f"{field}: {_spec_value(i, spec[i].item())} in the file, {_spec_value(i, own[i].item())} here"
+            for i, field in enumerate(_SPEC_FIELDS)
+            if not torch.isclose(spec[i].float().cpu(), own[i])
+        ]
+        raise ValueError(
+            f"{name}: the saved adapter was made with another config ({'; '.join(differences)}); use the "
+            "adapter_config.json beside it, or start a new run in an empty folder."
+        )
+    for kind, tensor in state.items():
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}.{kind} of the saved adapter holds NaN or infinity: the file is broken.")
+    scale, zero_point = state["dlqat_scale"], state["dlqat_zero_point"]
+    assert scale is not None
+    if (scale == 0).any() or (grid.zero_point != "none" and (scale < 0).any()):
+        rule = "non-zero" if grid.zero_point == "none" else "positive"
+        raise ValueError(
+            f"{name}.dlqat_scale of the saved adapter must be {rule}, but its smallest value is {scale.min().item()}: "
+            "the file is broken."
+        )
+    if zero_point is not None:
+        codes = (zero_point == zero_point.round()) & (zero_point >= grid.qmin) & (zero_point <= grid.qmax)
+        if not codes.all():
+            bad = zero_point[~codes].flatten()[0].item()
+            raise ValueError(
+                f"{name}.dlqat_zero_point of the saved adapter holds {bad}, but zero points are integers from "
+                f"{grid.qmin} to {grid.qmax}: the file is broken, or was saved while calibrating."
+            )
+
+
+def layer_spec(layer: DLQATLayer, adapter_name: str) -> torch.Tensor:
+    """The spec [5] that the layer's own config stands for, on the CPU even where the layer is on the meta device."""
+    from .layer import encode_spec
+
+    return encode_spec(layer.dlqat_grid[adapter_name], layer.dlqat_scaling[adapter_name])
+
+
+def _spec_value(index: int, value: float) -> object:
+    if _SPEC_FIELDS[index] == "zero_point":
+        return repr(ZERO_POINTS[int(value)]) if 0 <= value < len(ZERO_POINTS) else value
+    if _SPEC_FIELDS[index] == "scale_dtype":
+        return repr(list(SCALE_DTYPES)[int(value)]) if 0 <= value < len(SCALE_DTYPES) else value
+    return round(value, 6) if value != int(value) else int(value)

@@ -1,0 +1,94 @@
+"""Small models made on the spot; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedModel,
+)
+
+import peft_dlqat  # noqa: F401  registers the method
+
+VOCAB = 64
+HIDDEN = 64
+
+CONFIGS = {
+    "llama": lambda: LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=HIDDEN,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+}
+
+
+@cache
+def _model(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    # Freshly made models have zero biases and tiny weights; trained ones don't.
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A fresh copy of a two-layer model of the given architecture ("llama", "gpt2" or "opt"), in eval mode."""
+    return copy.deepcopy(_model(kind)).to(dtype)
+
+
+def tokens(batch: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:
+    """Token ids [batch, length]."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def lm_batches(count: int = 4, batch: int = 4, length: int = 16) -> list[dict[str, torch.Tensor]]:
+    """Batches as a causal language model takes them."""
+    ids = [tokens(batch, length, seed) for seed in range(count)]
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x.clone()} for x in ids]
+
+
+def perturb(model: torch.nn.Module, seed: int = 0) -> None:
+    """Move A, B and m of every adapter away from their start, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".dlqat_" in name:
+            size = 0.2 if "magnitude" in name else 0.1
+            parameter.data += size * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,144 @@
+"""Calibrates and trains a small model, in one process or as one of several that torchrun started.
+
+    torchrun --nproc_per_node 2 distributed_training.py FOLDER
+
+Every process writes what it ended with to FOLDER: `trainer-RANK.pt`, and `calibrate-KIND-RANK.pt` by kind of zero.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from conftest import VOCAB, tiny_model
+from peft import get_peft_model, get_peft_model_state_dict
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from peft_dlqat import DLQATCallback, DLQATConfig, calibrate
+
+GLOBAL_BATCH = 8
+CALIBRATION_STEPS = 8
+TRAINING_STEPS = 20
+LENGTH = 12
+SAMPLES = 48  # six batches: calibration and training both come to the end of the data and go on
+
+# `calibrate` alone, by kind of zero: bits, scale_dtype, steps, lr. Zero points are integers, and need many clipped
+# weights and large steps to move at all.
+CALIBRATIONS = {
+    "integer": (2, "bfloat16", 24, 0.1),
+    "none": (3, "float32", CALIBRATION_STEPS, 0.01),
+    "float": (3, "float32", CALIBRATION_STEPS, 0.01),
+}
+
+
+class Sequences(Dataset):
+    """Distinct sequences of one length, so that a mean of means is the mean."""
+
+    def __init__(self) -> None:
+        self.ids = torch.randint(3, VOCAB, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(7))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index].clone()}
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def make_model(seed: int, **config: Any) -> nn.Module:
+    model = tiny_model("llama")
+    torch.manual_seed(seed)  # of A
+    return get_peft_model(model, DLQATConfig(group_size=16, r=4, task_type="CAUSAL_LM", **config))
+
+
+def adapter(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+def record_batches(model: nn.Module) -> list[torch.Tensor]:
+    """A list to which the input_ids of every call of the model are added, as this process sees them."""
+    seen: list[torch.Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["input_ids"].clone())
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    return seen
+
+
+def run_trainer(folder: Path) -> dict[str, Any]:
+    """Calibration, then training by the Trainer, shuffled; every process takes its share of GLOBAL_BATCH.
+
+    Training is by plain SGD, whose step is proportional to the gradient, with a modest learning rate: the last bits
+    by which a sum over two processes differs from a sum over one then stay last bits. Adam's step is about its
+    learning rate even where the gradient is nothing but such bits, and at a large learning rate the first code that
+    falls to the other side of a rounding boundary makes the runs drift apart, as any two runs on other hardware do.
+    For the same reason scales are kept in float32: near a tie, bfloat16 would turn a last bit into 2**-8.
+    """
+    # The ranks begin with different A; the Trainer gives all of them the first one's.
+    model = make_model(seed=rank(), bits=3, scale_dtype="float32")
+    initial, batches = adapter(model), record_batches(model)
+    args = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        per_device_train_batch_size=GLOBAL_BATCH // world_size(),
+        max_steps=TRAINING_STEPS,
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        logging_steps=5,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=False,
+        seed=11,
+    )
+    # The grid is reported in steps in which the Trainer logs, too: there every rank must still take part in the
+    # gathering of the loss.
+    callback = DLQATCallback(calibration_steps=CALIBRATION_STEPS, report_steps=10)
+    trainer = Trainer(model, args, train_dataset=Sequences(), callbacks=[callback])
+    trainer.train()
+    log = trainer.state.log_history
+    return {"initial": initial, "adapter": adapter(model), "batches": batches, "record": record(model), "log": log}
+
+
+def run_calibrate(kind: str) -> dict[str, Any]:
+    """`calibrate` alone: every process passes its own share of each batch."""
+    bits, scale_dtype, steps, lr = CALIBRATIONS[kind]
+    model = make_model(seed=0, bits=bits, zero_point=kind, scale_dtype=scale_dtype)
+    initial, batches = adapter(model), record_batches(model)
+    data = Sequences().ids.view(-1, GLOBAL_BATCH, LENGTH)
+    own = [{"input_ids": batch, "labels": batch} for batch in data.chunk(world_size(), dim=1)[rank()]]
+    calibrate(model, own, steps=steps, lr=lr, progress=False)
+    return {"initial": initial, "adapter": adapter(model), "batches": batches, "record": record(model)}
+
+
+def record(model: nn.Module) -> dict[str, Any]:
+    return model.peft_config["default"].record["calibration"]
+
+
+def main(folder: Path) -> None:
+    torch.save(run_trainer(folder), folder / f"trainer-{rank()}.pt")
+    assert dist.get_backend() == "gloo"
+    assert dist.get_world_size() == world_size() > 1
+    for kind in CALIBRATIONS:
+        torch.save(run_calibrate(kind), folder / f"calibrate-{kind}-{rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

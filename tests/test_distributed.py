@@ -1,0 +1,153 @@
+"""Two processes, talking through gloo, calibrate and train to one adapter: the one that a single process finds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripts.distributed_training import (
+    CALIBRATION_STEPS,
+    CALIBRATIONS,
+    GLOBAL_BATCH,
+    TRAINING_STEPS,
+    run_calibrate,
+    run_trainer,
+)
+
+pytestmark = pytest.mark.distributed
+
+SCRIPT = Path(__file__).parent / "scripts" / "distributed_training.py"
+TOLERANCE = 1e-4
+TIME_LIMIT = 180
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder to which two ranks wrote what they ended with."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    # Port 0: any that is free.
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    address = ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *address, str(SCRIPT), str(folder)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its own session: the launcher and both ranks
+        output, _ = process.communicate()
+        pytest.fail(f"two processes did not end within {TIME_LIMIT} s:\n{output[-5000:]}")
+    assert process.returncode == 0, output[-5000:]
+    return folder
+
+
+def load(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What the two ranks wrote."""
+    return [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)]
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Both ranks hold the same adapter and the same record of its calibration, to the bit."""
+    assert one["adapter"].keys() == other["adapter"].keys()
+    different = [name for name, tensor in one["adapter"].items() if not torch.equal(tensor, other["adapter"][name])]
+    assert not different
+    assert one["record"] == other["record"]
+
+
+def differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Largest absolute difference by kind of tensor, such as dlqat_A."""
+    assert one.keys() == other.keys()
+    largest: dict[str, float] = {}
+    for name, tensor in one.items():
+        kind = name.rpartition(".")[2]
+        largest[kind] = max(largest.get(kind, 0.0), (tensor - other[name]).abs().max().item())
+    return largest
+
+
+def rows(*batches: torch.Tensor) -> list[tuple[int, ...]]:
+    """The samples of some batches, in an order of their own."""
+    return sorted(map(tuple, torch.cat(batches).tolist()))
+
+
+def assert_same_data(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
+    """In every call of the model the ranks share out the samples that the single process gets."""
+    calls = zip(ranks[0]["batches"], ranks[1]["batches"], single["batches"], strict=True)
+    for first, second, whole in calls:
+        assert len(first) == len(second) == GLOBAL_BATCH // 2
+        assert not set(rows(first)) & set(rows(second))
+        assert rows(first, second) == rows(whole)
+
+
+def test_trainer_in_two_processes_gives_one_adapter(two_processes: Path) -> None:
+    """Calibration by the callback and training leave the very same tensors on both ranks."""
+    first, second = load(two_processes, "trainer")
+    A = next(name for name in first["initial"] if "dlqat_A" in name)
+    assert not torch.equal(first["initial"][A], second["initial"][A]), "the ranks should begin apart"
+    assert_same(first, second)
+    assert first["record"]["steps"] == CALIBRATION_STEPS
+    assert first["record"]["kept"], "the calibrated grid was thrown away, so that nothing is shown"
+
+
+def test_trainer_in_two_processes_equals_one_with_twice_the_batch(two_processes: Path, tmp_path: Path) -> None:
+    """8 steps of calibration and 20 of training, within 1e-4; what moves, moves by far more than that."""
+    ranks, single = load(two_processes, "trainer"), run_trainer(tmp_path)
+    assert_same_data(ranks, single)
+    # The teacher and the model, for 8 batches before, during and after calibration; then a call a training step.
+    assert len(single["batches"]) == 2 * 3 * CALIBRATION_STEPS + TRAINING_STEPS
+    moved = differences(single["adapter"], single["initial"])
+    for kind in ("dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_scale"):
+        assert moved[kind] > 10 * TOLERANCE, moved
+    found = differences(ranks[0]["adapter"], single["adapter"])
+    print("largest differences:", found, "moved:", moved)
+    assert max(found.values()) <= TOLERANCE, found
+    for name in ("loss_before", "loss_after"):
+        assert ranks[0]["record"][name] == pytest.approx(single["record"][name], rel=1e-4)
+
+
+def test_trainer_in_two_processes_logs_on_every_rank(two_processes: Path, tmp_path: Path) -> None:
+    """The log, which every rank keeps for its checkpoints, is that of one process, the grid's figures included."""
+    single = run_trainer(tmp_path)["log"]
+    for rank in load(two_processes, "trainer"):
+        assert [entry.keys() for entry in rank["log"]] == [entry.keys() for entry in single]
+        losses = [entry["loss"] for entry in rank["log"] if "loss" in entry]
+        assert len(losses) == TRAINING_STEPS // 5
+        assert losses == pytest.approx([entry["loss"] for entry in single if "loss" in entry], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", CALIBRATIONS)
+def test_calibrate_in_two_processes_equals_one_with_all_data(two_processes: Path, kind: str) -> None:
+    """`calibrate` without a Trainer, each rank with its half of every batch."""
+    ranks, single = load(two_processes, f"calibrate-{kind}"), run_calibrate(kind)
+    assert_same(*ranks)
+    assert_same_data(ranks, single)
+    assert single["record"]["kept"], "the calibrated grid was thrown away, so that nothing is shown"
+    moved = differences(single["adapter"], single["initial"])
+    zero = {"integer": ["dlqat_zero_point"], "none": [], "float": ["dlqat_offset"]}[kind]
+    for name, movement in moved.items():
+        assert movement > 10 * TOLERANCE if name in ("dlqat_scale", *zero) else movement == 0, moved
+    found = differences(ranks[0]["adapter"], single["adapter"])
+    print("largest differences:", found, "moved:", moved)
+    if CALIBRATIONS[kind][1] == "bfloat16":
+        assert_nearly_all_equal(ranks[0]["adapter"], single["adapter"])
+    else:
+        assert max(found.values()) <= TOLERANCE, found
+
+
+def assert_nearly_all_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Equal but for the rare value that lay between two of bfloat16, or two integers, when the grid was frozen."""
+    unequal = sum((tensor != other[name]).sum().item() for name, tensor in one.items())
+    total = sum(tensor.numel() for tensor in one.values())
+    print(f"{unequal} of {total} values differ")
+    assert unequal <= 1e-3 * total

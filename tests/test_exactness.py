@@ -1,0 +1,185 @@
+"""Nothing is lost on the way: trained, reloaded, merged, saved and unmerged models give the very same logits."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from conftest import perturb, tiny_model, tokens
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from peft_dlqat import DLQATConfig
+from peft_dlqat.layer import adapter_layers
+
+KINDS = ("llama", "gpt2", "opt")
+ZERO_POINTS = ("none", "integer", "float")
+SCALE_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def adapted(kind="llama", dtype=torch.float32, **config):
+    """A model with an adapter whose A, B and m have moved, as after training."""
+    config = {"bits": 3, "group_size": 32, "task_type": "CAUSAL_LM", **config}
+    model = get_peft_model(tiny_model(kind, dtype), DLQATConfig(**config))
+    perturb(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(tokens()).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+def test_merged_reloaded_and_unmerged_equal_the_trained(kind, bits, group_size, zero_point, scale_dtype, tmp_path):
+    config = {"bits": bits, "group_size": group_size, "zero_point": zero_point, "scale_dtype": scale_dtype}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="group_size does not divide")  # 128 on inputs of 64
+        model = adapted(kind, **config)
+        trained = logits(model)
+        assert not torch.equal(trained, logits(tiny_model(kind)))
+
+        before = {name: layer.get_base_layer().weight.detach().clone() for name, layer in adapter_layers(model)[1].items()}
+        model.merge_adapter(safe_merge=True)
+        assert torch.equal(logits(model), trained)
+        model.unmerge_adapter()
+        for name, layer in adapter_layers(model)[1].items():
+            assert torch.equal(layer.get_base_layer().weight, before[name])
+        assert torch.equal(logits(model), trained)
+        with model.disable_adapter():
+            assert torch.equal(logits(model), logits(tiny_model(kind)))
+
+        model.save_pretrained(tmp_path / "adapter")
+        reloaded = PeftModel.from_pretrained(tiny_model(kind), tmp_path / "adapter")
+    assert torch.equal(logits(reloaded), trained)
+    merged = reloaded.merge_and_unload()
+    assert torch.equal(logits(merged), trained)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), trained)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_low_precision_base(kind, dtype, zero_point, autocast_adapter_dtype, tmp_path):
+    """The quantizer's state is float32 in memory and on disk, whatever the base."""
+    config = DLQATConfig(bits=3, group_size=32, zero_point=zero_point, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(kind, dtype), config, autocast_adapter_dtype=autocast_adapter_dtype).eval()
+    perturb(model)
+    _, layers = adapter_layers(model)
+    for layer in layers.values():
+        state = [layer.dlqat_magnitude, layer.dlqat_scale, layer.dlqat_zero_point, layer.dlqat_offset]
+        assert all(tensor.dtype == torch.float32 for entries in state for tensor in entries.values())
+        assert layer.dlqat_A["default"].dtype == (torch.float32 if autocast_adapter_dtype else dtype)
+    trained = logits(model)
+    assert trained.dtype == dtype
+    model.merge_adapter()
+    assert torch.equal(logits(model), trained)
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        reloaded = PeftModel.from_pretrained(
+            tiny_model(kind, dtype),
+            tmp_path,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+        assert torch.equal(logits(reloaded), trained)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
+def test_casting_the_model_leaves_the_quantizer_in_float32(cast):
+    model = adapted()
+    _, layers = adapter_layers(model)
+    layer = next(iter(layers.values()))
+    before = {name: getattr(layer, name)["default"].clone() for name in ("dlqat_scale", "dlqat_zero_point", "dlqat_magnitude")}
+    cast(model)
+    assert layer.get_base_layer().weight.dtype != torch.float32
+    for name, tensor in before.items():
+        assert getattr(layer, name)["default"].dtype == torch.float32
+        assert torch.equal(getattr(layer, name)["default"], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+def test_every_way_of_loading_gives_the_same(dtype, zero_point, tmp_path):
+    base = tmp_path / "base"
+    tiny_model(dtype=dtype).save_pretrained(base)
+
+    def load_base():
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+
+    config = DLQATConfig(bits=3, group_size=32, zero_point=zero_point, task_type="CAUSAL_LM")
+    model = get_peft_model(load_base(), config).eval()
+    perturb(model)
+    trained = logits(model)
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(adapter)
+
+    assert torch.equal(logits(PeftModel.from_pretrained(load_base(), adapter)), trained)
+    assert torch.equal(logits(PeftModel.from_pretrained(load_base(), adapter, low_cpu_mem_usage=True)), trained)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype)), trained)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(adapter, dtype=dtype)), trained)
+    injected = load_base()
+    injected.load_adapter(str(adapter))
+    assert torch.equal(logits(injected), trained)
+    second = get_peft_model(load_base(), DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM"))
+    second.load_adapter(adapter, "other")
+    second.set_adapter("other")
+    assert torch.equal(logits(second), trained)
+
+
+def test_transformers_own_add_adapter_saves_and_loads(tmp_path):
+    model = tiny_model()
+    model.add_adapter(DLQATConfig(bits=3, group_size=32))
+    perturb(model)
+    trained = logits(model)
+    model.save_pretrained(tmp_path)
+    again = tiny_model()
+    again.load_adapter(str(tmp_path))
+    assert torch.equal(logits(again), trained)
+    again.disable_adapters()
+    assert torch.equal(logits(again), logits(tiny_model()))
+    wrapped = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert torch.equal(logits(wrapped), trained)
+
+
+def test_saved_files_hold_just_the_adapter(tmp_path):
+    from safetensors.torch import load_file
+
+    model = adapted(zero_point="integer")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    kinds = {"dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_scale", "dlqat_zero_point", "dlqat_spec"}
+    layers = 2 * 7
+    assert {key.rpartition(".")[2] for key in tensors} == kinds
+    assert len(tensors) == layers * len(kinds)
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_merges_to_the_same_logits(kind):
+    model = adapted(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = logits(model)
+        model.merge_adapter()
+        assert torch.equal(logits(model), trained)
+
+
+def test_a_fresh_adapter_is_round_to_nearest():
+    """Before training, each weight is the nearest value that its grid holds."""
+    model = get_peft_model(tiny_model(), DLQATConfig(bits=4, group_size=32, zero_point="none"))
+    _, layers = adapter_layers(model)
+    for layer in layers.values():
+        quantized = layer.quantized_weight()
+        error = (quantized.dequantize() - layer.original_weight()).abs()
+        grid = quantized.grid
+        inside = (quantized.codes > grid.qmin) & (quantized.codes < grid.qmax)
+        step = quantized.scale.abs().repeat_interleave(grid.group_size, 1)
+        assert (error <= 0.5 * step + 1e-6)[inside].all()

@@ -1,0 +1,290 @@
+"""The usual life of an adapter, as PEFT users know it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from conftest import lm_batches, perturb, tiny_model, tokens
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_dlqat import DLQATConfig, calibrate
+from peft_dlqat.layer import DLQATLayer, adapter_layers
+
+
+def config(**kwargs):
+    return DLQATConfig(**{"bits": 3, "group_size": 32, "task_type": "CAUSAL_LM", **kwargs})
+
+
+def adapted(kind="llama", **kwargs):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(kind), config(**kwargs))
+    perturb(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(tokens()).logits
+
+
+def train(model, steps=5, lr=1e-2):
+    """A few steps on one batch; returns the losses."""
+    model.train()
+    batch = lm_batches(1)[0]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*never calibrated.*")
+        yield
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("zero_point", ["none", "integer", "float"])
+def test_training_lowers_the_loss_and_moves_only_m_A_B(kind, zero_point):
+    model = get_peft_model(tiny_model(kind), config(zero_point=zero_point))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses = train(model, steps=10)
+    assert losses[-1] < 0.9 * losses[0]
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    trained = {"dlqat_A", "dlqat_B", "dlqat_magnitude"}
+    assert {name.split(".")[-2] for name in moved} == trained
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == trained
+
+
+def test_several_adapters_add_set_delete():
+    model = adapted()
+    first = logits(model)
+    model.add_adapter("other", config(bits=4, r=4, zero_point="float", group_size=16))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    second = logits(model)
+    assert not torch.equal(second, first)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), second)
+    assert not any(".default" in key for key in model.state_dict())
+    for layer in adapter_layers(model)[1].values():
+        assert list(layer.dlqat_grid) == ["other"]
+
+
+def test_merge_and_unload_leaves_plain_linears():
+    model = adapted()
+    trained = logits(model)
+    merged = model.merge_and_unload()
+    assert not any(isinstance(module, DLQATLayer) for module in merged.modules())
+    assert torch.equal(logits(merged), trained)
+    codes = merged.model.layers[0].mlp.up_proj.weight.view(128, 2, 32)
+    assert max(len(group.unique()) for row in codes for group in row) <= 8
+
+
+def test_unload_gives_the_base_back():
+    assert torch.equal(logits(adapted().unload()), logits(tiny_model()))
+
+
+def test_safe_merge_refuses_nan():
+    model = adapted()
+    layer = next(iter(adapter_layers(model)[1].values()))
+    layer.dlqat_magnitude["default"].data[0, 0] = torch.nan
+    weight = layer.get_base_layer().weight.clone()
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.get_base_layer().weight, weight) and not layer.merged
+
+
+def test_unmerge_puts_the_very_tensor_back():
+    model = adapted()
+    layer = next(iter(adapter_layers(model)[1].values()))
+    pointer = layer.get_base_layer().weight.data_ptr()
+    layer.merge()
+    assert layer.get_base_layer().weight.data_ptr() != pointer
+    layer.unmerge()
+    assert layer.get_base_layer().weight.data_ptr() == pointer
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+
+
+def test_merged_twice_warns_and_changes_nothing():
+    model = adapted()
+    trained = logits(model)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), trained)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), trained)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
+    grads = []
+    for checkpointing in (False, True):
+        model = adapted()
+        model.train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(**lm_batches(1)[0]).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
+def test_gradient_accumulation_adds_up():
+    whole, halves = adapted(), adapted()
+    batch = lm_batches(1)[0]
+    whole(**batch).loss.backward()
+    for part in (slice(0, 2), slice(2, 4)):
+        (halves(**{key: value[part] for key, value in batch.items()}).loss / 2).backward()
+    for (name, a), (_, b) in zip(whole.named_parameters(), halves.named_parameters(), strict=True):
+        if a.requires_grad:
+            assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_autocast_trains():
+    model = adapted()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**lm_batches(1)[0]).loss
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(grad.dtype == torch.float32 and torch.isfinite(grad).all() and grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_torch_compile_gives_the_same_gradients_without_graph_breaks(kind):
+    torch._dynamo.reset()
+    eager, compiled = adapted(kind), adapted(kind)
+    step = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    a, b = (run(input_ids=tokens()).logits.square().mean() for run in (eager, step))
+    assert torch.allclose(a, b)
+    a.backward()
+    b.backward()
+    for (name, p), (_, q) in zip(eager.named_parameters(), compiled.named_parameters(), strict=True):
+        if p.requires_grad:
+            assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_deepcopy_and_state_dict_round_trip():
+    model = adapted()
+    trained = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model)), trained)
+    other = get_peft_model(tiny_model(), config())
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), trained)
+
+
+def test_modules_to_save_and_bias_are_saved(tmp_path):
+    for kind, kwargs, trained_part in (
+        ("llama", {"modules_to_save": ["lm_head"]}, "lm_head"),
+        ("opt", {"bias": "dlqat_only"}, "fc1.base_layer.bias"),
+        ("opt", {"bias": "all"}, "final_layer_norm.bias"),
+    ):
+        model = get_peft_model(tiny_model(kind), config(**kwargs))
+        assert any(trained_part in name and p.requires_grad for name, p in model.named_parameters())
+        train(model)
+        trained = logits(model.eval())
+        model.save_pretrained(tmp_path / trained_part)
+        reloaded = PeftModel.from_pretrained(tiny_model(kind), tmp_path / trained_part)
+        assert torch.equal(logits(reloaded), trained)
+
+
+def test_patterns_set_each_layers_own_values():
+    model = get_peft_model(
+        tiny_model(),
+        config(
+            bits_pattern={"down_proj": 8, r"layers\.0\.self_attn\.q_proj": 2},
+            group_size_pattern={"o_proj": -1},
+            rank_pattern={"up_proj": 2},
+            alpha_pattern={"up_proj": 32},
+        ),
+    )
+    layers = {name.removeprefix("base_model.model.model."): layer for name, layer in adapter_layers(model)[1].items()}
+    grids = {name: layer.dlqat_grid["default"] for name, layer in layers.items()}
+    assert grids["layers.1.mlp.down_proj"].bits == 8
+    assert grids["layers.0.self_attn.q_proj"].bits == 2 and grids["layers.1.self_attn.q_proj"].bits == 3
+    assert grids["layers.0.self_attn.o_proj"].group_size == 64 and grids["layers.0.self_attn.v_proj"].group_size == 32
+    up = layers["layers.0.mlp.up_proj"]
+    assert up.dlqat_A["default"].shape == (2, 64) and up.dlqat_scaling["default"] == 16
+    with pytest.warns(UserWarning, match="bits_pattern keys did not match"):
+        get_peft_model(tiny_model(), config(bits_pattern={"nowhere": 2}))
+
+
+def test_rslora_scaling():
+    model = get_peft_model(tiny_model(), config(r=16, lora_alpha=8, use_rslora=True))
+    layer = next(iter(adapter_layers(model)[1].values()))
+    assert layer.dlqat_scaling["default"] == 2.0
+
+
+@pytest.mark.parametrize("layers", [1, [1]])
+def test_layers_to_transform_selects_from_all_linear(layers):
+    model = get_peft_model(tiny_model(), config(layers_to_transform=layers))
+    names = adapter_layers(model)[1]
+    assert len(names) == 7 and all(".layers.1." in name for name in names)
+
+
+def test_the_output_head_is_left_alone():
+    names = adapter_layers(adapted())[1]
+    assert len(names) == 14 and not any("lm_head" in name for name in names)
+
+
+def test_default_group_size_adapts_with_one_warning_that_names_the_modules():
+    with pytest.warns(UserWarning, match="group_size does not divide") as caught:
+        model = get_peft_model(tiny_model(), DLQATConfig(bits=3))
+    ours = [str(w.message) for w in caught if "group_size" in str(w.message)]
+    assert len(ours) == 1 and "layers.0.self_attn.q_proj" in ours[0] and "128 -> 64" in ours[0]
+    grids = {layer.dlqat_grid["default"].group_size for layer in adapter_layers(model)[1].values()}
+    assert grids == {64, 128}
+
+
+def test_training_without_calibration_warns_once():
+    model = get_peft_model(tiny_model(), config()).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="never calibrated"):
+            model(**lm_batches(1)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**lm_batches(1)[0])
+        model.eval()
+        model(**lm_batches(1)[0])
+
+
+def test_a_calibrated_adapter_trains_without_warning():
+    model = get_peft_model(tiny_model(), config()).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(model, lm_batches(), steps=2, progress=False)
+        model(**lm_batches(1)[0])
+
+
+def test_random_init_weights_are_not_round_to_nearest():
+    fresh = logits(get_peft_model(tiny_model(), config()))
+    random = logits(get_peft_model(tiny_model(), config(init_weights=False)))
+    assert not torch.allclose(fresh, random, atol=1e-3)
+
+
+def test_a_plain_module_can_be_adapted():
+    """No transformers model needed, where the targets are named."""
+    net = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 2))
+    model = get_peft_model(net, DLQATConfig(target_modules=["0", "2"], group_size=5, bits=4))
+    x = torch.randn(3, 10)
+    y = model(x)
+    y.sum().backward()
+    assert torch.equal(model.merge_and_unload()(x), y)
