@@ -56,11 +56,12 @@ CONFIGS = {
 
 @cache
 def _model(kind: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
-    # Freshly made models have zero biases and tiny weights; trained ones don't.
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+        # Freshly made models have zero biases and tiny weights; trained ones don't.
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
     return model.eval()
 
 

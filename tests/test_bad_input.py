@@ -23,6 +23,7 @@ from bad_input import (
     REGENERATE,
     RUNNING_CASES,
     WAYS,
+    WEIGHTS,
     BadFile,
     Case,
     Net,
@@ -66,7 +67,8 @@ def refuse(case: Case, folder: Path) -> None:
     assert not missing, f"{message!r} does not say {missing}"
     # An adapter that is loaded is first put in, which draws random numbers, bad file or not.
     generators = case.section != LOADING_SECTION
-    assert harm(before, snapshot(attempt.model, folder), generators) == []
+    damage = harm(before, snapshot(attempt.model, folder), generators)
+    assert not damage, f"the refused call changed {damage}"
 
 
 def as_params(cases: list[Case]) -> list:
@@ -160,6 +162,38 @@ def test_good_file_loads_after_a_refused_one(way, tmp_path):
         model.load_adapter(str(tmp_path / "good"), name)
         model.set_adapter(name)
     assert torch.equal(outputs(model), outputs(good))
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        pytest.param(PeftModel.from_pretrained, marks=known("put in first"), id="from_pretrained"),
+        pytest.param(lambda model, folder: model.load_adapter(folder), marks=known("transformers"), id="transformers"),
+    ],
+)
+def test_refused_file_leaves_no_saved_modules(load, tmp_path):
+    """Modules to save, which are wrapped when an adapter is put in, are taken out with it; a good file brings them."""
+    saved = get_peft_model(
+        tiny_model("opt"),
+        small_config(target_modules=["q_proj"], modules_to_save=["fc1"], bias="all", task_type="CAUSAL_LM"),
+    )
+    for name, parameter in saved.named_parameters():
+        if "fc1.modules_to_save" in name or name.endswith("bias"):
+            parameter.data += 0.1
+    saved.eval().save_pretrained(tmp_path)
+    good = (tmp_path / WEIGHTS).read_bytes()
+    files = {WEIGHTS: good}
+    set_entry("dlqat_scale", float("nan"))(files)
+    (tmp_path / WEIGHTS).write_bytes(files[WEIGHTS])
+    model = tiny_model("opt")
+    before = snapshot(model, tmp_path)
+    with pytest.raises(ValueError, match="NaN"):
+        load(model, str(tmp_path))
+    damage = harm(before, snapshot(model, tmp_path), generators=False)
+    assert not damage, f"the refused call changed {damage}"
+    (tmp_path / WEIGHTS).write_bytes(good)
+    loaded = load(model, str(tmp_path))
+    assert torch.equal(outputs(loaded if isinstance(loaded, nn.Module) else model), outputs(saved))
 
 
 @pytest.mark.parametrize("kind", [pytest.param("llama", marks=known("transformers again"))])

@@ -31,8 +31,14 @@ def test_fresh_grid_is_round_to_nearest(grid, method):
     scale, zero = initialise(weight, grid, method)
     quantized = harden(weight, scale, zero, torch.ones_like(scale), grid)
     levels = torch.arange(grid.qmin, grid.qmax + 1)
-    table = torch.stack([type(quantized)(torch.full((8, 64), c, dtype=torch.int8), quantized.scale, quantized.zero, grid)
-                         .dequantize() for c in levels.tolist()])
+    table = torch.stack(
+        [
+            type(quantized)(
+                torch.full((8, 64), c, dtype=torch.int8), quantized.scale, quantized.zero, grid
+            ).dequantize()
+            for c in levels.tolist()
+        ]
+    )
     nearest = (table - weight).abs().amin(0)
     assert torch.allclose((quantized.dequantize() - weight).abs(), nearest, atol=1e-4 * scale.abs().max().item())
 
@@ -60,7 +66,9 @@ def test_mse_is_better_than_minmax(zero_point):
     errors = {}
     for method in ("minmax", "mse"):
         scale, zero = initialise(weight, grid, method)
-        errors[method] = (harden(weight, scale, zero, torch.ones_like(scale), grid).dequantize() - weight).square().mean()
+        errors[method] = (
+            (harden(weight, scale, zero, torch.ones_like(scale), grid).dequantize() - weight).square().mean()
+        )
     assert errors["mse"] < 0.9 * errors["minmax"]
 
 

@@ -167,6 +167,10 @@ def test_log_of_resumed_run_is_that_of_unbroken_run(unbroken: Path, tmp_path: Pa
     assert_same_adapter(final(tmp_path), final(unbroken))
     one, other = (json.loads((final(folder) / "trainer_state.json").read_text()) for folder in (tmp_path, unbroken))
     assert one["log_history"] == other["log_history"]
+    assert [entry["step"] for entry in one["log_history"] if "grid/clipped" in entry] == [3, 6, 9]
+    # Step 6 logs both: a report of the grid must not take the place of the Trainer's own entry.
+    assert [entry["step"] for entry in one["log_history"] if "loss" in entry] == [2, 4, 6, 8, 10]
+    assert any("calibration/loss" in entry for entry in one["log_history"])
 
 
 def test_run_killed_while_calibrating_starts_again(unbroken: Path, tmp_path: Path, calibrations: list[int]) -> None:
@@ -226,7 +230,7 @@ def test_truncated_adapter_is_refused(unbroken: Path, tmp_path: Path, calibratio
     trainer = make_trainer(tmp_path, [counter], max_steps=TRAINING_STEPS + 2)
     state = live_state(trainer)
     # The error is safetensors' own: PEFT reads the file before any method sees it.
-    with pytest.raises(SafetensorError, match="header|incomplete|not fully covered|too small"):
+    with pytest.raises(SafetensorError, match=r"header|incomplete|not fully covered|too small"):
         trainer.train(resume_from_checkpoint=True)
     assert digest(tmp_path) == before
     assert (counter.begun, counter.steps, calibrations) == (0, 0, [])

@@ -56,7 +56,7 @@ def calibrate(
     model: nn.Module,
     dataloader: Iterable[Mapping[str, Any]],
     steps: int = 1000,
-    lr: float = 1e-2,
+    lr: float = 3e-2,
     objective: Objective = "distill",
     adapter_name: str | None = None,
     progress: bool = True,
@@ -94,7 +94,7 @@ def calibrate(
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps={steps!r} must be a positive integer; 100 to 1000 are usual.")
     if not lr > 0:
-        raise ValueError(f"lr={lr!r} must be positive; the default is 1e-2.")
+        raise ValueError(f"lr={lr!r} must be positive; the default is 3e-2.")
     adapter_name, layers = adapter_layers(model, adapter_name)
     device = next(model.parameters()).device
     grid = [tensor for layer in layers.values() for tensor in _grid_tensors(layer, adapter_name)]
@@ -168,10 +168,11 @@ def _stay_on_grid(layers: Iterable[DLQATLayer], adapter_name: str) -> None:
 def _freeze(layers: Iterable[DLQATLayer], adapter_name: str) -> None:
     """Round scales and zeros to the values that ship."""
     for layer in layers:
-        tensors = _grid_tensors(layer, adapter_name)
-        snapped = snap(tensors[0], layer.zero(adapter_name), layer.dlqat_grid[adapter_name])
-        for tensor, value in zip(tensors, snapped, strict=False):
-            tensor.copy_(value)
+        scale, zero = layer.dlqat_scale[adapter_name], layer.zero(adapter_name)
+        shipped_scale, shipped_zero = snap(scale, zero, layer.dlqat_grid[adapter_name])
+        scale.copy_(shipped_scale)
+        if zero is not None and shipped_zero is not None:
+            zero.copy_(shipped_zero)
 
 
 def _loss(model: nn.Module, batch: dict[str, Any], objective: Objective) -> torch.Tensor:
@@ -208,13 +209,9 @@ def _mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _check_finite(loss: float, step: int, steps: int, lr: float) -> None:
     if not math.isfinite(loss):
+        remedy = f"Lower lr={lr}, or check the batch" if step else "Check the data and the base model"
         raise FloatingPointError(
-            f"the loss is {loss} at calibration step {step + 1} of {steps}; the grid was put back. "
-            + (
-                "The model gives no finite loss on this batch even before calibration: check the data and the base model."
-                if step == 0
-                else f"Lower lr={lr}, or check the batch."
-            )
+            f"the loss is {loss} at calibration step {step + 1} of {steps}; the grid was put back. {remedy}."
         )
 
 

@@ -46,7 +46,7 @@ class DLQATCallback(TrainerCallback):
     def __init__(
         self,
         calibration_steps: int = 1000,
-        lr: float = 1e-2,
+        lr: float = 3e-2,
         objective: Objective = "distill",
         dataloader: Iterable[Mapping[str, Any]] | None = None,
         report_steps: int = 500,
@@ -144,10 +144,16 @@ class DLQATCallback(TrainerCallback):
         loss = (logs or {}).get("loss")
         if isinstance(loss, float) and not math.isfinite(loss):
             report = grid_report(model)
-            worst = max(report.layers, key=lambda row: abs(row.magnitude_max) if row.magnitude_max == row.magnitude_max
-                        else math.inf)
-            self._warn([f"{worst.name}: the loss is {loss}, and this layer has the largest magnitude "
-                        f"({worst.magnitude_max}); lower the learning rates, start from the last checkpoint"])
+            worst = max(
+                report.layers,
+                key=lambda row: abs(row.magnitude_max) if row.magnitude_max == row.magnitude_max else math.inf,
+            )
+            self._warn(
+                [
+                    f"{worst.name}: the loss is {loss}, and this layer has the largest magnitude "
+                    f"({worst.magnitude_max}); lower the learning rates, start from the last checkpoint"
+                ]
+            )
 
     def _report(
         self,

@@ -160,7 +160,7 @@ class DLQATConfig(PeftConfig):
         if is_regex and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} has no meaning beside the regex "
-                f"target_modules={self.target_modules!r}; put the layers into the regex, or name the modules in a list."
+                f"target_modules={self.target_modules!r}; name the layers in the regex, or the modules in a list."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(

@@ -34,14 +34,12 @@ def _affine(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tuple[torch.Te
     return snap(scale, zero, grid)
 
 
-def snap(
-    scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def snap(scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The nearest scale and zero [rows, n_groups] that ship, so that codes are chosen for the very grid they land on.
 
     A scale takes a value of `scale_dtype`; 0 (a group of zeros, or of one repeated value) becomes 1, which keeps zeros
-    exactly zero, and one too small or large for the dtype its smallest normal or largest number. A grid with a zero has
-    positive scales only. z becomes a code; b becomes the value for which the offset M = b + qmin * s is in
+    exactly zero, and one too small or large for the dtype its smallest normal or largest number. A grid with a zero
+    has positive scales only. z becomes a code; b becomes the value for which the offset M = b + qmin * s is in
     `scale_dtype`.
     """
     info = torch.finfo(grid.scale_dtype)

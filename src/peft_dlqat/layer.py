@@ -1,6 +1,6 @@
 """The adapter layer: a frozen linear layer whose weight is quantized with a low-rank update inside the quantizer.
 
-    y = x @ w_hat.T + bias,    w_hat = m * Quantize(W0 + scaling * BA; s, zero)        (arXiv 2504.09223, eq. 3)
+y = x @ w_hat.T + bias,    w_hat = m * Quantize(W0 + scaling * BA; s, zero)        (arXiv 2504.09223, eq. 3)
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class DLQATLayer(BaseTunerLayer):
     """
 
     adapter_layer_names = ("dlqat_A", "dlqat_B", "dlqat_magnitude")
+    active_adapters: list[str]
+    merged_adapters: list[str]
     other_param_names = (
         "dlqat_scale",
         "dlqat_zero_point",
@@ -112,10 +114,9 @@ class DLQATLayer(BaseTunerLayer):
             scale, zero = initialise(weight, grid, init)
         self.dlqat_grid[adapter_name] = grid
         self.dlqat_scaling[adapter_name] = scaling
-        # A and B take the base layer's dtype, as LoRA's do; PEFT then makes them float32 unless told not to.
-        like = {"device": device, "dtype": weight.dtype}
-        self.dlqat_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features, **like))
-        self.dlqat_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, **like))
+        # All state is float32 whatever the base and `autocast_adapter_dtype`: an A rounded on loading moves codes.
+        self.dlqat_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features, device=device))
+        self.dlqat_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, device=device))
         self.dlqat_magnitude[adapter_name] = nn.Parameter(torch.ones(self.out_features, n_groups, device=device))
         self.dlqat_scale[adapter_name] = scale
         if zero is not None:
@@ -133,8 +134,9 @@ class DLQATLayer(BaseTunerLayer):
         device = self.get_base_layer().weight.device if device is None else device
         for name in self.adapter_layer_names + self.other_param_names:
             entries = getattr(self, name)
-            tensors_on_device = isinstance(entries, nn.Module) and adapter_name in entries
-            if tensors_on_device and device.type != "meta" and not entries[adapter_name].is_meta:
+            if not isinstance(entries, nn.ParameterDict | BufferDict) or adapter_name not in entries:
+                continue
+            if device.type != "meta" and not entries[adapter_name].is_meta:
                 entries[adapter_name] = entries[adapter_name].to(device)
 
     def original_weight(self) -> torch.Tensor:
@@ -164,7 +166,9 @@ class DLQATLayer(BaseTunerLayer):
         """
         names = self._present(self.active_adapters if adapter_name is None else [adapter_name])
         if len(names) != 1:
-            what = f"adapters {names} are active and their sum lies on no grid" if names else "there is no such adapter"
+            what = (
+                f"adapters {names} are active and their sum lies on no grid" if names else "there is no such adapter"
+            )
             raise ValueError(f"{what}: codes belong to one adapter; name one of {sorted(self.dlqat_grid)}.")
         name = names[0]
         latent = latent_weight(
@@ -204,9 +208,7 @@ class DLQATLayer(BaseTunerLayer):
         check_float_weight(self.get_base_layer(), "merge into")
         weight = self._merged_weight(self.merged_adapters + names)
         if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken"
-            )
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
         base_layer = self.get_base_layer()
         if self._unmerged_weight is None:
             self._unmerged_weight = base_layer.weight.data
@@ -223,6 +225,26 @@ class DLQATLayer(BaseTunerLayer):
         self._unmerged_weight = None
         self.merged_adapters.clear()
 
+    def _quantized_output(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """The layer's output with one adapter: in the autocast dtype, else computed in W0's and returned in x's."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.weight.dtype
+        inputs = self._cast_input_dtype(x, dtype)
+        output = fake_quantize_linear(
+            inputs,
+            None if self.bias is None else self.bias.to(inputs.dtype),
+            self.weight,
+            self.dlqat_A[adapter_name],
+            self.dlqat_B[adapter_name],
+            self.dlqat_magnitude[adapter_name],
+            self.dlqat_scale[adapter_name],
+            self.zero(adapter_name),
+            self.dlqat_grid[adapter_name],
+            self.dlqat_scaling[adapter_name],
+            self.fan_in_fan_out,
+        )
+        return output if autocast else output.to(x.dtype)
+
 
 class DLQATLinear(nn.Module, DLQATLayer):
     """DL-QAT on an `nn.Linear`, or on transformers' `Conv1D` (`fan_in_fan_out`)."""
@@ -235,41 +257,16 @@ class DLQATLinear(nn.Module, DLQATLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """y [..., out] from x [..., in]; the dtype is the base layer's own."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
+        if not names:
             return self.base_layer(x, *args, **kwargs)
-        names = self._present(self.active_adapters)
-        if self.merged or not names:
-            return self.base_layer(x, *args, **kwargs)
-
-        base_layer = self.get_base_layer()
-        weight = base_layer.weight
-        dtype, device_type = x.dtype, x.device.type
-        compute_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-        x = self._cast_input_dtype(x, compute_dtype)
-        bias = None if base_layer.bias is None else base_layer.bias.to(x.dtype)
-        outputs = [
-            fake_quantize_linear(
-                x,
-                bias,
-                weight,
-                self.dlqat_A[name],
-                self.dlqat_B[name],
-                self.dlqat_magnitude[name],
-                self.dlqat_scale[name],
-                self.zero(name),
-                self.dlqat_grid[name],
-                self.dlqat_scaling[name],
-                self.fan_in_fan_out,
-            )
-            for name in names
-        ]
-        result = outputs[0]
-        if len(outputs) > 1:
+        result = self._quantized_output(x, names[0])
+        if len(names) > 1:
             base = self.base_layer(x, *args, **kwargs)
-            result = base + sum(output - base for output in outputs)
-        return result if torch.is_autocast_enabled(device_type) else result.to(dtype)
+            result = result + sum(self._quantized_output(x, name) - base for name in names[1:])
+        return result
 
     def __repr__(self) -> str:
         """Named as PEFT names its layers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
+from .grid import largest_group
 from .layer import DLQATLayer, DLQATLinear, check_float_weight
 from .state import check_state
 
@@ -49,67 +51,45 @@ class DLQATModel(BaseTuner):
             _maybe_include_all_linear_layers(peft_config, model)
             if peft_config.layers_to_transform is not None:
                 # PEFT does not look at the layer of a module that is named in full.
-                peft_config.target_modules = {
+                peft_config.target_modules = {  # type: ignore[assignment]
                     name
                     for name in peft_config.target_modules
-                    if check_target_module_exists(
-                        replace(peft_config, target_modules=[name.rpartition(".")[2]]), name
-                    )
+                    if _is_target(replace(peft_config, target_modules=[name.rpartition(".")[2]]), name)
                 }
         self._check_targets(peft_config, model)
 
     def _check_targets(self, config: DLQATConfig, model: nn.Module) -> None:
-        adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DLQATLayer))
-        names, smaller = [], []
-        for name, module in model.named_modules():
-            if name.startswith(adapted) or self._check_target_module_exists(config, name) is not True:
-                continue
-            names.append(name)
-            settings = _layer_settings(config, name)
-            if self._check_target(name, module, settings["group_size"]):
-                smaller.append(name)
+        """Refuse impossible targets before any is replaced, and warn once about groups that had to shrink."""
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DLQATLayer))
+        targets = {
+            name: module
+            for name, module in model.named_modules()
+            if name and not name.startswith(inside) and _is_target(config, name)
+        }
+        smaller: dict[str, list[str]] = {}
+        for name, module in targets.items():
+            _check_target(name, module)
+            asked, in_features = _layer_settings(config, name)["group_size"], _in_features(module)
+            if asked > in_features and asked != DEFAULT_GROUP_SIZE:
+                raise ValueError(
+                    f"group_size={asked} is larger than in_features={in_features} of {name}; use at most "
+                    f"{in_features}, or -1 for one scale a row (group_size_pattern sets it for some modules only)."
+                )
+            used = largest_group(in_features, asked)
+            if asked not in (-1, used):
+                smaller.setdefault(f"{asked} -> {used}", []).append(name)
         for field in ("bits_pattern", "group_size_pattern"):
-            unused = [key for key in getattr(config, field) if not any(get_pattern_key([key], n) == key for n in names)]
+            unused = [
+                key for key in getattr(config, field) if all(get_pattern_key([key], name) != key for name in targets)
+            ]
             if unused:
                 warnings.warn(f"The following {field} keys did not match any targeted module: {unused}.", stacklevel=2)
         if smaller:
-            sizes: dict[str, list[str]] = {}
-            for name in smaller:
-                settings = _layer_settings(config, name)
-                grid = config.grid(_features(model.get_submodule(name))[0], settings["bits"], settings["group_size"])
-                sizes.setdefault(f"{settings['group_size']} -> {grid.group_size}", []).append(name)
-            listing = "; ".join(f"{change}: {', '.join(modules)}" for change, modules in sizes.items())
+            listing = "; ".join(f"{change}: {', '.join(names)}" for change, names in smaller.items())
             warnings.warn(
                 f"group_size does not divide in_features everywhere; the largest divisor is used instead ({listing}).",
                 stacklevel=2,
             )
-
-    @staticmethod
-    def _check_target(name: str, module: nn.Module, group_size: int) -> bool:
-        """Refuse a target that cannot be adapted; True if it needs a smaller group than asked for."""
-        layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
-        if not isinstance(layer, nn.Linear | Conv1D):
-            check_quantized = hasattr(layer, "qweight") or hasattr(layer, "W_q")  # GPTQ, AWQ; HQQ
-            if check_quantized:
-                check_float_weight(layer, f"adapt {name},")
-            raise ValueError(
-                f"target module {name} is a {type(layer).__name__}, not a linear layer; only torch.nn.Linear and "
-                "transformers' Conv1D can be adapted: narrow target_modules or use exclude_modules."
-            )
-        check_float_weight(layer, f"adapt {name},")
-        weight = module.original_weight() if isinstance(module, DLQATLayer) else layer.weight
-        if not weight.is_meta and not torch.isfinite(weight).all():
-            raise ValueError(
-                f"the weight of {name} holds NaN or infinity, which no grid can hold; repair the base model "
-                "or leave the module out by exclude_modules."
-            )
-        in_features = _features(module)[0]
-        if group_size > in_features and group_size != DEFAULT_GROUP_SIZE:
-            raise ValueError(
-                f"group_size={group_size} is larger than in_features={in_features} of {name}; use at most "
-                f"{in_features}, or -1 for one scale a row (group_size_pattern sets it for some modules only)."
-            )
-        return group_size != -1 and in_features % group_size != 0
 
     def _create_and_replace(
         self,
@@ -125,7 +105,7 @@ class DLQATModel(BaseTuner):
         kwargs = {
             "r": settings["r"],
             "scaling": peft_config.scaling(settings["r"], settings["lora_alpha"]),
-            "grid": peft_config.grid(_features(target)[0], settings["bits"], settings["group_size"]),
+            "grid": peft_config.grid(_in_features(target), settings["bits"], settings["group_size"]),
             "init": peft_config.init,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
@@ -156,7 +136,7 @@ class DLQATModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             warnings.warn(
-                f"adapters {list(adapter_name)} are active together: the weight is W0 plus the sum of their differences "
+                f"adapters {list(adapter_name)} are active together: the weight is W0 plus their differences "
                 "to it, which lies on no grid and cannot be exported; activate one of them for a quantized model.",
                 stacklevel=2,
             )
@@ -181,7 +161,9 @@ class DLQATModel(BaseTuner):
 
     def _is_trained(self, adapter_name: str) -> bool:
         layer = next(layer for layer in self.model.modules() if isinstance(layer, DLQATLayer))
-        return adapter_name in layer.dlqat_A and layer.dlqat_A[adapter_name].requires_grad and not layer.disable_adapters
+        return (
+            adapter_name in layer.dlqat_A and layer.dlqat_A[adapter_name].requires_grad and not layer.disable_adapters
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -203,16 +185,39 @@ class DLQATModel(BaseTuner):
         return remapped
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer, a Conv1D or an adapter layer."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
-    return module.in_features, module.out_features  # type: ignore[return-value]
+def _is_target(config: DLQATConfig, name: str) -> bool:
+    """Whether PEFT's matching selects the module; it answers with True, a match, or a mark for exclusion."""
+    found = check_target_module_exists(config, name)
+    return found is True or isinstance(found, re.Match)
+
+
+def _check_target(name: str, module: nn.Module) -> None:
+    """Refuse a module that is no linear layer, holds a quantized weight, or one that is not finite."""
+    layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
+    quantized = any(hasattr(layer, attribute) for attribute in ("qweight", "W_q"))  # GPTQ and AWQ; HQQ
+    if isinstance(layer, nn.Linear | Conv1D) or quantized:
+        check_float_weight(layer, f"adapt {name},")
+    else:
+        raise ValueError(
+            f"target module {name} is a {type(layer).__name__}, not a linear layer; only torch.nn.Linear and "
+            "transformers' Conv1D can be adapted: narrow target_modules or use exclude_modules."
+        )
+    weight: Any = module.original_weight() if isinstance(module, DLQATLayer) else layer.weight
+    if not weight.is_meta and not torch.isfinite(weight).all():
+        raise ValueError(
+            f"the weight of {name} holds NaN or infinity, which no grid can hold; repair the base model "
+            "or leave the module out by exclude_modules."
+        )
+
+
+def _in_features(module: nn.Module) -> int:
+    """Inputs of a linear layer, a Conv1D or an adapter layer."""
+    return module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features  # type: ignore[return-value]
 
 
 def _layer_settings(config: DLQATConfig, key: str) -> dict[str, Any]:
     """r, lora_alpha, bits and group_size of the module named `key`."""
-    fields = {
+    fields: dict[str, dict[str, Any]] = {
         "r": config.rank_pattern,
         "lora_alpha": config.alpha_pattern,
         "bits": config.bits_pattern,

@@ -49,7 +49,9 @@ def create_dlqat_optimizer(
     if not trainable:
         raise ValueError("the model has no trainable parameter; add an adapter, or load one with is_trainable=True.")
     decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
-    magnitudes, others, exempt = [], [], []
+    magnitudes: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in trainable.items():
         group = magnitudes if ".dlqat_magnitude." in name else others if name in decayed else exempt
         group.append(parameter)

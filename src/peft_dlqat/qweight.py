@@ -9,7 +9,7 @@
 is what makes the trained, the merged and the exported weight equal to the bit: `m * (S * codes)` and `(m * S) * codes`
 are not.
 
-Everything here is elementwise on tensors grouped as [out, n_groups, group_size]; s, m and the zero are [out, n_groups].
+Everything is elementwise on tensors grouped as [out, n_groups, group_size]; s, m and the zero are [out, n_groups].
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ def shipped_zero(zero: torch.Tensor | None, grid: Grid) -> torch.Tensor | None:
     return zero.round() if zero is not None and grid.zero_point == "integer" else zero
 
 
-def unrounded_codes(
-    latent: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
-) -> torch.Tensor:
+def unrounded_codes(latent: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
     """Grouped latent weight in units of the grid [out, n_groups, group_size]: latent / s + z, or (latent - b) / s."""
     latent = grid.group(latent)
     if grid.zero_point == "float":

@@ -6,6 +6,7 @@ enum first, exactly as the class statement would have made it; everything after 
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from peft.utils import PeftType, register_peft_method
@@ -36,8 +37,6 @@ def register(config_cls: type[PeftConfig], model_cls: type) -> None:
 
     Idempotent. Where PEFT already has a method of this name that is not ours, PEFT's stays and a warning says so.
     """
-    import warnings
-
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.DLQAT)  # type: ignore[attr-defined]
@@ -45,7 +44,7 @@ def register(config_cls: type[PeftConfig], model_cls: type) -> None:
         register_peft_method(name=NAME, config_cls=config_cls, model_cls=model_cls)
     elif known is not config_cls:
         warnings.warn(
-            f"PEFT already has a method named {NAME!r} ({known.__module__}.{known.__qualname__}), which stays in place: "
-            "use `from peft import DLQATConfig`, and uninstall peft-dlqat.",
+            f"PEFT already has a method named {NAME!r} ({known.__module__}.{known.__qualname__}), which stays in "
+            "place: use `from peft import DLQATConfig`, and uninstall peft-dlqat.",
             stacklevel=3,
         )

@@ -51,8 +51,8 @@ def check_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch
     ]
     if wrong:
         raise ValueError(
-            f"the saved adapter has {len(wrong)} tensors of other shapes than this model and config ({wrong[0]}); load "
-            "it with its own adapter_config.json on the base model that it was trained on."
+            f"the saved adapter has {len(wrong)} tensors of other shapes than this model and config ({wrong[0]}); "
+            "load it with its own adapter_config.json on the base model that it was trained on."
         )
     for name, layer in layers.items():
         own = {kind: found.get(f"{name}.{kind}.{adapter_name}") for kind in _NAMED}

@@ -89,10 +89,8 @@ def backward(
     if needs["magnitude"] or needs["scale"]:
         code_sum = (g * (codes if integer_zero is None else codes - integer_zero)).sum(-1)
     if needs["magnitude"]:
-        grads["magnitude"] = scale * code_sum
-        if grid.zero_point == "float":
-            assert zero is not None
-            grads["magnitude"] += zero * g.sum(-1)
+        offset_grad = 0 if zero is None or grid.zero_point == "integer" else zero * g.sum(-1)
+        grads["magnitude"] = scale * code_sum + offset_grad
     g_inside = g * inside
     ratio = folded_scale / scale
     if needs["scale"]:

@@ -1,0 +1,405 @@
+"""Fine-tune a causal language model to a low-bit one with DL-QAT, and compare with rounding it afterwards.
+
+    python examples/finetune.py
+
+takes the small Llama model in examples/embedded/model and Python's language reference, a text which that model has
+never seen, and fine-tunes the one on the other, without a download and in some minutes on two CPU cores:
+
+* with LoRA in full precision, the best that fine-tuning does here, and then rounds the result to the nearest codes;
+* with DL-QAT at 3 and at 2 bits, where the low-rank update is trained inside the quantizer. The steps, batches, rank
+  and learning-rate schedule are LoRA's; the calibration steps are taken out of the same number.
+
+Your own model and text, from the Hub or from a disk (`--compare` adds the LoRA rows):
+
+    python examples/finetune.py --model Qwen/Qwen3-0.6B --dtype bfloat16 --bits 3 --group_size 128 \\
+        --dataset Salesforce/wikitext --dataset_config wikitext-2-raw-v1 --steps 2000 --calibration_steps 500
+
+The learning rates are the best of a few that were tried for each method on the embedded model: LORA_LRS for LoRA and
+DLQAT_LRS for DL-QAT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+from data import InputError, dataset_blocks, embedded_blocks
+from peft import LoraConfig, PeftModel, get_peft_model
+from plots import draw_bars, draw_curves
+from results import BASE, DLQAT, LORA, LORA_RTN, NOTE, RTN, Result, save, text_table, verdicts
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from peft_dlqat import DLQATCallback, DLQATConfig, DLQATLayer, create_dlqat_optimizer
+
+EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STEPS, LORA_LR, DLQAT_LR, MAGNITUDE_LR = 300, 2e-3, 2e-3, 1e-3
+Curve = list[dict[str, Any]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run everything.
+
+    Returns:
+        The exit status: 0, or 1 if a reloaded or merged adapter gave other logits than the trained one.
+    """
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        complete(args)
+        metric = None if args.metric is None else load_metric(args.metric)
+        tokenizer, train, held_out = load_text(args)
+        check_length(args)
+    except InputError as error:
+        parser.error(str(error))
+    started = time.perf_counter()
+    print(f"{args.model}: {len(train):,} blocks of {args.length} tokens to train on, {len(held_out):,} held out")
+    results, curves, exact = compare_methods(args, tokenizer, train, held_out, metric)
+
+    save(args.output_dir, results, curves, {key: str(value) for key, value in vars(args).items()})
+    draw_curves(curves, args.calibration_steps, args.output_dir / "curves.png")
+    draw_bars(results, args.output_dir / "perplexity.png")
+    print("\n\n" + text_table(results, f"{Path(args.model).name} on {args.text_name}, {args.steps} steps"))
+    print(NOTE, *verdicts(results), sep="\n")
+    print(f"\nAdapters, results.md, results.json, curves.png and perplexity.png are in {args.output_dir}")
+    print(f"{time.perf_counter() - started:.0f} s")
+    return 0 if exact else 1
+
+
+def compare_methods(
+    args: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    train: datasets.Dataset,
+    held_out: datasets.Dataset,
+    metric: evaluate.EvaluationModule | None,
+) -> tuple[list[Result], dict[str, Curve], bool]:
+    """Every row of the table, the training curves, and whether all adapters came back from the disk to the bit."""
+    results: list[Result] = []
+    curves: dict[str, Curve] = {}
+    exact = True
+
+    def measure(method: str, bits: int | None, model: PreTrainedModel | PeftModel, trained_share: float = 0.0) -> None:
+        loss, accuracy, metrics = evaluate_model(model, held_out, args.batch_size, metric, f"{method} {bits or ''}")
+        width = stored_bits(args.model) if bits is None else bits_per_weight(model)
+        results.append(Result(method, bits, width, trained_share, loss, accuracy, metrics))
+
+    measure(BASE, None, load_model(args))
+    lora = None
+    if args.compare:
+        lora, share, curves[LORA] = train_lora(args, train, held_out)
+        measure(LORA, None, lora, share)
+    for bits in args.bits:
+        measure(RTN, bits, round_to_nearest(load_model(args), bits, args))
+        if lora is not None:
+            rounded = round_to_nearest(lora, bits, args)
+            measure(LORA_RTN, bits, rounded, share)
+            lora = rounded.unload()
+        model, dlqat_share, curves[f"{DLQAT}, {bits} bits"] = train_dlqat(args, bits, train, held_out)
+        measure(DLQAT, bits, model, dlqat_share)
+        folder = args.output_dir / f"dlqat-{bits}bit"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        exact &= check_exact(args, bits, model, folder, held_out)
+        if args.push_to_hub:
+            model.push_to_hub(args.push_to_hub if len(args.bits) == 1 else f"{args.push_to_hub}-{bits}bit")
+    return results, curves, exact
+
+
+# --- the methods ---------------------------------------------------------------------------------------------------
+
+
+def train_dlqat(
+    args: argparse.Namespace, bits: int, train: datasets.Dataset, held_out: datasets.Dataset
+) -> tuple[PeftModel, float, Curve]:
+    """DL-QAT: calibrate the grid for some of the steps, then train A, B and m through the quantizer for the others."""
+    set_seed(args.seed)
+    config = DLQATConfig(
+        bits=bits,
+        group_size=args.group_size,
+        zero_point=args.zero_point,
+        r=args.r,
+        lora_alpha=2 * args.r,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(load_model(args), config)
+    trainer = Trainer(
+        model,
+        training_arguments(args, args.lr, args.steps - args.calibration_steps),
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=collate,
+        optimizers=(create_dlqat_optimizer(model, torch.optim.AdamW, lr=args.lr, magnitude_lr=args.magnitude_lr), None),
+        callbacks=[DLQATCallback(calibration_steps=args.calibration_steps, lr=args.calibration_lr)],
+    )
+    return model, trained_share(model), run(trainer, f"{DLQAT}, {bits} bits")
+
+
+def train_lora(
+    args: argparse.Namespace, train: datasets.Dataset, held_out: datasets.Dataset
+) -> tuple[PreTrainedModel, float, Curve]:
+    """LoRA in full precision, merged: the ceiling, and what is rounded afterwards."""
+    set_seed(args.seed)
+    config = LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(args), config)
+    share = trained_share(model)
+    trainer = Trainer(
+        model,
+        training_arguments(args, args.lora_lr, args.steps),
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=collate,
+    )
+    curve = run(trainer, LORA)
+    return model.merge_and_unload(), share, curve
+
+
+def round_to_nearest(model: PreTrainedModel, bits: int, args: argparse.Namespace) -> PeftModel:
+    """A fresh adapter on the range of each group is exactly round-to-nearest: B is zero and m is one."""
+    config = DLQATConfig(
+        bits=bits, group_size=args.group_size, zero_point=args.zero_point, init="minmax", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def training_arguments(args: argparse.Namespace, lr: float, steps: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(args.output_dir / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20),
+        logging_steps=max(1, args.steps // 60),
+        eval_strategy="steps",
+        eval_on_start=True,
+        eval_steps=max(1, args.steps // 4),
+        save_strategy="no",
+        report_to="none",
+        seed=args.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+class LossOnBar(ProgressCallback):
+    """The Trainer's progress bar with the loss on it, in the place of a printed line for every log entry."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=logs["loss"])
+
+
+def run(trainer: Trainer, name: str) -> Curve:
+    """Train, and return the log."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossOnBar(name))
+    trainer.train()
+    trainer.model.eval()
+    return trainer.state.log_history
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    ids = torch.stack([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+# --- what is measured ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: nn.Module, blocks: datasets.Dataset, batch_size: int, metric: evaluate.EvaluationModule | None, name: str
+) -> tuple[float, float, dict[str, float]]:
+    """Loss in nats a token, accuracy of the next token, and what the metric says about the same predictions."""
+    model.eval()
+    device = next(model.parameters()).device
+    loss = correct = count = 0.0
+    for start in tqdm(range(0, len(blocks), batch_size), desc=f"held-out text, {name}", leave=False):
+        ids = blocks[start : start + batch_size]["input_ids"].to(device)
+        logits, labels = model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
+        predictions = logits.argmax(-1)
+        correct += (predictions == labels).sum().item()
+        count += labels.numel()
+        if metric is not None:
+            metric.add_batch(predictions=predictions.tolist(), references=labels.tolist())
+    return loss / count, correct / count, {} if metric is None else metric.compute()
+
+
+def load_metric(name: str) -> evaluate.EvaluationModule:
+    """A metric of `evaluate`, from the Hub or from a script, that compares integers (the next tokens)."""
+    try:
+        metric = evaluate.load(name)
+    except (OSError, ImportError) as error:
+        raise InputError(
+            f"cannot load the metric {name!r}: {error}\n--metric takes a metric's id on the Hub, such as accuracy, or "
+            "the path of a metric script, such as ./my_metric/my_metric.py."
+        ) from error
+    features = metric.features[0] if isinstance(metric.features, list) else metric.features
+    kinds = {key: getattr(feature, "dtype", str(feature)) for key, feature in features.items()}
+    if set(kinds) != {"predictions", "references"} or not all(kind.startswith("int") for kind in kinds.values()):
+        raise InputError(
+            f"the metric {name!r} takes {kinds}, but is given the predicted and the true next tokens, as integers "
+            "named predictions and references; take one that does, such as accuracy."
+        )
+    return metric
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """Mean over the weights of the quantized layers."""
+    layers = [module for module in model.modules() if isinstance(module, DLQATLayer)]
+    sizes = [layer.original_weight().numel() for layer in layers]
+    bits = [layer.dlqat_grid["default"].bits_per_weight() for layer in layers]
+    return sum(size * width for size, width in zip(sizes, bits, strict=True)) / sum(sizes)
+
+
+def stored_bits(model: str) -> int:
+    """Width of a weight in the model's own file."""
+    return torch.finfo(AutoConfig.from_pretrained(model).dtype or torch.float32).bits
+
+
+def trained_share(model: PeftModel) -> float:
+    trained, total = model.get_nb_trainable_parameters()
+    return trained / total
+
+
+@torch.no_grad()
+def check_exact(
+    args: argparse.Namespace, bits: int, model: PeftModel, folder: Path, held_out: datasets.Dataset
+) -> bool:
+    """Whether the trained adapter, the one loaded from disk, and that one merged give the same logits, to the bit."""
+    ids = held_out[: args.batch_size]["input_ids"].to(model.device)
+    trained = model.eval()(input_ids=ids).logits
+    reloaded_model = PeftModel.from_pretrained(load_model(args).to(model.device), folder).eval()
+    reloaded = reloaded_model(input_ids=ids).logits
+    merged = reloaded_model.merge_and_unload()(input_ids=ids).logits
+    equal = torch.equal(trained, reloaded) and torch.equal(trained, merged)
+    verdict = "are equal (torch.equal)" if equal else "DIFFER"
+    print(f"\n{bits} bits: logits of the trained, the reloaded and the merged model {verdict}")
+    return equal
+
+
+# --- what is given -------------------------------------------------------------------------------------------------
+
+
+def load_model(args: argparse.Namespace) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype])
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def load_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, datasets.Dataset, datasets.Dataset]:
+    """The tokenizer, and blocks of token ids to train on and to measure on."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the tokenizer of {args.model!r}: {error}") from error
+    if args.dataset is None:
+        train, held_out = embedded_blocks(tokenizer, args.length)
+    else:
+        train, held_out = dataset_blocks(
+            args.dataset, args.dataset_config, args.split, args.eval_split, args.text_column, tokenizer, args.length
+        )
+    return tokenizer, train, held_out.select(range(min(len(held_out), args.eval_blocks)))
+
+
+def check_length(args: argparse.Namespace) -> None:
+    most = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
+    if most is not None and args.length > most:
+        raise InputError(f"--length {args.length} is more than the {most} positions of {args.model}.")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given = parser.add_argument_group("what is given")
+    given.add_argument("--model", help="Hub id or folder of a causal language model; default: the embedded one")
+    given.add_argument("--dataset", help="Hub id, file or folder; default: Python's language reference")
+    given.add_argument("--dataset_config", help="configuration of the dataset")
+    given.add_argument("--split", default="train", help="split to train on, such as train or train[:10%%]")
+    given.add_argument("--eval_split", help="split to measure on; default: the last tenth of the training text")
+    given.add_argument("--eval_blocks", type=positive, default=200, help="measure on at most so many blocks")
+    given.add_argument("--text_column", default="text")
+    given.add_argument("--metric", help="a metric of `evaluate` to report too: Hub id or path of a script")
+    given.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base model")
+    method = parser.add_argument_group("method")
+    method.add_argument("--bits", type=int, nargs="+", default=[3, 2], help="widths, each fine-tuned by itself")
+    method.add_argument("--group_size", type=int, default=-1, help="inputs that share a scale; -1: a whole row")
+    method.add_argument("--zero_point", choices=["integer", "none", "float"], default="integer")
+    method.add_argument("--r", type=positive, default=8, help="rank, of DL-QAT and LoRA; lora_alpha is twice that")
+    method.add_argument("--steps", type=positive, default=STEPS, help="optimiser steps of each method")
+    method.add_argument("--calibration_steps", type=int, help="of these, steps on the grid; default: a sixth")
+    method.add_argument("--batch_size", type=positive, default=8, help="blocks a step")
+    method.add_argument("--length", type=positive, default=256, help="tokens a block")
+    method.add_argument("--lr", type=float, default=DLQAT_LR, help="of DL-QAT's A and B")
+    method.add_argument("--magnitude_lr", type=float, default=MAGNITUDE_LR, help="of DL-QAT's magnitude")
+    method.add_argument("--calibration_lr", type=float, default=3e-2, help="of DL-QAT's grid, see `calibrate`")
+    method.add_argument("--lora_lr", type=float, default=LORA_LR, help="of LoRA")
+    method.add_argument("--seed", type=int, default=0)
+    method.add_argument(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        help="train LoRA too, and round it; default: only without --model and --dataset",
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="upload the adapter, one repository a bit width")
+    parser.add_argument("--demo", action="store_true", help="the embedded model and text; the same as neither given")
+    parser.add_argument("--smoke", action="store_true", help="only see that everything runs: a few short steps")
+    return parser
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return int(text)
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Fill in what depends on other arguments, and refuse what does not go together."""
+    embedded = args.model is None and args.dataset is None
+    if args.demo and not embedded:
+        raise InputError("--demo is the embedded model and text; leave it out to use --model and --dataset.")
+    if args.model is not None and args.dataset is None:
+        raise InputError("--model needs a --dataset: an id on the Hub, a file or a folder.")
+    if args.smoke:
+        args.steps, args.length, args.batch_size, args.eval_blocks = 6, 64, 4, 8
+    if args.calibration_steps is None:
+        args.calibration_steps = args.steps // 6
+    if not 0 <= args.calibration_steps < args.steps:
+        raise InputError(
+            f"--calibration_steps {args.calibration_steps} are taken out of --steps {args.steps}, so there must be "
+            "fewer; a sixth is the default."
+        )
+    args.compare = embedded if args.compare is None else args.compare
+    args.model = str(EMBEDDED_MODEL) if args.model is None else args.model
+    args.text_name = "Python's language reference" if args.dataset is None else Path(args.dataset).name
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""Calibration and the Trainer callback: what moves, what it gains, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import lm_batches, tiny_model, tokens
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from peft_dlqat import (
+    DLQATCallback,
+    DLQATConfig,
+    adapters_disabled,
+    calibrate,
+    create_dlqat_optimizer,
+    distillation_loss,
+    grid_report,
+    teacher_logits,
+)
+from peft_dlqat.layer import adapter_layers
+
+ZERO_POINTS = ("none", "integer", "float")
+
+
+def adapted(**config):
+    torch.manual_seed(0)
+    config = {"bits": 2, "group_size": 32, "task_type": "CAUSAL_LM", **config}
+    return get_peft_model(tiny_model(), DLQATConfig(**config))
+
+
+def kl(model):
+    batch = lm_batches(1, batch=8)[0]
+    model.eval()
+    with torch.no_grad():
+        return distillation_loss(model(**batch).logits, teacher_logits(model, batch)).item()
+
+
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize("objective", ["distill", "task"])
+def test_calibration_lowers_the_loss_and_moves_only_the_grid(zero_point, objective):
+    model = adapted(zero_point=zero_point, init="minmax")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    result = calibrate(model, lm_batches(), steps=40, objective=objective, progress=False)
+    assert result.kept and result.loss_after < 0.95 * result.loss_before
+    moved = {name.split(".")[-2] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    zero = {"none": set(), "integer": {"dlqat_zero_point"}, "float": {"dlqat_offset"}}[zero_point]
+    assert moved == {"dlqat_scale"} | zero
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert not any(tensor.requires_grad for name, tensor in model.named_buffers())
+
+
+def test_the_reported_loss_is_the_frozen_grids():
+    """The figures are those of the model as it is afterwards, zero points rounded."""
+    model = adapted()
+    batches = lm_batches()
+    result = calibrate(model, batches, steps=20, progress=False)
+    model.eval()
+    with torch.no_grad():
+        losses = [distillation_loss(model(**b).logits, teacher_logits(model, b), b["labels"]).item() for b in batches]
+    assert result.loss_after == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert model.peft_config["default"].record["calibration"]["loss_after"] == result.loss_after
+
+
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16", "float32"])
+def test_the_frozen_grid_is_one_that_ships(zero_point, scale_dtype):
+    model = adapted(zero_point=zero_point, scale_dtype=scale_dtype)
+    calibrate(model, lm_batches(), steps=10, progress=False)
+    for layer in adapter_layers(model)[1].values():
+        grid, scale, zero = layer.dlqat_grid["default"], layer.dlqat_scale["default"], layer.zero("default")
+        assert torch.equal(scale, grid.round_scale(scale)) and scale.all()
+        assert zero_point == "none" or (scale > 0).all()
+        if zero_point == "integer":
+            assert torch.equal(zero, zero.round()) and zero.min() >= grid.qmin and zero.max() <= grid.qmax
+        shipped = layer.quantized_weight()
+        assert torch.equal(shipped.scale, shipped.scale.to(grid.scale_dtype).float())
+
+
+def test_calibration_is_repeatable_and_leaves_random_numbers_alone():
+    states = []
+    for _ in range(2):
+        model = adapted()
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+        loader = torch.utils.data.DataLoader(tokens(16), batch_size=4, shuffle=True, collate_fn=collate)
+        calibrate(model, loader, steps=6, progress=False)
+        assert random.getstate() == before[0]
+        assert (np.random.get_state()[1] == before[1]).all()
+        assert torch.equal(torch.get_rng_state(), before[2])
+        states.append(model.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def collate(rows):
+    return {"input_ids": torch.stack(list(rows))}
+
+
+def test_a_calibration_that_gains_nothing_is_undone():
+    model = adapted()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = calibrate(model, lm_batches(), steps=3, lr=10.0, progress=False)
+    assert not result.kept and result.loss_after == result.loss_before and "put back" in str(result)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_calibrate_works_on_a_model_with_an_injected_adapter():
+    model = tiny_model()
+    model.add_adapter(DLQATConfig(bits=2, group_size=32))
+    result = calibrate(model, lm_batches(), steps=20, progress=False)
+    assert result.loss_after < result.loss_before
+
+
+def test_calibrate_one_of_two_adapters():
+    model = adapted()
+    model.add_adapter("other", DLQATConfig(bits=2, group_size=32, task_type="CAUSAL_LM"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.set_adapter("other")
+    calibrate(model, lm_batches(), steps=10, progress=False)
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert moved and all(name.endswith(".other") for name in moved)
+
+
+def test_padding_and_ignored_labels_do_not_count():
+    logits, teacher = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
+    labels = torch.tensor([[-100, -100, 5, 6, -100, -100]])
+    expected = distillation_loss(logits[:, 1:3], teacher[:, 1:3])
+    assert torch.allclose(distillation_loss(logits, teacher, labels), expected)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0]])
+    assert torch.allclose(distillation_loss(logits, teacher, mask=mask), distillation_loss(logits[:, :3], teacher[:, :3]))
+    assert distillation_loss(teacher, teacher).abs() < 1e-6
+
+
+def test_adapters_disabled_is_the_base_and_changes_no_flags():
+    model = adapted()
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    with torch.no_grad(), adapters_disabled(model):
+        inside = model(tokens()).logits
+    assert torch.equal(inside, tiny_model()(tokens()).logits)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert not torch.equal(model(tokens()).logits, inside)
+
+
+# The callback
+
+
+class Losses(TrainerCallback):
+    """Keeps what reaches the Trainer's reporters."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append((state.global_step, dict(logs)))
+
+
+def trainer(model, folder, callback=None, **kwargs):
+    data = [{"input_ids": row, "labels": row} for row in tokens(32)]
+    options = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+        **kwargs.pop("args", {}),
+    }
+    callbacks = [c for c in (callback, *kwargs.pop("callbacks", ())) if c is not None]
+    return Trainer(model, TrainingArguments(**options), train_dataset=data, callbacks=callbacks, **kwargs)
+
+
+def test_callback_calibrates_before_the_first_step_and_logs(tmp_path):
+    log = Losses()
+    model = adapted()
+    run = trainer(model, tmp_path, DLQATCallback(calibration_steps=8, report_steps=2), callbacks=[log])
+    run.train()
+    calibration = [(step, logs) for step, logs in log.seen if "calibration/loss" in logs]
+    assert [step for step, _ in calibration] == list(range(1, 9))
+    gains = [logs for _, logs in log.seen if "calibration/loss_after" in logs]
+    assert len(gains) == 1 and gains[0]["calibration/loss_after"] < gains[0]["calibration/loss_before"]
+    assert [step for step, logs in log.seen if "grid/clipped" in logs] == [2, 4]
+    first_loss = next(i for i, (_, logs) in enumerate(log.seen) if "loss" in logs)
+    assert all("calibration/loss" not in logs for _, logs in log.seen[first_loss:])
+    assert any("calibration/loss_after" in entry for entry in run.state.log_history)
+    assert "calibration" in model.peft_config["default"].record
+
+
+def test_tensorboard_sees_the_calibration(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    trainer(adapted(), tmp_path / "out", DLQATCallback(calibration_steps=4), args={"report_to": ["tensorboard"]}).train()
+    files = list((tmp_path / "tb").rglob("events.out.tfevents.*"))
+    assert len(files) == 1, "the Trainer's own writer is used"
+    events = EventAccumulator(str(files[0])).Reload()
+    scalars = events.Tags()["scalars"]
+    assert [e.step for e in events.Scalars("train/calibration/loss")] == [1, 2, 3, 4]
+    assert "train/grid/clipped" in scalars and "train/loss" in scalars
+
+
+def test_calibration_does_not_change_the_order_of_training_data(tmp_path):
+    """The same batches are trained on with and without a calibration before."""
+    orders = []
+    for steps in (0, 5):
+        seen = []
+        model = adapted()
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(kwargs["input_ids"].clone()), with_kwargs=True
+        )
+        run = trainer(model, tmp_path, DLQATCallback(calibration_steps=steps))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.base_model, "_warned", {"default"})
+            run.train()
+        orders.append(seen[-4:])
+    assert all(torch.equal(a, b) for a, b in zip(*orders, strict=True))
+
+
+def test_an_adapter_calibrated_before_is_not_calibrated_again(tmp_path):
+    model = adapted()
+    first = calibrate(model, lm_batches(), steps=4, progress=False)
+    log = Losses()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=True)
+    trainer(loaded, tmp_path, DLQATCallback(calibration_steps=4), callbacks=[log]).train()
+    assert not any("calibration/loss" in logs for _, logs in log.seen)
+    assert loaded.peft_config["default"].record["calibration"]["loss_after"] == first.loss_after
+
+
+def test_checkpoints_carry_the_record(tmp_path):
+    trainer(adapted(), tmp_path, DLQATCallback(calibration_steps=4), args={"save_steps": 2}).train()
+    record = json.loads((tmp_path / "checkpoint-2" / "adapter_config.json").read_text())["record"]
+    assert record["calibration"]["steps"] == 4
+    card = (tmp_path / "checkpoint-2" / "README.md").read_text()
+    assert "import peft_dlqat" in card and "4 steps, distill" in card
+
+
+def test_callback_names_the_layer_whose_magnitude_explodes(tmp_path):
+    model = adapted()
+    name, layer = list(adapter_layers(model)[1].items())[3]
+    calibrate(model, lm_batches(), steps=1, progress=False)
+    layer.dlqat_magnitude["default"].data[0, 0] = 50.0
+    with pytest.warns(UserWarning, match=f"{name}.*magnitude has exploded.*magnitude_lr") as caught:
+        trainer(model, tmp_path, DLQATCallback(report_steps=1)).train()
+    assert sum("exploded" in str(w.message) for w in caught) == 1
+
+
+def test_callback_warns_about_weight_decay_on_the_magnitude(tmp_path):
+    model = adapted()
+    with pytest.warns(UserWarning, match="create_dlqat_optimizer"):
+        trainer(model, tmp_path, DLQATCallback(calibration_steps=1), args={"weight_decay": 0.1}).train()
+    optimizer = create_dlqat_optimizer(model, torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+    run = trainer(model, tmp_path, DLQATCallback(calibration_steps=1), optimizers=(optimizer, None))
+    run.train()
+
+
+def test_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [f"w{i}" for i in range(60)]
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    data = Dataset.from_dict({"text": [" ".join(random.Random(i).choices(words, k=12)) for i in range(32)]})
+    config = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
+    run = trl.SFTTrainer(
+        tiny_model(),
+        config,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM"),
+        callbacks=[DLQATCallback(calibration_steps=4)],
+    )
+    run.train()
+    record = run.model.peft_config["default"].record
+    assert record["calibration"]["steps"] == 4
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+# The report and the optimiser
+
+
+def test_grid_report_figures():
+    model = adapted(zero_point="none", bits=4)
+    report = grid_report(model)
+    assert len(report.layers) == 14 and not report.problems
+    row, layer = report.layers[0], next(iter(adapter_layers(model)[1].values()))
+    w_hat, w0 = layer.quantized_weight().dequantize(), layer.original_weight()
+    assert row.error == pytest.approx(((w_hat - w0).norm() / w0.norm()).item(), rel=1e-4)
+    assert row.magnitude_min == row.magnitude_max == 1
+    codes = layer.quantized_weight().codes.view(-1, 32)
+    assert row.levels == pytest.approx(sum(len(group.unique()) for group in codes) / len(codes), rel=1e-5)
+    assert "q_proj" in str(report) and 0 <= report.summary()["grid/clipped"] < 0.1
+
+
+@pytest.mark.parametrize(
+    "damage, problem",
+    [
+        (lambda layer: layer.dlqat_scale["default"].mul_(0.01), "most codes are clipped"),
+        (lambda layer: layer.dlqat_scale["default"].mul_(100), "onto one level"),
+        (lambda layer: layer.dlqat_magnitude["default"].data.fill_(torch.nan), "magnitude has exploded"),
+        (lambda layer: layer.dlqat_magnitude["default"].data.mul_(-20), "magnitude has exploded"),
+        (lambda layer: layer.dlqat_scale["default"].requires_grad_(True), "is trainable"),
+    ],
+)
+def test_grid_report_finds_each_known_failure(damage, problem):
+    model = adapted()
+    name, layer = list(adapter_layers(model)[1].items())[5]
+    damage(layer)
+    problems = grid_report(model).problems
+    assert len(problems) == 1 and problems[0].startswith(name) and problem in problems[0]
+
+
+def test_optimizer_groups():
+    model = adapted()
+    optimizer = create_dlqat_optimizer(model, torch.optim.AdamW, lr=1e-3, magnitude_lr=1e-4, weight_decay=0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            seen[names[id(p)]] = group["lr"], group["weight_decay"]
+    assert seen.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, settings in seen.items():
+        assert settings == ((1e-4, 0.0) if "magnitude" in name else (1e-3, 0.1)), name
+
+
+def test_optimizer_needs_something_to_train():
+    model = adapted()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        create_dlqat_optimizer(model, torch.optim.AdamW, lr=1e-3)
