@@ -52,11 +52,15 @@ def dataset_blocks(
 def load(name: str, config: str | None, split: str, column: str) -> datasets.Dataset:
     """The rows of one split of a Hub id, a file or a folder, checked to have the column of text."""
     try:
-        rows = _load(Path(name), config, split) if Path(name).exists() else datasets.load_dataset(name, config, split=split)
+        rows = (
+            _load(Path(name), config, split)
+            if Path(name).exists()
+            else datasets.load_dataset(name, config, split=split)
+        )
     except (OSError, ValueError) as error:  # not found, no connection; unknown config or split
         raise InputError(
-            f"cannot load the dataset {name!r} (config {config!r}, split {split!r}): {error}\n--dataset takes an id on "
-            f"the Hugging Face Hub, a file ({', '.join(FILE_FORMATS)}), or a folder of such files or of save_to_disk."
+            f"cannot load the dataset {name!r} (config {config!r}, split {split!r}): {error}\n--dataset takes an id "
+            f"on the Hub, a file ({', '.join(FILE_FORMATS)}), or a folder of such files or of save_to_disk."
         ) from error
     if column not in rows.column_names:
         raise InputError(f"{name} has no column {column!r}; name one of {rows.column_names} by --text_column.")
@@ -95,12 +99,18 @@ def to_blocks(
         texts = [text for text in batch[column] if text]
         if not texts:
             return {"input_ids": []}
-        ids = list(chain.from_iterable(row + end for row in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
+        ids = list(
+            chain.from_iterable(
+                row + end for row in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            )
+        )
         return {"input_ids": [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]}
 
     blocks = rows.map(
         join_and_cut, batched=True, batch_size=10_000, remove_columns=rows.column_names, desc="tokenizing"
     )
     if len(blocks) == 0:
-        raise InputError(f"the text is shorter than one block of {length} tokens; give more text or a smaller --length.")
+        raise InputError(
+            f"the text is shorter than one block of {length} tokens; give more text or a smaller --length."
+        )
     return blocks.with_format("torch")

@@ -23,16 +23,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import evaluate
 import torch
+from arguments import complete, make_parser
 from data import InputError, dataset_blocks, embedded_blocks
 from peft import LoraConfig, PeftModel, get_peft_model
 from plots import draw_bars, draw_curves
-from results import BASE, DLQAT, LORA, LORA_RTN, NOTE, RTN, Result, save, text_table, verdicts
+from results import BASE, DLQAT, LORA, LORA_CLIPPED, LORA_RTN, NOTE, RTN, Result, save, text_table, verdicts
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -46,12 +49,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 from peft_dlqat import DLQATCallback, DLQATConfig, DLQATLayer, create_dlqat_optimizer
 
-EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STEPS, LORA_LR, DLQAT_LR, MAGNITUDE_LR = 300, 2e-3, 2e-3, 1e-3
 Curve = list[dict[str, Any]]
 
 
@@ -61,16 +62,21 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 if a reloaded or merged adapter gave other logits than the trained one.
     """
-    parser = make_parser()
+    parser = make_parser(__doc__)
     args = parser.parse_args(argv)
     try:
         complete(args)
+        check_model(args)
         metric = None if args.metric is None else load_metric(args.metric)
         tokenizer, train, held_out = load_text(args)
-        check_length(args)
     except InputError as error:
         parser.error(str(error))
     started = time.perf_counter()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings(
+        "ignore", r"`(is_)?gradient_checkpointing", FutureWarning
+    )  # raised by peft 0.21's own code
+    logging.disable_progress_bar()  # of loading weights, which is done for each method; training has its own
     print(f"{args.model}: {len(train):,} blocks of {args.length} tokens to train on, {len(held_out):,} held out")
     results, curves, exact = compare_methods(args, tokenizer, train, held_out, metric)
 
@@ -78,10 +84,14 @@ def main(argv: list[str] | None = None) -> int:
     draw_curves(curves, args.calibration_steps, args.output_dir / "curves.png")
     draw_bars(results, args.output_dir / "perplexity.png")
     print("\n\n" + text_table(results, f"{Path(args.model).name} on {args.text_name}, {args.steps} steps"))
-    print(NOTE, *verdicts(results), sep="\n")
-    print(f"\nAdapters, results.md, results.json, curves.png and perplexity.png are in {args.output_dir}")
-    print(f"{time.perf_counter() - started:.0f} s")
-    return 0 if exact else 1
+    print(NOTE, "", *verdicts(results), sep="\n")
+    for bits, equal in exact.items():
+        verdict = "are equal (torch.equal)" if equal else "DIFFER"
+        print(f"{bits} bits: logits of the trained, the reloaded and the merged model {verdict}.")
+    print(
+        f"\nAdapters, results.md, results.json, curves.png and perplexity.png are in {args.output_dir}; {time.perf_counter() - started:.0f} s"
+    )
+    return 0 if all(exact.values()) else 1
 
 
 def compare_methods(
@@ -90,11 +100,11 @@ def compare_methods(
     train: datasets.Dataset,
     held_out: datasets.Dataset,
     metric: evaluate.EvaluationModule | None,
-) -> tuple[list[Result], dict[str, Curve], bool]:
-    """Every row of the table, the training curves, and whether all adapters came back from the disk to the bit."""
+) -> tuple[list[Result], dict[str, Curve], dict[int, bool]]:
+    """Every row of the table, the training curves, and, by bits, whether the saved adapter is exactly the trained."""
     results: list[Result] = []
     curves: dict[str, Curve] = {}
-    exact = True
+    exact: dict[int, bool] = {}
 
     def measure(method: str, bits: int | None, model: PreTrainedModel | PeftModel, trained_share: float = 0.0) -> None:
         loss, accuracy, metrics = evaluate_model(model, held_out, args.batch_size, metric, f"{method} {bits or ''}")
@@ -109,17 +119,20 @@ def compare_methods(
     for bits in args.bits:
         measure(RTN, bits, round_to_nearest(load_model(args), bits, args))
         if lora is not None:
-            rounded = round_to_nearest(lora, bits, args)
-            measure(LORA_RTN, bits, rounded, share)
-            lora = rounded.unload()
+            for method, init in ((LORA_RTN, "minmax"), (LORA_CLIPPED, "mse")):
+                rounded = round_to_nearest(lora, bits, args, init)
+                measure(method, bits, rounded, share)
+                lora = rounded.unload()
         model, dlqat_share, curves[f"{DLQAT}, {bits} bits"] = train_dlqat(args, bits, train, held_out)
         measure(DLQAT, bits, model, dlqat_share)
         folder = args.output_dir / f"dlqat-{bits}bit"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        exact &= check_exact(args, bits, model, folder, held_out)
+        exact[bits] = is_exact(args, model, folder, held_out)
         if args.push_to_hub:
-            model.push_to_hub(args.push_to_hub if len(args.bits) == 1 else f"{args.push_to_hub}-{bits}bit")
+            repository = args.push_to_hub if len(args.bits) == 1 else f"{args.push_to_hub}-{bits}bit"
+            model.push_to_hub(repository)
+            tokenizer.push_to_hub(repository)
     return results, curves, exact
 
 
@@ -131,22 +144,17 @@ def train_dlqat(
 ) -> tuple[PeftModel, float, Curve]:
     """DL-QAT: calibrate the grid for some of the steps, then train A, B and m through the quantizer for the others."""
     set_seed(args.seed)
-    config = DLQATConfig(
-        bits=bits,
-        group_size=args.group_size,
-        zero_point=args.zero_point,
-        r=args.r,
-        lora_alpha=2 * args.r,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(load_model(args), config)
+    model = get_peft_model(load_model(args), dlqat_config(args, bits))
     trainer = Trainer(
         model,
         training_arguments(args, args.lr, args.steps - args.calibration_steps),
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=collate,
-        optimizers=(create_dlqat_optimizer(model, torch.optim.AdamW, lr=args.lr, magnitude_lr=args.magnitude_lr), None),
+        optimizers=(
+            create_dlqat_optimizer(model, torch.optim.AdamW, lr=args.lr, magnitude_lr=args.magnitude_lr),
+            None,
+        ),
         callbacks=[DLQATCallback(calibration_steps=args.calibration_steps, lr=args.calibration_lr)],
     )
     return model, trained_share(model), run(trainer, f"{DLQAT}, {bits} bits")
@@ -171,17 +179,25 @@ def train_lora(
     return model.merge_and_unload(), share, curve
 
 
-def round_to_nearest(model: PreTrainedModel, bits: int, args: argparse.Namespace) -> PeftModel:
-    """A fresh adapter on the range of each group is exactly round-to-nearest: B is zero and m is one."""
-    config = DLQATConfig(
-        bits=bits, group_size=args.group_size, zero_point=args.zero_point, init="minmax", task_type="CAUSAL_LM"
+def dlqat_config(args: argparse.Namespace, bits: int) -> DLQATConfig:
+    return DLQATConfig(
+        bits=bits,
+        group_size=args.group_size,
+        zero_point=args.zero_point,
+        r=args.r,
+        lora_alpha=2 * args.r,
+        task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+
+
+def round_to_nearest(model: PreTrainedModel, bits: int, args: argparse.Namespace, init: str = "minmax") -> PeftModel:
+    """A fresh adapter is exactly round-to-nearest on its first grid: B is zero and m is one."""
+    return get_peft_model(model, replace(dlqat_config(args, bits), init=init))
 
 
 def training_arguments(args: argparse.Namespace, lr: float, steps: int) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(args.output_dir / "trainer"),
+        output_dir=str(args.output_dir),
         max_steps=steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
@@ -200,11 +216,12 @@ def training_arguments(args: argparse.Namespace, lr: float, steps: int) -> Train
 
 
 class LossOnBar(ProgressCallback):
-    """The Trainer's progress bar with the loss on it, in the place of a printed line for every log entry."""
+    """The Trainer's progress bar with the losses on it, in the place of a printed line for every log entry."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
+        self.shown: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -212,8 +229,12 @@ class LossOnBar(ProgressCallback):
             self.training_bar.set_description(self.name)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(loss=logs["loss"])
+        if self.training_bar is not None:
+            self.shown.update({key: value for key, value in (logs or {}).items() if key in ("loss", "eval_loss")})
+            self.training_bar.set_postfix(self.shown)
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """No second bar."""
 
 
 def run(trainer: Trainer, name: str) -> Curve:
@@ -291,26 +312,21 @@ def trained_share(model: PeftModel) -> float:
 
 
 @torch.no_grad()
-def check_exact(
-    args: argparse.Namespace, bits: int, model: PeftModel, folder: Path, held_out: datasets.Dataset
-) -> bool:
+def is_exact(args: argparse.Namespace, model: PeftModel, folder: Path, held_out: datasets.Dataset) -> bool:
     """Whether the trained adapter, the one loaded from disk, and that one merged give the same logits, to the bit."""
     ids = held_out[: args.batch_size]["input_ids"].to(model.device)
     trained = model.eval()(input_ids=ids).logits
     reloaded_model = PeftModel.from_pretrained(load_model(args).to(model.device), folder).eval()
     reloaded = reloaded_model(input_ids=ids).logits
     merged = reloaded_model.merge_and_unload()(input_ids=ids).logits
-    equal = torch.equal(trained, reloaded) and torch.equal(trained, merged)
-    verdict = "are equal (torch.equal)" if equal else "DIFFER"
-    print(f"\n{bits} bits: logits of the trained, the reloaded and the merged model {verdict}")
-    return equal
+    return torch.equal(trained, reloaded) and torch.equal(trained, merged)
 
 
 # --- what is given -------------------------------------------------------------------------------------------------
 
 
 def load_model(args: argparse.Namespace) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype])
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     return model.to("cuda") if torch.cuda.is_available() else model
 
 
@@ -329,76 +345,20 @@ def load_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, datase
     return tokenizer, train, held_out.select(range(min(len(held_out), args.eval_blocks)))
 
 
-def check_length(args: argparse.Namespace) -> None:
-    most = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
+def check_model(args: argparse.Namespace) -> None:
+    """Refuse a model, or a grid that it cannot take, before anything is loaded."""
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what warns here warns again at its own time
+            model = AutoModelForCausalLM.from_config(config)
+            for bits in args.bits:
+                model = get_peft_model(model, dlqat_config(args, bits)).unload()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot fine-tune {args.model!r}: {error}") from error
+    most = getattr(config, "max_position_embeddings", None)
     if most is not None and args.length > most:
         raise InputError(f"--length {args.length} is more than the {most} positions of {args.model}.")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    given = parser.add_argument_group("what is given")
-    given.add_argument("--model", help="Hub id or folder of a causal language model; default: the embedded one")
-    given.add_argument("--dataset", help="Hub id, file or folder; default: Python's language reference")
-    given.add_argument("--dataset_config", help="configuration of the dataset")
-    given.add_argument("--split", default="train", help="split to train on, such as train or train[:10%%]")
-    given.add_argument("--eval_split", help="split to measure on; default: the last tenth of the training text")
-    given.add_argument("--eval_blocks", type=positive, default=200, help="measure on at most so many blocks")
-    given.add_argument("--text_column", default="text")
-    given.add_argument("--metric", help="a metric of `evaluate` to report too: Hub id or path of a script")
-    given.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base model")
-    method = parser.add_argument_group("method")
-    method.add_argument("--bits", type=int, nargs="+", default=[3, 2], help="widths, each fine-tuned by itself")
-    method.add_argument("--group_size", type=int, default=-1, help="inputs that share a scale; -1: a whole row")
-    method.add_argument("--zero_point", choices=["integer", "none", "float"], default="integer")
-    method.add_argument("--r", type=positive, default=8, help="rank, of DL-QAT and LoRA; lora_alpha is twice that")
-    method.add_argument("--steps", type=positive, default=STEPS, help="optimiser steps of each method")
-    method.add_argument("--calibration_steps", type=int, help="of these, steps on the grid; default: a sixth")
-    method.add_argument("--batch_size", type=positive, default=8, help="blocks a step")
-    method.add_argument("--length", type=positive, default=256, help="tokens a block")
-    method.add_argument("--lr", type=float, default=DLQAT_LR, help="of DL-QAT's A and B")
-    method.add_argument("--magnitude_lr", type=float, default=MAGNITUDE_LR, help="of DL-QAT's magnitude")
-    method.add_argument("--calibration_lr", type=float, default=3e-2, help="of DL-QAT's grid, see `calibrate`")
-    method.add_argument("--lora_lr", type=float, default=LORA_LR, help="of LoRA")
-    method.add_argument("--seed", type=int, default=0)
-    method.add_argument(
-        "--compare",
-        action=argparse.BooleanOptionalAction,
-        help="train LoRA too, and round it; default: only without --model and --dataset",
-    )
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="upload the adapter, one repository a bit width")
-    parser.add_argument("--demo", action="store_true", help="the embedded model and text; the same as neither given")
-    parser.add_argument("--smoke", action="store_true", help="only see that everything runs: a few short steps")
-    return parser
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return int(text)
-
-
-def complete(args: argparse.Namespace) -> None:
-    """Fill in what depends on other arguments, and refuse what does not go together."""
-    embedded = args.model is None and args.dataset is None
-    if args.demo and not embedded:
-        raise InputError("--demo is the embedded model and text; leave it out to use --model and --dataset.")
-    if args.model is not None and args.dataset is None:
-        raise InputError("--model needs a --dataset: an id on the Hub, a file or a folder.")
-    if args.smoke:
-        args.steps, args.length, args.batch_size, args.eval_blocks = 6, 64, 4, 8
-    if args.calibration_steps is None:
-        args.calibration_steps = args.steps // 6
-    if not 0 <= args.calibration_steps < args.steps:
-        raise InputError(
-            f"--calibration_steps {args.calibration_steps} are taken out of --steps {args.steps}, so there must be "
-            "fewer; a sixth is the default."
-        )
-    args.compare = embedded if args.compare is None else args.compare
-    args.model = str(EMBEDDED_MODEL) if args.model is None else args.model
-    args.text_name = "Python's language reference" if args.dataset is None else Path(args.dataset).name
-    args.output_dir.mkdir(parents=True, exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,26 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from results import BASE, DLQAT, LORA, LORA_RTN, RTN, Result
+from results import BASE, DLQAT, LORA, LORA_CLIPPED, LORA_RTN, RTN, Result
 
 # Okabe and Ito's colours, which stay apart for every kind of colour vision; markers and hatches say the same again.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 CURVE_STYLES = [(BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), (ORANGE, "D")]
-BARS = {RTN: (SKY, ""), LORA_RTN: (ORANGE, "//"), DLQAT: (BLUE, "")}
+BARS = {RTN: ("0.75", ""), LORA_RTN: (ORANGE, "//"), LORA_CLIPPED: (SKY, ".."), DLQAT: (BLUE, "")}
 
 
 def draw_curves(curves: dict[str, list[dict[str, Any]]], calibration_steps: int, path: Path) -> None:
-    """Left: the grid's calibration. Right: training and held-out loss of all methods, against all steps taken."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=[1, 2.2], layout="constrained")
+    """Left: the grid's calibration, if any. Right: training and held-out loss, against all steps taken."""
+    ratios = [1, 2.2] if calibration_steps else [1]
+    figure, axes = plt.subplots(
+        1,
+        len(ratios),
+        figsize=(11 if calibration_steps else 7.5, 4.6),
+        width_ratios=ratios,
+        layout="constrained",
+        squeeze=False,
+    )
+    left, right = axes[0, 0], axes[0, -1]
     dlqat = 0
     for name, log in curves.items():
         calibrated = [(entry["calibration_step"], entry["calibration/loss"]) for entry in log if _is_step(entry)]
@@ -31,7 +40,7 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], calibration_steps: int,
             dlqat += 1
         else:
             color, marker = BLACK, "x"
-        if calibrated:
+        if calibrated and calibration_steps:
             left.plot(*zip(*calibrated, strict=True), color=color, marker=marker, markersize=4, label=name)
         first = calibration_steps if name.startswith(DLQAT) else 0
         trained = [(first + entry["step"], entry["loss"]) for entry in log if "loss" in entry]
@@ -40,17 +49,16 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], calibration_steps: int,
             right.plot(*zip(*trained, strict=True), color=color, linewidth=1, alpha=0.35)
         if held_out:
             right.plot(*zip(*held_out, strict=True), color=color, marker=marker, linewidth=2, label=name)
-    _label(left, "Calibration: the grid is fitted", "optimiser step", "KL to the full-precision model (nats a token)")
-    left.set_ylim(bottom=0)
-    if dlqat and calibration_steps:
+    if calibration_steps:
+        _label(left, "Calibration: the grid is fitted", "optimiser step", "KL to full precision (nats a token)")
+        left.set_xlim(0, 1.03 * calibration_steps)
+        left.set_ylim(bottom=0)
         right.axvspan(0, calibration_steps, color="0.92", zorder=0)
-        right.text(
-            calibration_steps / 2, 0.97, "DL-QAT\ncalibrates", transform=right.get_xaxis_transform(), ha="center", va="top"
-        )
-    else:
-        left.set_visible(False)
+        note = "DL-QAT\ncalibrates"
+        height = right.get_xaxis_transform()
+        right.text(calibration_steps / 2, 0.03, note, transform=height, ha="center", va="bottom")
     _label(right, "Training: the low-rank update learns the text", "optimiser step", "loss (nats a token)")
-    right.legend(title="thick: held-out text; thin: training text", frameon=False)
+    right.legend(title="thick: held-out text; thin: training text", frameon=False, loc="upper right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -60,7 +68,7 @@ def draw_bars(results: list[Result], path: Path) -> None:
     groups = list(dict.fromkeys(result.bits for result in results if result.bits is not None))
     methods = [method for method in BARS if any(result.method == method for result in results)]
     perplexity = {(result.method, result.bits): result.perplexity for result in results}
-    figure, axes = plt.subplots(figsize=(2.6 + 2.4 * len(groups), 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(2.6 + 2.6 * len(groups), 4.8), layout="constrained")
     width = 0.8 / len(methods)
     for i, method in enumerate(methods):
         color, hatch = BARS[method]
@@ -88,7 +96,8 @@ def draw_bars(results: list[Result], path: Path) -> None:
 
 def _headline(perplexity: dict[tuple[str, int | None], float], groups: list[int]) -> str:
     """The point, where the figures make it."""
-    better = all(perplexity[DLQAT, bits] < perplexity.get((LORA_RTN, bits), math.inf) for bits in groups)
+    after = (LORA_RTN, LORA_CLIPPED)
+    better = all(perplexity[DLQAT, b] < perplexity.get((method, b), math.inf) for b in groups for method in after)
     if better and (LORA, None) in perplexity:
         return "Rounding after fine-tuning loses what DL-QAT keeps"
     return "Perplexity by bit width and method"

@@ -10,6 +10,7 @@ from typing import Any
 
 BASE, LORA = "full precision, not fine-tuned", "LoRA in full precision"
 RTN, LORA_RTN, DLQAT = "round-to-nearest", "LoRA, then round-to-nearest", "DL-QAT"
+LORA_CLIPPED = "LoRA, then rounded, clipping outliers"
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,21 @@ def verdicts(results: list[Result]) -> list[str]:
 
     def kept(loss: float) -> str:
         share = (found[BASE, None] - loss) / gain
-        return f"{share:.0%} of it is left" if share > 0 else "nothing is left, and more is lost"
+        return f"{share:.0%}" if share > 0 else "nothing"
 
     if gain <= 0:
         return ["LoRA gained nothing on this text: train for more steps, or with another --lora_lr."]
     return [
-        f"{bits} bits: of the {gain:.2f} nats a token that LoRA gained, {kept(found[LORA_RTN, bits])} after rounding; "
-        f"DL-QAT: {kept(found[DLQAT, bits])}."
+        f"{bits} bits: of the {gain:.2f} nats a token that LoRA gained, rounding to nearest leaves "
+        f"{kept(found[LORA_RTN, bits])}, with clipping {kept(found[LORA_CLIPPED, bits])}; "
+        f"DL-QAT has {kept(found[DLQAT, bits])}."
         for bits in dict.fromkeys(result.bits for result in results if result.bits is not None)
     ]
 
 
-def save(folder: Path, results: list[Result], curves: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) -> None:
+def save(
+    folder: Path, results: list[Result], curves: dict[str, list[dict[str, Any]]], settings: dict[str, Any]
+) -> None:
     """results.md for people; results.json, with the settings and the training curves, for programs."""
     rows = [{**asdict(result), "perplexity": result.perplexity} for result in results]
     text = json.dumps({"settings": settings, "results": rows, "curves": curves}, indent=1)
@@ -101,6 +105,8 @@ def save(folder: Path, results: list[Result], curves: dict[str, list[dict[str, A
 
 
 NOTE = (
-    "Perplexity and accuracy of the next token, on held-out text. Bits per weight: of the quantized linear layers, scales "
-    "and zeros included; embeddings, norms and the output head stay in full precision and are not counted."
+    "Perplexity and accuracy of the next token, on held-out text. Bits per weight: of the quantized linear layers, "
+    "scales and zeros included; embeddings, norms and the output head stay in full precision and are not counted. "
+    "Rounding to nearest is done on each group's whole range; clipping outliers means on the range with the least "
+    "squared error, where DL-QAT starts too."
 )

@@ -383,18 +383,12 @@ def test_nothing_private_is_pushed(repo: str, hub: Hub, published: Path) -> None
 
 # ----- The card ---------------------------------------------------------------------------------------------
 
-# BUG in src: transformers' push_to_hub (of PeftModel too) writes a card of its own over the one that save_pretrained
-# has just written; `create_or_update_model_card` and `DLQATConfig.save_pretrained` both run before it.
-_PUSH_LOSES_CARD = pytest.mark.xfail(reason="push_to_hub overwrites the card that save_pretrained wrote", strict=True)
-# BUG in src: DLQATCallback wraps PeftModel.create_or_update_model_card, which only transformers' own create_model_card
-# calls. TRL's does not, and a model with an injected adapter has no such method.
-_CARD_OF_TRAINER_LOST = pytest.mark.xfail(reason="create_model_card drops the section", strict=True)
 PUSHES = [
-    pytest.param(ADAPTER, marks=_PUSH_LOSES_CARD),
-    pytest.param(INJECTED, marks=_PUSH_LOSES_CARD),
+    ADAPTER,
+    INJECTED,
     TRAINER,
-    pytest.param(TRAINER_INJECTED, marks=_CARD_OF_TRAINER_LOST),
-    pytest.param(SFT, marks=_CARD_OF_TRAINER_LOST),
+    TRAINER_INJECTED,
+    SFT,
 ]
 
 
@@ -417,7 +411,7 @@ def test_pushed_card_says_how_to_load_and_what_was_done(repo: str, hub: Hub, rep
     assert rows["calibration"] == calibration_row(record)
 
 
-@pytest.mark.parametrize("repo", [pytest.param(ADAPTER, marks=_PUSH_LOSES_CARD), TRAINER])
+@pytest.mark.parametrize("repo", [ADAPTER, TRAINER])
 def test_pushed_card_has_pefts_metadata(repo: str, hub: Hub) -> None:
     """So that the Hub shows it as an adapter of its base; huggingface_hub's own reader accepts it."""
     from huggingface_hub import ModelCard
@@ -553,9 +547,6 @@ def test_card_states_exceptions_by_module(tmp_path: Path) -> None:
     assert rows["rank_pattern"] == "{'q_proj': 2}"
 
 
-# BUG in src: the record lives in the caller's config, which a second model made from it shares. Its card then tells of
-# the first one's calibration, and DLQATCallback takes it for calibrated.
-@pytest.mark.xfail(reason="models made from one config share its record", strict=True)
 def test_card_of_a_second_model_from_the_same_config_tells_nothing_of_the_first(tmp_path: Path) -> None:
     from conftest import lm_batches, tiny_model
     from peft import get_peft_model
@@ -574,18 +565,14 @@ def test_card_of_a_second_model_from_the_same_config_tells_nothing_of_the_first(
     assert rows == [calibration_row(calibration), untold, untold]
 
 
-# BUG in src: `DLQATModel.inject_adapter` counts A, B and m only.
-_ONLY_ADAPTER_COUNTED = pytest.mark.xfail(reason="modules_to_save and biases are not counted", strict=True)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
         {},
         {"target_modules": ["q_proj"], "rank_pattern": {"layers.0.self_attn.q_proj": 2}},
-        pytest.param({"modules_to_save": ["lm_head"]}, marks=_ONLY_ADAPTER_COUNTED),
-        pytest.param({"kind": "opt", "bias": "all"}, marks=_ONLY_ADAPTER_COUNTED),
-        pytest.param({"kind": "opt", "bias": "dlqat_only"}, marks=_ONLY_ADAPTER_COUNTED),
+        {"modules_to_save": ["lm_head"]},
+        {"kind": "opt", "bias": "all"},
+        {"kind": "opt", "bias": "dlqat_only"},
     ],
     ids=["plain", "some layers", "modules_to_save", "all biases", "own biases"],
 )

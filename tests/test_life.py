@@ -104,7 +104,7 @@ def test_safe_merge_refuses_nan():
     layer.dlqat_magnitude["default"].data[0, 0] = torch.nan
     weight = layer.get_base_layer().weight.clone()
     with pytest.raises(
-        ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"
+        ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
     ):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.get_base_layer().weight, weight) and not layer.merged

@@ -11,6 +11,7 @@ from .grid import Grid
 from .layer import DLQATLayer, DLQATLinear
 from .model import DLQATModel
 from .optimizer import create_dlqat_optimizer
+from .push import keep_section_on_push
 from .qweight import QuantizedWeight
 from .register import extend_peft_type, register
 from .report import GridReport, LayerReport, grid_report
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 extend_peft_type()
 register(DLQATConfig, DLQATModel)
+keep_section_on_push()
 
 __all__ = [
     "Calibration",

@@ -93,9 +93,14 @@ def calibrate(
         raise ValueError(f"objective={objective!r} must be one of {', '.join(map(repr, OBJECTIVES))}.")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps={steps!r} must be a positive integer; 100 to 1000 are usual.")
-    if not lr > 0:
-        raise ValueError(f"lr={lr!r} must be positive; the default is 3e-2.")
+    if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr!r} must be a positive number; the default is 3e-2.")
     adapter_name, layers = adapter_layers(model, adapter_name)
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError(
+            f"adapter {adapter_name!r} is merged into the base model, where its grid cannot move; call "
+            "unmerge_adapter() first."
+        )
     device = next(model.parameters()).device
     grid = [tensor for layer in layers.values() for tensor in _grid_tensors(layer, adapter_name)]
 
@@ -175,8 +180,26 @@ def _freeze(layers: Iterable[DLQATLayer], adapter_name: str) -> None:
             zero.copy_(shipped_zero)
 
 
+def _share(batch: dict[str, Any]) -> torch.Tensor | float:
+    """This process's share of the tokens that count, times the number of processes: 1 where all have as many.
+
+    A mean over processes of losses weighted so is the mean over all tokens, as in one process with all of them.
+    """
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    counts = labels[..., 1:] != -100 if labels is not None else mask
+    if counts is None:
+        return 1.0
+    own = counts.sum().float()
+    return own / _mean_over_processes(own.clone()).clamp(min=1)
+
+
 def _loss(model: nn.Module, batch: dict[str, Any], objective: Objective) -> torch.Tensor:
-    """Mean loss of a batch, a scalar."""
+    """Mean loss of a batch, a scalar, weighted by the batch's share in all processes' tokens."""
+    return _share(batch) * _own_loss(model, batch, objective)
+
+
+def _own_loss(model: nn.Module, batch: dict[str, Any], objective: Objective) -> torch.Tensor:
+    """Mean loss of this process's batch, a scalar."""
     if objective == "distill":
         teacher = teacher_logits(model, batch)
         logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
@@ -190,12 +213,13 @@ def _loss(model: nn.Module, batch: dict[str, Any], objective: Objective) -> torc
 @torch.no_grad()
 def _measure(model: nn.Module, batches: list[dict[str, Any]], objective: Objective) -> float:
     """Mean loss over batches and processes, without dropout."""
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         mean = torch.stack([_loss(model, batch, objective) for batch in batches]).mean()
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     return _mean_over_processes(mean).item()
 
 

@@ -7,15 +7,13 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
-from functools import partial
+from types import FrameType
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .calibrate import Calibration, Objective, calibrate
+from .calibrate import Objective, calibrate
 from .card import write_section
 from .config import DLQATConfig
 from .layer import adapter_layers
@@ -74,31 +72,23 @@ class DLQATCallback(TrainerCallback):
         """Calibrate, unless that was done before."""
         adapter_name, _ = adapter_layers(model)
         config: DLQATConfig = model.peft_config[adapter_name]  # type: ignore[union-attr,index,assignment]
-        _keep_card_section(model)
+        trainer = _calling_trainer()
+        _keep_card_section(trainer)
         _warn_if_magnitude_decays(model, optimizer)
         if state.global_step > 0:
             # The Trainer has loaded the grid from the checkpoint; its log remembers how it came about.
             for entry in state.log_history:
                 if _RECORD in entry:
                     config.record["calibration"] = entry[_RECORD]
+        if state.global_step > 0 or "calibration" in config.record or self.calibration_steps == 0:
             return
-        if "calibration" in config.record:
-            return
-        if self.calibration_steps == 0:
-            return
-        handler = _calling_handler()
-        every = max(1, args.logging_steps) if args.logging_steps >= 1 else max(1, self.calibration_steps // 10)
+        every = int(args.logging_steps) if args.logging_steps >= 1 else max(1, self.calibration_steps // 10)
 
-        def log(step: int, values: dict[str, Any]) -> None:
-            if step % every == 0 or step == self.calibration_steps or "calibration/loss" not in values:
-                state.log_history.append({**values, "step": 0, "calibration_step": step})
-                if handler is not None and state.is_world_process_zero:
-                    at_step = copy.copy(state)
-                    at_step.global_step = step
-                    shown = {name: value for name, value in values.items() if name != _RECORD}
-                    handler.on_log(args, at_step, control, shown)
+        def log(step: int, values: dict[str, float]) -> None:
+            if step % every == 0 or step == self.calibration_steps:
+                _log(trainer, state, values, step)
 
-        result: Calibration = calibrate(
+        result = calibrate(
             model,
             train_dataloader if self.dataloader is None else self.dataloader,
             steps=self.calibration_steps,
@@ -108,28 +98,24 @@ class DLQATCallback(TrainerCallback):
             progress=state.is_world_process_zero and not args.disable_tqdm,
             log=log,
         )
-        log(
-            self.calibration_steps,
-            {
-                "calibration/loss_before": result.loss_before,
-                "calibration/loss_after": result.loss_after,
-                _RECORD: config.record["calibration"],
-            },
-        )
+        figures = {"calibration/loss_before": result.loss_before, "calibration/loss_after": result.loss_after}
+        _log(trainer, state, figures, self.calibration_steps)
+        state.log_history.append({_RECORD: config.record["calibration"], "step": 0})
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep this package's section in the card, also where nothing was trained."""
+        _keep_card_section(_calling_trainer())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Look at the grid every `report_steps` steps."""
-        if self.report_steps and state.global_step % self.report_steps == 0:
-            self._report(args, state, control, model, _calling_handler())
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Look at the grid once more."""
-        if self.report_steps and state.global_step % self.report_steps != 0:
-            self._report(args, state, control, model, _calling_handler())
+        """Look at the grid every `report_steps` steps, and at the last one."""
+        if self.report_steps and (state.global_step % self.report_steps == 0 or control.should_training_stop):
+            report = grid_report(model)
+            _log(_calling_trainer(), state, report.summary(), state.global_step)
+            self._warn(report.problems)
 
     def on_log(
         self,
@@ -144,47 +130,20 @@ class DLQATCallback(TrainerCallback):
         loss = (logs or {}).get("loss")
         if isinstance(loss, float) and not math.isfinite(loss):
             report = grid_report(model)
-            worst = max(
-                report.layers,
-                key=lambda row: abs(row.magnitude_max) if row.magnitude_max == row.magnitude_max else math.inf,
-            )
+            # NaN is the largest of all.
+            worst = max(report.layers, key=lambda row: (math.isnan(row.magnitude_max), row.magnitude_max))
             self._warn(
                 [
                     f"{worst.name}: the loss is {loss}, and this layer has the largest magnitude "
-                    f"({worst.magnitude_max}); lower the learning rates, start from the last checkpoint"
+                    f"({worst.magnitude_max}); lower the learning rates and start from the last checkpoint"
                 ]
             )
-
-    def _report(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        handler: CallbackHandler | None,
-    ) -> None:
-        report = grid_report(model)
-        state.log_history.append({**report.summary(), "step": state.global_step})
-        if handler is not None and state.is_world_process_zero:
-            handler.on_log(args, state, control, report.summary())
-        self._warn(report.problems)
 
     def _warn(self, problems: list[str]) -> None:
         if problems and not self._warned:
             self._warned = True
             more = f" (and {len(problems) - 1} more layers; see grid_report)" if len(problems) > 1 else ""
             warnings.warn(f"{problems[0]}{more}.", stacklevel=2)
-
-
-def _calling_handler() -> CallbackHandler | None:
-    """The Trainer's callback handler, two frames up.
-
-    The Trainer gives its callbacks no way to log, and what is logged must reach *its* reporters: a second TensorBoard
-    writer or wandb run beside them would split the curves.
-    """
-    frame = sys._getframe(2)
-    handler = frame.f_locals.get("self")
-    return handler if isinstance(handler, CallbackHandler) else None
 
 
 def _warn_if_magnitude_decays(model: nn.Module, optimizer: Any) -> None:
@@ -199,14 +158,39 @@ def _warn_if_magnitude_decays(model: nn.Module, optimizer: Any) -> None:
             return
 
 
-def _keep_card_section(model: nn.Module) -> None:
-    """Let the card that `Trainer.push_to_hub` writes anew keep this package's section."""
-    if isinstance(model, PeftModel) and "create_or_update_model_card" not in vars(model):
-        model.create_or_update_model_card = partial(_update_card, model)  # type: ignore[method-assign]
+def _calling_trainer() -> Trainer | None:
+    """The Trainer further up the stack.
+
+    It does not show itself to its callbacks, and what is logged must reach *its* reporters: a second TensorBoard
+    writer or wandb run beside them would split the curves.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
 
 
-def _update_card(model: PeftModel, output_dir: str) -> None:
-    type(model).create_or_update_model_card(model, output_dir)
-    for config in model.peft_config.values():
-        if isinstance(config, DLQATConfig):
-            write_section(output_dir, config)
+def _log(trainer: Trainer | None, state: TrainerState, values: dict[str, float], step: int) -> None:
+    """Log at `step`, which for a calibration is a step of its own count, before training's first."""
+    entry = {**values, "step": state.global_step}
+    state.log_history.append(entry if step == state.global_step else {**entry, "calibration_step": step})
+    if trainer is not None and state.is_world_process_zero:
+        at_step = copy.copy(state)
+        at_step.global_step = step
+        # A copy of the control too: on_log resets `should_log`, and the Trainer's own entry would be lost.
+        trainer.callback_handler.on_log(trainer.args, at_step, copy.copy(trainer.control), dict(values))
+
+
+def _keep_card_section(trainer: Trainer | None) -> None:
+    """Let the card that a Trainer, transformers' or TRL's, writes anew keep this package's section."""
+    if trainer is None or "create_model_card" in vars(trainer):
+        return
+    create_model_card = trainer.create_model_card
+
+    def create_model_card_with_section(*args: Any, **kwargs: Any) -> None:
+        create_model_card(*args, **kwargs)
+        if trainer.is_world_process_zero():
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            write_section(trainer.args.output_dir, model.peft_config[adapter_layers(model)[0]])
+
+    trainer.create_model_card = create_model_card_with_section

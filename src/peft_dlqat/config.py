@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from safetensors import SafetensorError, safe_open
 
 from .card import write_section
 from .grid import SCALE_DTYPES, ZERO_POINTS, Grid, largest_group
@@ -47,6 +50,30 @@ def _check_alpha(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name}={value!r} must be a positive number; use r, or twice r.")
+
+
+def _check_regex(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={value!r} must be a module name (suffix) or a regex.")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name}={value!r} is neither a module name nor a regex: {error}.") from error
+
+
+def _check_names(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        _check_regex(name, value)
+    elif value is not None and not (
+        isinstance(value, list | tuple | set) and all(isinstance(entry, str) for entry in value)
+    ):
+        raise ValueError(f"{name}={value!r} must be a list of module names, or a regex.")
+
+
+def _check_indices(name: str, value: Any) -> None:
+    for index in value if isinstance(value, list | tuple | set) else [] if value is None else [value]:
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            raise ValueError(f"{name}={value!r} must be an index or a list of indices, from 0.")
 
 
 @dataclass
@@ -153,7 +180,11 @@ class DLQATConfig(PeftConfig):
                 raise ValueError(f"{name}={pattern!r} must be a dict from module names to values.")
             setattr(self, name, pattern)
             for key, value in pattern.items():
+                _check_regex(f"a key of {name}", key)
                 check(f"{name}[{key!r}]", value)
+        _check_names("target_modules", self.target_modules)
+        _check_names("exclude_modules", self.exclude_modules)
+        _check_indices("layers_to_transform", self.layers_to_transform)
         self.target_modules = "all-linear" if self.target_modules is None else self._as_set(self.target_modules)
         self.exclude_modules = self._as_set(self.exclude_modules)
         is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
@@ -166,6 +197,25 @@ class DLQATConfig(PeftConfig):
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform; say which layers to adapt."
             )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As PEFT's; refuses a truncated weights file beside the config before a model is touched.
+
+        Raises:
+            ValueError: if the folder's adapter_model.safetensors cannot be read.
+        """
+        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if file.is_file():
+            try:
+                safe_open(file, framework="pt").keys()
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{file} cannot be read ({error}): the file is truncated or broken; copy or download it again."
+                ) from error
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @staticmethod
     def _as_set(names: Any) -> Any:

@@ -191,6 +191,16 @@ class DLQATLayer(BaseTunerLayer):
         weight = weight.to(self.original_weight().dtype)
         return weight.t().contiguous() if self.fan_in_fan_out else weight
 
+    def check_mergeable(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise what `merge` would raise; changes nothing."""
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = self._present([name for name in wanted if name not in self.merged_adapters])
+        if not names:
+            return
+        check_float_weight(self.get_base_layer(), "merge into")
+        if safe_merge and not torch.isfinite(self._merged_weight(self.merged_adapters + names)).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put w_hat into the base layer, computed from the original weight, which is kept for `unmerge`.
 
@@ -205,10 +215,8 @@ class DLQATLayer(BaseTunerLayer):
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
-        check_float_weight(self.get_base_layer(), "merge into")
+        self.check_mergeable(safe_merge, names)
         weight = self._merged_weight(self.merged_adapters + names)
-        if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
         base_layer = self.get_base_layer()
         if self._unmerged_weight is None:
             self._unmerged_weight = base_layer.weight.data
@@ -295,7 +303,9 @@ def check_float_weight(layer: nn.Module, action: str) -> None:
         TypeError: if the weight is not a plain floating-point tensor (bitsandbytes, HQQ, GPTQ, AWQ, torchao, ...).
     """
     weight = getattr(layer, "weight", None)
-    plain = isinstance(weight, torch.Tensor) and type(weight.data).__name__ in ("Tensor", "DTensor")
+    # bitsandbytes keeps packed codes in a Parameter of its own, in a dtype of the user's choice (quant_storage).
+    packed = any(hasattr(weight, name) for name in ("quant_state", "SCB"))
+    plain = isinstance(weight, torch.Tensor) and type(weight.data).__name__ in ("Tensor", "DTensor") and not packed
     if not plain or not weight.is_floating_point() or weight.element_size() < 2:  # type: ignore[union-attr]
         found = "none" if weight is None else f"{type(weight).__name__} of {getattr(weight, 'dtype', None)}"
         raise TypeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -56,6 +57,11 @@ class DLQATModel(BaseTuner):
                     for name in peft_config.target_modules
                     if _is_target(replace(peft_config, target_modules=[name.rpartition(".")[2]]), name)
                 }
+                if not peft_config.target_modules:
+                    raise ValueError(
+                        f"layers_to_transform={peft_config.layers_to_transform!r} matches no layer with a linear "
+                        "module; layers are counted from 0."
+                    )
         self._check_targets(peft_config, model)
 
     def _check_targets(self, config: DLQATConfig, model: nn.Module) -> None:
@@ -119,17 +125,13 @@ class DLQATModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; then counts the parameters, for the model card."""
+        """As PEFT's, on a copy of the config; then counts the parameters, for the model card."""
+        # The caller's config may make another model too, and must not tell that one that it was calibrated.
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config.record = dict(config.record)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = [layer for layer in model.modules() if isinstance(layer, DLQATLayer)]
-        adapter = sum(
-            getattr(layer, name)[adapter_name].numel()
-            for layer in layers
-            for name in layer.adapter_layer_names
-            if adapter_name in getattr(layer, name)
-        )
-        base = sum(p.numel() for name, p in model.named_parameters() if ".dlqat_" not in name)
-        self.peft_config[adapter_name].record.update(adapter_parameters=adapter, base_parameters=base)
+        if "adapter_parameters" not in config.record:  # a loaded adapter was counted when it was made
+            config.record.update(_count_parameters(model, adapter_name, config.bias))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; warns where several adapters become active."""
@@ -140,6 +142,28 @@ class DLQATModel(BaseTuner):
                 "to it, which lies on no grid and cannot be exported; activate one of them for a quantized model.",
                 stacklevel=2,
             )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's, but all layers or none."""
+        self._check_mergeable(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """As PEFT's, but all layers or none."""
+        if merge:
+            self._check_mergeable(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, DLQATLayer):
+                layer.check_mergeable(safe_merge, adapter_names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward; warns once if an adapter that was never calibrated is trained."""
@@ -208,6 +232,19 @@ def _check_target(name: str, module: nn.Module) -> None:
             f"the weight of {name} holds NaN or infinity, which no grid can hold; repair the base model "
             "or leave the module out by exclude_modules."
         )
+
+
+def _count_parameters(model: nn.Module, adapter_name: str, bias: str) -> dict[str, int]:
+    """Parameters of the adapter (modules_to_save and trained biases included), and all others of the base model."""
+    trained_bias = {"none": (), "all": ("bias",), "dlqat_only": (".base_layer.bias",)}[bias]
+    counts = {"adapter_parameters": 0, "base_parameters": 0}
+    for name, parameter in model.named_parameters():
+        of_adapters = ".dlqat_" in name or ".modules_to_save." in name
+        if f".{adapter_name}." in f"{name}." if of_adapters else name.endswith(trained_bias):
+            counts["adapter_parameters"] += parameter.numel()
+        elif not of_adapters:
+            counts["base_parameters"] += parameter.numel()
+    return counts
 
 
 def _in_features(module: nn.Module) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .grid import SCALE_DTYPES, ZERO_POINTS
@@ -36,8 +37,14 @@ def check_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch
         for kind in _NAMED
         if adapter_name in getattr(layer, kind)
     }
+    allowed = model.state_dict().keys() - {f"{name}.base_layer.weight" for name in layers}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save
+            allowed |= {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name)}
     found = {key: value for key, value in state_dict.items() if any(f".{kind}" in key for kind in _NAMED)}
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    # Beside the adapter's own tensors, a file may hold biases, modules_to_save and resized embeddings; never W0.
+    strangers = {key for key in state_dict.keys() - found.keys() if not _known(key, allowed)}
+    missing, extra = sorted(expected.keys() - found.keys()), sorted((found.keys() - expected.keys()) | strangers)
     if missing or extra:
         raise ValueError(
             f"the saved adapter does not fit this model and config: {len(missing)} tensors are missing "
@@ -54,6 +61,12 @@ def check_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch
             f"the saved adapter has {len(wrong)} tensors of other shapes than this model and config ({wrong[0]}); "
             "load it with its own adapter_config.json on the base model that it was trained on."
         )
+    for key in expected:
+        if not found[key].is_floating_point():
+            raise ValueError(
+                f"{key} of the saved adapter is {str(found[key].dtype).removeprefix('torch.')}, but must be floating "
+                "point: the file is broken."
+            )
     for name, layer in layers.items():
         own = {kind: found.get(f"{name}.{kind}.{adapter_name}") for kind in _NAMED}
         _check_layer(name, layer, adapter_name, own)
@@ -61,6 +74,9 @@ def check_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch
 
 def _check_layer(name: str, layer: DLQATLayer, adapter_name: str, state: dict[str, torch.Tensor | None]) -> None:
     grid = layer.dlqat_grid[adapter_name]
+    for kind, tensor in state.items():
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}.{kind} of the saved adapter holds NaN or infinity: the file is broken.")
     spec = state["dlqat_spec"]
     assert spec is not None
     # The one buffer that is compared rather than loaded into: it must say what the config says.
@@ -75,16 +91,14 @@ def _check_layer(name: str, layer: DLQATLayer, adapter_name: str, state: dict[st
             f"{name}: the saved adapter was made with another config ({'; '.join(differences)}); use the "
             "adapter_config.json beside it, or start a new run in an empty folder."
         )
-    for kind, tensor in state.items():
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}.{kind} of the saved adapter holds NaN or infinity: the file is broken.")
     scale, zero_point = state["dlqat_scale"], state["dlqat_zero_point"]
     assert scale is not None
-    if (scale == 0).any() or (grid.zero_point != "none" and (scale < 0).any()):
+    bad_scale = scale == 0 if grid.zero_point == "none" else scale <= 0
+    if bad_scale.any():
         rule = "non-zero" if grid.zero_point == "none" else "positive"
         raise ValueError(
-            f"{name}.dlqat_scale of the saved adapter must be {rule}, but its smallest value is {scale.min().item()}: "
-            "the file is broken."
+            f"{name}.dlqat_scale of the saved adapter must be {rule}, but holds {scale[bad_scale][0].item()}: the "
+            "file is broken."
         )
     if zero_point is not None:
         codes = (zero_point == zero_point.round()) & (zero_point >= grid.qmin) & (zero_point <= grid.qmax)
@@ -94,6 +108,14 @@ def _check_layer(name: str, layer: DLQATLayer, adapter_name: str, state: dict[st
                 f"{name}.dlqat_zero_point of the saved adapter holds {bad}, but zero points are integers from "
                 f"{grid.qmin} to {grid.qmax}: the file is broken, or was saved while calibrating."
             )
+
+
+def _known(key: str, allowed: set[str]) -> bool:
+    """Whether the model has such a tensor; keys of a file have PEFT's prefix, those of an injected model don't.
+
+    With bias="all" PEFT saves the biases of modules_to_save twice, once by a name that it does not load.
+    """
+    return ".modules_to_save." in key or key in allowed or key.removeprefix("base_model.model.") in allowed
 
 
 def layer_spec(layer: DLQATLayer, adapter_name: str) -> torch.Tensor:

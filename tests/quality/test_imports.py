@@ -18,6 +18,7 @@ ORDER = [
     "initialisation",
     "card",
     "config",
+    "push",
     "layer",
     "state",
     "model",

@@ -1,0 +1,80 @@
+"""The arguments of `finetune.py`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from data import InputError
+
+EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
+
+STEPS, LORA_LR, DLQAT_LR, MAGNITUDE_LR = 300, 2e-3, 2e-3, 1e-3
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given = parser.add_argument_group("what is given")
+    given.add_argument("--model", help="Hub id or folder of a causal language model; default: the embedded one")
+    given.add_argument("--dataset", help="Hub id, file or folder; default: Python's language reference")
+    given.add_argument("--dataset_config", help="configuration of the dataset")
+    given.add_argument("--split", default="train", help="split to train on, such as train or train[:10%%]")
+    given.add_argument("--eval_split", help="split to measure on; default: the last tenth of the training text")
+    given.add_argument("--eval_blocks", type=positive, default=200, help="measure on at most so many blocks")
+    given.add_argument("--text_column", default="text")
+    given.add_argument("--metric", help="a metric of `evaluate` to report too: Hub id or path of a script")
+    given.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the base model"
+    )
+    method = parser.add_argument_group("method")
+    method.add_argument("--bits", type=int, nargs="+", default=[3, 2], help="widths, each fine-tuned by itself")
+    method.add_argument("--group_size", type=int, default=-1, help="inputs that share a scale; -1: a whole row")
+    method.add_argument("--zero_point", choices=["integer", "none", "float"], default="integer")
+    method.add_argument("--r", type=positive, default=8, help="rank, of DL-QAT and LoRA; lora_alpha is twice that")
+    method.add_argument("--steps", type=positive, default=STEPS, help="optimiser steps of each method")
+    method.add_argument("--calibration_steps", type=int, help="of these, steps on the grid; default: a sixth")
+    method.add_argument("--batch_size", type=positive, default=8, help="blocks a step")
+    method.add_argument("--length", type=positive, default=256, help="tokens a block")
+    method.add_argument("--lr", type=float, default=DLQAT_LR, help="of DL-QAT's A and B")
+    method.add_argument("--magnitude_lr", type=float, default=MAGNITUDE_LR, help="of DL-QAT's magnitude")
+    method.add_argument("--calibration_lr", type=float, default=3e-2, help="of DL-QAT's grid, see `calibrate`")
+    method.add_argument("--lora_lr", type=float, default=LORA_LR, help="of LoRA")
+    method.add_argument("--seed", type=int, default=0)
+    method.add_argument(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        help="train LoRA too, and round it; default: only without --model and --dataset",
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="upload the adapter, one repository a bit width")
+    parser.add_argument("--demo", action="store_true", help="the embedded model and text; the same as neither given")
+    parser.add_argument("--smoke", action="store_true", help="only see that everything runs: a few short steps")
+    return parser
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return int(text)
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Fill in what depends on other arguments, and refuse what does not go together."""
+    embedded = args.model is None and args.dataset is None
+    if args.demo and not embedded:
+        raise InputError("--demo is the embedded model and text; leave it out to use --model and --dataset.")
+    if args.model is not None and args.dataset is None:
+        raise InputError("--model needs a --dataset: an id on the Hub, a file or a folder.")
+    if args.smoke:
+        args.steps, args.length, args.batch_size, args.eval_blocks = 6, 64, 4, 8
+    if args.calibration_steps is None:
+        args.calibration_steps = args.steps // 6
+    if not 0 <= args.calibration_steps < args.steps:
+        raise InputError(
+            f"--calibration_steps {args.calibration_steps} are taken out of --steps {args.steps}, so there must be "
+            "fewer; a sixth is the default."
+        )
+    args.bits = list(dict.fromkeys(args.bits))
+    args.compare = embedded if args.compare is None else args.compare
+    args.model = str(EMBEDDED_MODEL) if args.model is None else args.model
+    args.text_name = "Python's language reference" if args.dataset is None else Path(args.dataset).name
