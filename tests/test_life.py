@@ -290,3 +290,26 @@ def test_a_plain_module_can_be_adapted():
     y = model(x)
     y.sum().backward()
     assert torch.equal(model.merge_and_unload()(x), y)
+
+
+def test_sequence_classification(tmp_path):
+    """The new head trains beside the adapter; calibration and merging work without next-token labels."""
+    from conftest import CONFIGS
+    from transformers import AutoModelForSequenceClassification
+
+    settings = CONFIGS["llama"]()
+    settings.num_labels, settings.pad_token_id = 3, 0
+    base = AutoModelForSequenceClassification.from_config(settings)
+    batch = {"input_ids": tokens(), "labels": torch.tensor([0, 1, 2, 0])}
+    model = get_peft_model(copy.deepcopy(base), config(task_type="SEQ_CLS"))
+    result = calibrate(model, [batch], steps=10, objective="task", progress=False)
+    assert result.loss_after < result.loss_before
+    assert calibrate(model, [batch], steps=2, progress=False).loss_before >= 0
+    model(**batch).loss.backward()
+    assert any("score" in name and p.grad is not None for name, p in model.named_parameters())
+    perturb(model)
+    trained = logits(model.eval())
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(reloaded), trained)
+    assert torch.equal(logits(reloaded.merge_and_unload()), trained)

@@ -16,7 +16,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
-from .distill import distillation_loss, teacher_logits
+from .distill import counted_positions, distillation_loss, teacher_logits
 from .initialisation import snap
 from .layer import DLQATLayer, adapter_layers
 
@@ -185,8 +185,7 @@ def _share(batch: dict[str, Any]) -> torch.Tensor | float:
 
     A mean over processes of losses weighted so is the mean over all tokens, as in one process with all of them.
     """
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
-    counts = labels[..., 1:] != -100 if labels is not None else mask
+    counts = counted_positions(batch.get("labels"), batch.get("attention_mask"))
     if counts is None:
         return 1.0
     own = counts.sum().float()

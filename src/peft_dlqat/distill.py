@@ -72,10 +72,17 @@ def distillation_loss(
     """
     log_p, log_q = teacher.float().log_softmax(-1), logits.float().log_softmax(-1)
     divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    if labels is not None and labels.shape == divergence.shape:
-        counts = F.pad(labels[..., 1:] != -100, (0, 1), value=False)
-    elif mask is not None and mask.shape == divergence.shape:
-        counts = mask.bool()
-    else:
+    counts = counted_positions(labels, mask)
+    if counts is None or counts.shape != divergence.shape:  # as for a classifier: one distribution a sequence
         return divergence.mean()
     return (divergence * counts).sum() / counts.sum().clamp(min=1)
+
+
+def counted_positions(labels: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which positions of a batch count, bool [batch, length]: those whose next label is not -100, or not padding.
+
+    None where neither labels [batch, length] nor a mask say.
+    """
+    if labels is not None and labels.dim() == 2:
+        return F.pad(labels[:, 1:] != -100, (0, 1), value=False)
+    return None if mask is None else mask.bool()
