@@ -6,16 +6,16 @@ takes the small Llama model in examples/embedded/model and Python's language ref
 never seen, and fine-tunes the one on the other, without a download and in some minutes on two CPU cores:
 
 * with LoRA in full precision, the best that fine-tuning does here, and then rounds the result to the nearest codes;
-* with DL-QAT at 3 and at 2 bits, where the low-rank update is trained inside the quantizer. The steps, batches, rank
-  and learning-rate schedule are LoRA's; the calibration steps are taken out of the same number.
+* with DL-QAT at 3 and at 2 bits, one scale a row, where the low-rank update is trained inside the quantizer. The
+  steps, batches, rank and learning-rate schedule are LoRA's; the calibration steps are taken out of the same number.
 
 Your own model and text, from the Hub or from a disk (`--compare` adds the LoRA rows):
 
-    python examples/finetune.py --model Qwen/Qwen3-0.6B --dtype bfloat16 --bits 3 --group_size 128 \\
-        --dataset Salesforce/wikitext --dataset_config wikitext-2-raw-v1 --steps 2000 --calibration_steps 500
+    python examples/finetune.py --model Qwen/Qwen3-0.6B --dtype bfloat16 --bits 3 --steps 2000 \\
+        --dataset Salesforce/wikitext --dataset_config wikitext-2-raw-v1 --output_dir outputs/qwen3-3bit
 
-The learning rates are the best of a few that were tried for each method on the embedded model: LORA_LRS for LoRA and
-DLQAT_LRS for DL-QAT.
+For the embedded model, the learning rate of each method is the best of three or four that were tried; arguments.py
+lists them with what they gave.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def test_an_adapter_that_comes_back_changed_is_found(
 
     monkeypatch.setattr(finetune.PeftModel, "from_pretrained", load_changed)
     own = ["--model", str(given / "model"), "--dataset", str(given / "text.txt"), "--output_dir", "out"]
-    assert finetune.main([*own, *SHORT, "--bits", "3"]) == 1
+    assert finetune.main([*own, *SHORT, "--bits", "3", "--group_size", "32"]) == 1
     assert "DIFFER" in capsys.readouterr().out
 
 
