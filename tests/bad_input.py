@@ -1031,7 +1031,7 @@ def page() -> str:
         "# Errors",
         "",
         "What the package refuses, and what it says. A refused call changes no file and nothing of the model, but for",
-        "one: an adapter that cannot be loaded stays in the model, since PEFT puts it in before the file is read; start",
+        "one: an adapter that cannot be loaded stays in the model, as PEFT puts it in before the file is read; start",
         "again from a fresh base model. Files are checked by PEFT's `from_pretrained` and `load_adapter`, and by a",
         "resumed Trainer; transformers' own `model.load_adapter` compares names and shapes only.",
         "",
