@@ -261,6 +261,23 @@ def test_callback_names_the_layer_whose_magnitude_explodes(tmp_path):
     assert sum("exploded" in str(w.message) for w in caught) == 1
 
 
+def test_callback_names_a_layer_when_the_loss_is_no_number(tmp_path):
+    """Under the Trainer's defaults, which log a NaN loss as a number."""
+    model = adapted()
+    _, layer = list(adapter_layers(model)[1].items())[3]
+    calibrate(model, lm_batches(), steps=1, progress=False)
+    layer.dlqat_magnitude["default"].data[0, 0] = torch.nan
+    with pytest.warns(UserWarning, match="not finite, and this layer has the largest magnitude"):
+        trainer(model, tmp_path, DLQATCallback(report_steps=0)).train()
+
+
+def test_distilling_needs_logits_and_no_labels():
+    model = adapted()
+    model.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match="objective='task'"):
+        calibrate(model, lm_batches(), steps=1, progress=False)
+
+
 def test_callback_warns_about_weight_decay_on_the_magnitude(tmp_path):
     model = adapted()
     with pytest.warns(UserWarning, match="create_dlqat_optimizer"):

@@ -102,7 +102,7 @@ def test_casting_the_model_leaves_the_quantizer_in_float32(cast):
     layer = next(iter(layers.values()))
     before = {
         name: getattr(layer, name)["default"].clone()
-        for name in ("dlqat_scale", "dlqat_zero_point", "dlqat_magnitude")
+        for name in ("dlqat_A", "dlqat_B", "dlqat_scale", "dlqat_zero_point", "dlqat_magnitude")
     }
     cast(model)
     assert layer.get_base_layer().weight.dtype != torch.float32

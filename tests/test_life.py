@@ -313,3 +313,37 @@ def test_sequence_classification(tmp_path):
     reloaded = PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(logits(reloaded), trained)
     assert torch.equal(logits(reloaded.merge_and_unload()), trained)
+
+
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS"])
+def test_other_tasks_train_their_heads(task, tmp_path):
+    from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification, BertConfig
+
+    settings = BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_labels=2
+    )
+    auto = AutoModelForTokenClassification if task == "TOKEN_CLS" else AutoModelForQuestionAnswering
+    base = auto.from_config(settings).eval()
+    model = get_peft_model(copy.deepcopy(base), config(task_type=task))
+    perturb(model)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.1
+    outputs = model.eval()(tokens())
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(base, tmp_path)(tokens())
+    for key in outputs:
+        assert torch.equal(outputs[key], reloaded[key])
+    assert any("modules_to_save" in name and p.requires_grad for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("wrap", ["PeftModel without task", "add_adapter"])
+def test_every_way_of_training_warns_about_a_missing_calibration(wrap):
+    model = tiny_model()
+    if wrap == "add_adapter":
+        model.add_adapter(config())
+    else:
+        model = get_peft_model(model, config(task_type=None))
+    model.train()
+    with pytest.warns(UserWarning, match="never calibrated"):
+        model(**lm_batches(1)[0])

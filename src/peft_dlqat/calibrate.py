@@ -96,6 +96,7 @@ def calibrate(
     if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < math.inf:
         raise ValueError(f"lr={lr!r} must be a positive number; the default is 3e-2.")
     adapter_name, layers = adapter_layers(model, adapter_name)
+    record = model.peft_config[adapter_name].record  # type: ignore[union-attr,index,operator]
     if any(layer.merged for layer in layers.values()):
         raise ValueError(
             f"adapter {adapter_name!r} is merged into the base model, where its grid cannot move; call "
@@ -133,7 +134,7 @@ def calibrate(
             for tensor, value_before in zip(grid, initial, strict=True):
                 tensor.data.copy_(value_before)
             result = Calibration(steps, objective, loss_before, loss_before, kept)
-    model.peft_config[adapter_name].record["calibration"] = asdict(result)  # type: ignore[union-attr,index,operator]
+    record["calibration"] = asdict(result)  # type: ignore[index,operator]
     return result
 
 
@@ -152,7 +153,7 @@ def _optimizer(layers: Iterable[DLQATLayer], adapter_name: str, lr: float) -> to
         for tensor in _grid_tensors(layer, adapter_name):
             in_codes = tensor is not scale and layer.dlqat_grid[adapter_name].zero_point == "integer"
             groups.append({"params": [tensor], "lr": lr if in_codes else lr * unit})
-    return torch.optim.Adam(groups)
+    return torch.optim.Adam(groups, eps=1e-15)  # a group's share of a mean loss can be far below the usual eps
 
 
 @torch.no_grad()
@@ -270,7 +271,7 @@ def _random_state_kept() -> Iterator[None]:
     """Training after calibration draws the same random numbers as training without: a resumed run relies on it."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(python)

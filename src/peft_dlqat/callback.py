@@ -72,6 +72,7 @@ class DLQATCallback(TrainerCallback):
         """Calibrate, unless that was done before."""
         adapter_name, _ = adapter_layers(model)
         config: DLQATConfig = model.peft_config[adapter_name]  # type: ignore[union-attr,index,assignment]
+        self._warned = False
         trainer = _calling_trainer()
         _keep_card_section(trainer)
         _warn_if_magnitude_decays(model, optimizer)
@@ -126,15 +127,16 @@ class DLQATCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Say which layer to look at when the loss is no number any more."""
-        loss = (logs or {}).get("loss")
-        if isinstance(loss, float) and not math.isfinite(loss):
+        """Say which layer to look at when the loss or its gradient is no number any more."""
+        # The Trainer's `logging_nan_inf_filter`, on by default, logs a NaN loss as a number, not so grad_norm.
+        broken = [key for key in ("loss", "grad_norm") if not math.isfinite((logs or {}).get(key, 0.0))]
+        if broken:
             report = grid_report(model)
             # NaN is the largest of all.
             worst = max(report.layers, key=lambda row: (math.isnan(row.magnitude_max), row.magnitude_max))
             self._warn(
                 [
-                    f"{worst.name}: the loss is {loss}, and this layer has the largest magnitude "
+                    f"{worst.name}: {' and '.join(broken)} not finite, and this layer has the largest magnitude "
                     f"({worst.magnitude_max}); lower the learning rates and start from the last checkpoint"
                 ]
             )

@@ -43,15 +43,23 @@ def teacher_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
     Returns:
         Logits, [batch, length, vocabulary] for a language model.
+
+    Raises:
+        ValueError: for an encoder-decoder, whose decoder takes its inputs from the labels, or a model without logits.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError("an encoder-decoder cannot be run without labels; use objective='task' for it.")
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with adapters_disabled(model):
-            return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+            output = model(**{key: value for key, value in batch.items() if key != "labels"})
     finally:
         for module, training in modes.items():
             module.training = training
+    if getattr(output, "logits", None) is None:
+        raise ValueError(f"the model returns a {type(output).__name__} without logits; use objective='task' for it.")
+    return output.logits
 
 
 def distillation_loss(

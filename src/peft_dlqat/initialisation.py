@@ -46,7 +46,8 @@ def snap(scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> tuple[to
     sign = torch.where(scale < 0, -1.0, 1.0) if grid.zero_point == "none" else 1.0
     scale = grid.round_scale(torch.where(scale == 0, 1.0, sign * scale.abs().clamp(info.smallest_normal, info.max)))
     if grid.zero_point == "float" and zero is not None:
-        zero = grid.round_scale(zero + grid.qmin * scale) - grid.qmin * scale
+        offset = (zero + grid.qmin * scale).clamp(-info.max, info.max)
+        zero = grid.round_scale(offset) - grid.qmin * scale
     elif zero is not None:
         zero = zero.round().clamp(grid.qmin, grid.qmax)
     return scale, zero

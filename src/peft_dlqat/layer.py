@@ -24,7 +24,7 @@ from .qweight import QuantizedWeight, harden, latent_weight
 class _Float32Mixin:
     """A dict of tensors that follows a module's device but stays float32.
 
-    On a bf16 or fp16 grid, s, z, b and m would be other numbers, and the weight another weight.
+    Rounded to bf16 or fp16 they would be other numbers, and the weight another weight.
     """
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -77,8 +77,8 @@ class DLQATLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool) -> None:
         self.base_layer = base_layer
         self.fan_in_fan_out = fan_in_fan_out
-        self.dlqat_A = nn.ParameterDict()
-        self.dlqat_B = nn.ParameterDict()
+        self.dlqat_A = Float32ParameterDict()
+        self.dlqat_B = Float32ParameterDict()
         self.dlqat_magnitude = Float32ParameterDict()
         self.dlqat_scale = Float32BufferDict()
         self.dlqat_zero_point = Float32BufferDict()
@@ -229,7 +229,7 @@ class DLQATLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         weight = self.get_base_layer().weight
-        weight.data = self._unmerged_weight.to(weight.device)
+        weight.data = self._unmerged_weight.to(weight)  # the model may have moved meanwhile
         self._unmerged_weight = None
         self.merged_adapters.clear()
 

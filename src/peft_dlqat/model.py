@@ -22,6 +22,9 @@ from .grid import largest_group
 from .layer import DLQATLayer, DLQATLinear, check_float_weight
 from .state import check_state
 
+# Names of the heads that PEFT trains in full for these tasks.
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 
 class DLQATModel(BaseTuner):
     """A model with DL-QAT adapter layers in the place of its linear layers.
@@ -45,6 +48,8 @@ class DLQATModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._warned: set[str] = set()
         super().__init__(*args, **kwargs)
+        # Not `forward`: PEFT calls the model itself where there is no task type, and transformers' add_adapter always.
+        self._hook = self.model.register_forward_pre_hook(self._warn_if_never_calibrated)
 
     def _prepare_model(self, peft_config: DLQATConfig, model: nn.Module) -> None:
         """Resolve "all-linear" where layers_to_transform selects from it, then check every target."""
@@ -127,7 +132,11 @@ class DLQATModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, on a copy of the config; then counts the parameters, for the model card."""
         # The caller's config may make another model too, and must not tell that one that it was calibrated.
-        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        given = self.peft_config[adapter_name]
+        # PEFT adds these to the caller's config, but only after the injection: too late for the copy and "all-linear".
+        if given.modules_to_save is None and given.task_type in _HEADS:
+            given.modules_to_save = list(_HEADS[given.task_type])
+        config = self.peft_config[adapter_name] = copy.copy(given)
         config.record = dict(config.record)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if "adapter_parameters" not in config.record:  # a loaded adapter was counted when it was made
@@ -158,6 +167,7 @@ class DLQATModel(BaseTuner):
         """As PEFT's, but all layers or none."""
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
+        self._hook.remove()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -165,16 +175,13 @@ class DLQATModel(BaseTuner):
             if isinstance(layer, DLQATLayer):
                 layer.check_mergeable(safe_merge, adapter_names)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward; warns once if an adapter that was never calibrated is trained."""
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._warn_if_never_calibrated()
-        return super().forward(*args, **kwargs)
-
-    def _warn_if_never_calibrated(self) -> None:
-        for name in self.active_adapters:
-            config = self.peft_config[name]
-            if "calibration" in config.record or name in self._warned or not self._is_trained(name):
+    def _warn_if_never_calibrated(self, model: nn.Module, _: Any) -> None:
+        """Warn once if an adapter that was never calibrated is trained."""
+        if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        for name, config in getattr(model, "peft_config", {}).items():
+            known = not isinstance(config, DLQATConfig) or "calibration" in config.record or name in self._warned
+            if known or not self._is_trained(name):
                 continue
             self._warned.add(name)
             warnings.warn(
@@ -184,9 +191,10 @@ class DLQATModel(BaseTuner):
             )
 
     def _is_trained(self, adapter_name: str) -> bool:
-        layer = next(layer for layer in self.model.modules() if isinstance(layer, DLQATLayer))
-        return (
+        return any(
             adapter_name in layer.dlqat_A and layer.dlqat_A[adapter_name].requires_grad and not layer.disable_adapters
+            for layer in self.model.modules()
+            if isinstance(layer, DLQATLayer)
         )
 
     @contextmanager
@@ -223,8 +231,8 @@ def _check_target(name: str, module: nn.Module) -> None:
         check_float_weight(layer, f"adapt {name},")
     else:
         raise ValueError(
-            f"target module {name} is a {type(layer).__name__}, not a linear layer; only torch.nn.Linear and "
-            "transformers' Conv1D can be adapted: narrow target_modules or use exclude_modules."
+            f"target module {name} is a {type(layer).__module__}.{type(layer).__name__}, no linear layer; only "
+            "torch.nn.Linear and transformers' Conv1D can be adapted: narrow target_modules or use exclude_modules."
         )
     weight: Any = module.original_weight() if isinstance(module, DLQATLayer) else layer.weight
     if not weight.is_meta and not torch.isfinite(weight).all():

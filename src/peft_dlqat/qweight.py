@@ -90,7 +90,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | No
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight as it ships. `dequantize()` is bit for bit what the layer multiplied with in training.
+    """A weight as it ships. `dequantize()`, rounded to the input's dtype, is what training multiplies with.
 
     Attributes:
         codes: int8 [out, in] in [qmin, qmax].

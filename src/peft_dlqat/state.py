@@ -7,7 +7,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .grid import SCALE_DTYPES, ZERO_POINTS
-from .layer import DLQATLayer
+from .layer import DLQATLayer, encode_spec
 
 _NAMED = ("dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_scale", "dlqat_zero_point", "dlqat_offset", "dlqat_spec")
 _SPEC_FIELDS = ("bits", "group_size", "zero_point", "scale_dtype", "lora scaling")
@@ -80,7 +80,7 @@ def _check_layer(name: str, layer: DLQATLayer, adapter_name: str, state: dict[st
     spec = state["dlqat_spec"]
     assert spec is not None
     # The one buffer that is compared rather than loaded into: it must say what the config says.
-    own = layer_spec(layer, adapter_name)
+    own = encode_spec(grid, layer.dlqat_scaling[adapter_name])
     if not torch.allclose(spec.float().cpu(), own):
         differences = [
             f"{field}: {_spec_value(i, spec[i].item())} in the file, {_spec_value(i, own[i].item())} here"
@@ -116,13 +116,6 @@ def _known(key: str, allowed: set[str]) -> bool:
     With bias="all" PEFT saves the biases of modules_to_save twice, once by a name that it does not load.
     """
     return ".modules_to_save." in key or key in allowed or key.removeprefix("base_model.model.") in allowed
-
-
-def layer_spec(layer: DLQATLayer, adapter_name: str) -> torch.Tensor:
-    """The spec [5] that the layer's own config stands for, on the CPU even where the layer is on the meta device."""
-    from .layer import encode_spec
-
-    return encode_spec(layer.dlqat_grid[adapter_name], layer.dlqat_scaling[adapter_name])
 
 
 def _spec_value(index: int, value: float) -> object:

@@ -51,7 +51,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     needs = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=False))
-    grads = reference.backward(grad, needs, *ctx.saved_tensors, *ctx.constants)
+    with torch.autocast(grad.device.type, enabled=False):
+        grads = reference.backward(grad, needs, *ctx.saved_tensors, *ctx.constants)
     return (*(grads.get(name) for name in _ARGUMENTS), *(None for _ in range(6)))
 
 

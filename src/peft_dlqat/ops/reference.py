@@ -48,7 +48,7 @@ def forward(
     if fan_in_fan_out:
         flat = x.reshape(-1, x.shape[-1])
         product = flat @ w_hat.t().contiguous() if bias is None else torch.addmm(bias, flat, w_hat.t().contiguous())
-        return product.view(*x.shape[:-1], -1)
+        return product.view(*x.shape[:-1], w_hat.shape[0])
     return F.linear(x, w_hat, bias)
 
 
