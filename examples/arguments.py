@@ -91,5 +91,6 @@ def complete(args: argparse.Namespace) -> None:
         )
     args.bits = list(dict.fromkeys(args.bits))
     args.compare = embedded if args.compare is None else args.compare
+    args.model_name = "the embedded model" if args.model is None else Path(args.model).name
     args.model = str(EMBEDDED_MODEL) if args.model is None else args.model
     args.text_name = "Python's language reference" if args.dataset is None else Path(args.dataset).name

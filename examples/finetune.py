@@ -21,23 +21,28 @@ lists them with what they gave.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import textwrap
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# Idle threads sleep rather than spin. Beside another busy program, spinning ones make every step many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import datasets
 import evaluate
 import torch
 from arguments import complete, make_parser
 from data import InputError, dataset_blocks, embedded_blocks
+from metrics import evaluate_model, load_metric
 from peft import LoraConfig, PeftModel, get_peft_model
 from plots import draw_bars, draw_curves
 from results import BASE, DLQAT, LORA, LORA_CLIPPED, LORA_RTN, NOTE, RTN, Result, save, text_table, verdicts
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -77,14 +82,14 @@ def main(argv: list[str] | None = None) -> int:
         "ignore", r"`(is_)?gradient_checkpointing", FutureWarning
     )  # raised by peft 0.21's own code
     logging.disable_progress_bar()  # of loading weights, which is done for each method; training has its own
-    print(f"{args.model}: {len(train):,} blocks of {args.length} tokens to train on, {len(held_out):,} held out")
+    print(f"{args.model_name}: {len(train):,} blocks of {args.length} tokens to train on, {len(held_out):,} held out")
     results, curves, exact = compare_methods(args, tokenizer, train, held_out, metric)
 
     save(args.output_dir, results, curves, {key: str(value) for key, value in vars(args).items()})
     draw_curves(curves, args.calibration_steps, args.output_dir / "curves.png")
     draw_bars(results, args.output_dir / "perplexity.png")
-    print("\n\n" + text_table(results, f"{Path(args.model).name} on {args.text_name}, {args.steps} steps"))
-    print(NOTE, "", *verdicts(results), sep="\n")
+    print("\n\n" + text_table(results, f"{args.model_name} on {args.text_name}, {args.steps} steps"))
+    print(textwrap.fill(NOTE, 100), "", *verdicts(results), sep="\n")
     for bits, equal in exact.items():
         verdict = "are equal (torch.equal)" if equal else "DIFFER"
         print(f"{bits} bits: logits of the trained, the reloaded and the merged model {verdict}.")
@@ -251,45 +256,6 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 # --- what is measured ----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate_model(
-    model: nn.Module, blocks: datasets.Dataset, batch_size: int, metric: evaluate.EvaluationModule | None, name: str
-) -> tuple[float, float, dict[str, float]]:
-    """Loss in nats a token, accuracy of the next token, and what the metric says about the same predictions."""
-    model.eval()
-    device = next(model.parameters()).device
-    loss = correct = count = 0.0
-    for start in tqdm(range(0, len(blocks), batch_size), desc=f"held-out text, {name}", leave=False):
-        ids = blocks[start : start + batch_size]["input_ids"].to(device)
-        logits, labels = model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-        loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
-        predictions = logits.argmax(-1)
-        correct += (predictions == labels).sum().item()
-        count += labels.numel()
-        if metric is not None:
-            metric.add_batch(predictions=predictions.tolist(), references=labels.tolist())
-    return loss / count, correct / count, {} if metric is None else metric.compute()
-
-
-def load_metric(name: str) -> evaluate.EvaluationModule:
-    """A metric of `evaluate`, from the Hub or from a script, that compares integers (the next tokens)."""
-    try:
-        metric = evaluate.load(name)
-    except (OSError, ImportError) as error:
-        raise InputError(
-            f"cannot load the metric {name!r}: {error}\n--metric takes a metric's id on the Hub, such as accuracy, or "
-            "the path of a metric script, such as ./my_metric/my_metric.py."
-        ) from error
-    features = metric.features[0] if isinstance(metric.features, list) else metric.features
-    kinds = {key: getattr(feature, "dtype", str(feature)) for key, feature in features.items()}
-    if set(kinds) != {"predictions", "references"} or not all(kind.startswith("int") for kind in kinds.values()):
-        raise InputError(
-            f"the metric {name!r} takes {kinds}, but is given the predicted and the true next tokens, as integers "
-            "named predictions and references; take one that does, such as accuracy."
-        )
-    return metric
 
 
 def bits_per_weight(model: nn.Module) -> float:

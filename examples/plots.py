@@ -54,9 +54,8 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], calibration_steps: int,
         left.set_xlim(0, 1.03 * calibration_steps)
         left.set_ylim(bottom=0)
         right.axvspan(0, calibration_steps, color="0.92", zorder=0)
-        note = "DL-QAT\ncalibrates"
-        height = right.get_xaxis_transform()
-        right.text(calibration_steps / 2, 0.03, note, transform=height, ha="center", va="bottom")
+        place = {"transform": right.get_xaxis_transform(), "rotation": 90, "ha": "center", "va": "bottom"}
+        right.text(calibration_steps / 2, 0.03, "DL-QAT calibrates", **place)
     _label(right, "Training: the low-rank update learns the text", "optimiser step", "loss (nats a token)")
     right.legend(title="thick: held-out text; thin: training text", frameon=False, loc="upper right")
     figure.savefig(path, dpi=150)

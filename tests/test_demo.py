@@ -117,6 +117,11 @@ def rows_of(folder: Path) -> dict[tuple[str, int | None], dict]:
     return {(row["method"], row["bits"]): row for row in results}
 
 
+def steps_of(folder: Path, curve: str) -> int:
+    """Optimiser steps of one training, without its calibration."""
+    return max(entry["step"] for entry in json.loads((folder / "results.json").read_text())["curves"][curve])
+
+
 @pytest.mark.slow
 def test_demo_runs_offline_and_leaves_table_pictures_and_adapters(tmp_path: Path) -> None:
     """`--demo --smoke`: every row is there and filled, and both adapters come back from the disk to the bit."""
@@ -142,10 +147,14 @@ def test_demo_runs_offline_and_leaves_table_pictures_and_adapters(tmp_path: Path
     for bits in (2, 3):
         row = rows["DL-QAT", bits]
         assert bits + (16 + bits) / 768 < row["bits_per_weight"] < bits + (16 + bits) / 256
+        assert {rows[method, bits]["bits_per_weight"] for method in QUANTIZED} == {row["bits_per_weight"]}
         assert lora["trained_share"] < row["trained_share"] < 0.06
         names = {path.name for path in (out / f"dlqat-{bits}bit").iterdir()}
         assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= names
-        assert json.loads((out / f"dlqat-{bits}bit" / "adapter_config.json").read_text())["bits"] == bits
+        config = json.loads((out / f"dlqat-{bits}bit" / "adapter_config.json").read_text())
+        assert config["bits"] == bits
+        assert config["record"]["calibration"]["steps"] + steps_of(out, f"DL-QAT, {bits} bits") == 6
+    assert steps_of(out, "LoRA in full precision") == 6
     for picture in ("curves.png", "perplexity.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     assert (out / "results.md").read_text().count("| DL-QAT |") == 2
