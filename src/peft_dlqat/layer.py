@@ -198,8 +198,16 @@ class DLQATLayer(BaseTunerLayer):
         if not names:
             return
         check_float_weight(self.get_base_layer(), "merge into")
-        if safe_merge and not torch.isfinite(self._merged_weight(self.merged_adapters + names)).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+        if safe_merge:
+            self._finite_merged_weight(names)
+
+    def _finite_merged_weight(self, adapter_names: list[str]) -> torch.Tensor:
+        weight = self._merged_weight(self.merged_adapters + adapter_names)
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken"
+            )
+        return weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put w_hat into the base layer, computed from the original weight, which is kept for `unmerge`.
@@ -215,13 +223,14 @@ class DLQATLayer(BaseTunerLayer):
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
-        self.check_mergeable(safe_merge, names)
-        weight = self._merged_weight(self.merged_adapters + names)
         base_layer = self.get_base_layer()
+        check_float_weight(base_layer, "merge into")
+        merged = self.merged_adapters + names
+        weight = self._finite_merged_weight(names) if safe_merge else self._merged_weight(merged)
         if self._unmerged_weight is None:
             self._unmerged_weight = base_layer.weight.data
         base_layer.weight.data = weight
-        self.merged_adapters.extend(names)
+        self.merged_adapters = merged
 
     def unmerge(self) -> None:
         """Put the very tensor back that `merge` replaced."""
