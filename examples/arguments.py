@@ -11,9 +11,8 @@ from peft_dlqat import RECIPE
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
 
-# For the embedded model, the rates are the best of those tried with 240 to 300 steps, by held-out perplexity. LoRA:
-# 2e-3 gave 42.5, 5e-3 39.2, 1e-2 39.0, 2e-2 50.9. DL-QAT at 2 bits: 5e-3 gave 41.2, 1e-2 39.8; the magnitude's own
-# rate made less than a percent of difference. For other models: what is usual for large ones.
+# For the embedded model, the rates are the best of a few that were tried with 240 to 300 steps, by held-out
+# perplexity; DL-QAT's before its magnitude had a faster rate of its own. For others: what is usual for large ones.
 EMBEDDED_DEFAULTS = {"steps": 240, "group_size": -1, "lora_lr": 1e-2, "lr": 1e-2}
 DEFAULTS = {"steps": 1000, "group_size": 128, "lora_lr": 2e-4, "lr": 2e-4}
 

@@ -3,7 +3,7 @@
     python examples/evaluate_model.py --tasks small_facts --include_path examples/tasks
 
 asks the small model in examples/embedded/model about small facts, without a download. A model and an adapter from the
-Hub or from a disk, on the common-sense tasks of the papers (or mmlu, or any names that the harness knows):
+Hub or from a disk, on the usual common-sense tasks (or mmlu, or any names that the harness knows):
 
     python examples/evaluate_model.py --model Qwen/Qwen3-0.6B --dtype bfloat16 --batch_size 16 --tasks commonsense \\
         --adapter outputs/qwen3-3bit/dlqat-3bit

@@ -14,8 +14,7 @@ Your own model and text, from the Hub or from a disk (`--compare` adds the LoRA 
     python examples/finetune.py --model Qwen/Qwen3-0.6B --dtype bfloat16 --bits 3 --steps 2000 \\
         --dataset Salesforce/wikitext --dataset_config wikitext-2-raw-v1 --output_dir outputs/qwen3-3bit
 
-For the embedded model, the learning rate of each method is the best of three or four that were tried; arguments.py
-lists them with what they gave.
+For the embedded model, the learning rate of each method is the best of three or four that were tried.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from .calibration import By, Objective, calibrate
 from .card import write_section
 from .config import DLQATConfig
 from .layer import adapter_layers
+from .optimizer import scales_the_grid
 from .recipe import RECIPE
 from .report import grid_report
 
@@ -156,9 +157,7 @@ class DLQATCallback(TrainerCallback):
 
 
 def _warn_if_magnitude_decays(model: nn.Module, optimizer: Any) -> None:
-    magnitudes = {
-        id(p) for name, p in model.named_parameters() if ".dlqat_magnitude." in name or ".dlqat_shift." in name
-    }
+    magnitudes = {id(parameter) for name, parameter in model.named_parameters() if scales_the_grid(name)}
     for group in getattr(optimizer, "param_groups", []):
         if group.get("weight_decay") and any(id(parameter) in magnitudes for parameter in group["params"]):
             warnings.warn(

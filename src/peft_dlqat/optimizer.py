@@ -14,6 +14,11 @@ from .recipe import RECIPE
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
+def scales_the_grid(parameter_name: str) -> bool:
+    """Whether a parameter moves scales and zeros, as m and L4Q's shift do: it must not decay."""
+    return ".dlqat_magnitude." in parameter_name or ".dlqat_shift." in parameter_name
+
+
 def create_dlqat_optimizer(
     model: nn.Module,
     optimizer_cls: type[torch.optim.Optimizer],
@@ -58,8 +63,7 @@ def create_dlqat_optimizer(
     others: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in trainable.items():
-        of_the_grid = ".dlqat_magnitude." in name or ".dlqat_shift." in name
-        group = magnitudes if of_the_grid else others if name in decayed else exempt
+        group = magnitudes if scales_the_grid(name) else others if name in decayed else exempt
         group.append(parameter)
     groups = [
         {"params": others, "lr": lr, "weight_decay": weight_decay},

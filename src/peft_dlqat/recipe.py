@@ -14,8 +14,8 @@ class Recipe:
     """How a model is calibrated and trained where nothing else is said.
 
     The defaults of [`calibrate`], [`DLQATCallback`] and [`create_dlqat_optimizer`] are those of `RECIPE`; what has to
-    be a Trainer's own comes from `training_arguments`. docs/benchmarks.md has the runs behind the numbers: on models
-    of up to 3 M parameters. For wide ones the learning rate falls with the width, to what LoRA is trained at.
+    be a Trainer's own comes from `training_arguments`. The numbers were found on models of up to 3 M parameters. For
+    wide ones the learning rate falls with the width, to what LoRA is trained at: a safe guess, not a finding.
 
     Attributes:
         calibration_steps: gradient steps on s and the zero, after the fit to the layers' inputs. At small budgets each

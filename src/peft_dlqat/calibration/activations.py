@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..distillation import adapters_disabled, evaluating
 from ..initialisation import initialise
 from ..layer import DLQATLayer
-from .grid_state import set_grid
+from .grid_state import set_grid, several_processes
 
 
 class InputMoments:
@@ -59,7 +59,7 @@ class InputMoments:
 
     def means(self) -> dict[str, torch.Tensor]:
         """E[x²] [in] by layer, float32, over all processes; zeros for a layer that was never reached."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if several_processes():
             for tensor in (*self._sums.values(), *self._counts.values()):
                 dist.all_reduce(tensor)
         return {name: self._sums[name] / self._counts[name].clamp(min=1) for name in self._layers}

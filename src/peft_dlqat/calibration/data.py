@@ -9,6 +9,20 @@ import torch
 from accelerate.utils import send_to_device
 
 
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch on the model's device.
+
+    Raises:
+        ValueError: if it is no dict.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"a calibration batch is a {type(batch).__name__}, but must be a dict of the model's arguments, such as "
+            "{'input_ids': ..., 'labels': ...}."
+        )
+    return send_to_device(dict(batch), device)
+
+
 def cycle(dataloader: Iterable[Mapping[str, Any]], steps: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """Batches on the model's device: for ever, or once through where there are no steps that need them.
 
@@ -25,13 +39,8 @@ def cycle(dataloader: Iterable[Mapping[str, Any]], steps: int, device: torch.dev
         before = count
         iterator = iter(dataloader)
         for batch in iterator:
-            if not isinstance(batch, Mapping):
-                raise ValueError(
-                    f"a calibration batch is a {type(batch).__name__}, but must be a dict of the model's arguments, "
-                    "such as {'input_ids': ..., 'labels': ...}."
-                )
             count += 1
-            yield send_to_device(dict(batch), device)
+            yield to_device(batch, device)
         if count == 0:
             raise ValueError("the calibration loader is empty; it must give at least one batch.")
         if not steps:

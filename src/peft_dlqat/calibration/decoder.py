@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 from transformers.cache_utils import Cache
 
 from ..layer import DLQATLayer
+from .data import to_device
 
 # A layer's arguments beside the hidden states: positional, by keyword.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -122,12 +122,7 @@ def capture(
     calls: list[list[Call]] = []
     device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
     for batch in batches:
-        if not isinstance(batch, Mapping):
-            raise ValueError(
-                f"a calibration batch is a {type(batch).__name__}, but must be a dict of the model's arguments, such "
-                "as {'input_ids': ...}."
-            )
-        arguments = {key: value for key, value in send_to_device(dict(batch), device).items() if key != "labels"}
+        arguments = {key: value for key, value in to_device(batch, device).items() if key != "labels"}
         seen: list[tuple[torch.Tensor, Call]] = []
         with _recording(layers, seen), suppress(_AllCaptured):
             model(**arguments)

@@ -118,9 +118,14 @@ def check_active(layers: Iterable[DLQATLayer], adapter_name: str) -> None:
             )
 
 
+def several_processes() -> bool:
+    """Whether others take part, under torch.distributed."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def smallest_over_processes(count: int, device: torch.device) -> int:
     """The smallest of a number that each process has."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several_processes():
         tensor = torch.tensor(count, device=device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return int(tensor)
@@ -129,7 +134,7 @@ def smallest_over_processes(count: int, device: torch.device) -> int:
 
 def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """In place; the tensor itself where there is one process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several_processes():
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor

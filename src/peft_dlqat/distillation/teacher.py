@@ -85,9 +85,9 @@ def distillation_loss(
 
     (1 - reverse) * KL(teacher || model) + reverse * KL(model || teacher). The forward one, the default, is what
     LLM-QAT (arXiv 2305.17888) minimises; it wants the model to cover whatever the teacher may say. The reverse one
-    wants it to say nothing that the teacher would not. "confidence" is BitDistiller's CAKLD (arXiv 2402.10631,
-    sec. 3.3), whose weight of the reverse part is the teacher's mean confidence. As in its authors' code, that is the
-    probability of the teacher's likeliest token; theirs is measured once on some batches of the data, this one on the
+    wants it to say nothing that the teacher would not. "confidence" is BitDistiller's CAKLD (arXiv 2402.10631),
+    whose weight of the reverse part is the teacher's mean confidence. As in its authors' code, that is the probability
+    of the teacher's likeliest token; theirs is measured once on some batches of the data, this one on the
     positions given. To fix it, pass the number.
 
     Large vocabularies are worked through some tokens at a time, so that beside the two arguments there is no

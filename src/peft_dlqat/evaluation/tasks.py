@@ -14,8 +14,7 @@ from ..calibration.grid_state import random_state_kept
 from ..distillation import evaluating
 from .merging import temporarily_merged
 
-# The tasks of common-sense reasoning that papers on low-bit language models report without examples in the prompt: the
-# six of LR-QAT (arXiv 2406.06385), and OpenBookQA, which many others add.
+# Tasks of common-sense reasoning that are usual in papers on low-bit language models, without examples in the prompt.
 TASK_SETS: dict[str, list[str]] = {
     "mmlu": ["mmlu"],  # the harness's own group of 57 subjects, with their mean
     "commonsense": ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],

@@ -51,15 +51,15 @@ class AdapterState:
         out_features, n_groups = self.s.shape
         return self.s.new_zeros(0, n_groups * self.grid.group_size), self.s.new_zeros(out_features, 0)
 
-    def times_magnitude(self, tensor: torch.Tensor) -> torch.Tensor:
-        """m * tensor, or the tensor itself where there is no m."""
-        return tensor if self.magnitude is None else self.magnitude * tensor
-
-    def zero_times_magnitude(self) -> torch.Tensor | None:
-        """The zero by which codes are decoded when m multiplies the weight: z itself, or m * b."""
-        if self.zero is None or self.grid.zero_point == "integer":
-            return self.zero
-        return self.times_magnitude(self.zero)
+    @property
+    def scaled(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scale and zero by which codes are decoded when m multiplies the weight: m * s, and z itself or m * b."""
+        if self.magnitude is None:
+            return self.s, self.zero
+        zero = self.zero
+        if zero is not None and self.grid.zero_point == "float":
+            zero = self.magnitude * zero
+        return self.magnitude * self.s, zero
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,10 @@ class Method(ABC):
     magnitudes: ClassVar[tuple[Magnitude, ...]] = ("group",)
     zero_points: ClassVar[tuple[ZeroPoint, ...]] = ("none", "integer", "float")
 
-    @abstractmethod
     def shapes(self, out_features: int, n_groups: int, grid: Grid, r: int) -> dict[str, tuple[int, ...]]:
-        """Shape of each trained tensor, by its name in `AdapterState`."""
+        """Shape of each trained tensor, by its name in `AdapterState`: A, B and m where a method says nothing else."""
+        low_rank = {"A": (r, n_groups * grid.group_size), "B": (out_features, r)}
+        return {**low_rank, **self._magnitude_shape(out_features, n_groups)}
 
     @abstractmethod
     def quantizer(self, state: AdapterState) -> Quantizer:

@@ -7,7 +7,6 @@ Trained: m, A, B. `magnitude="row"` has one m a row, "none" leaves it out: the p
 
 from __future__ import annotations
 
-from ..grid import Grid
 from ..qweight import Quantizer
 from .base import AdapterState, Method
 
@@ -20,12 +19,6 @@ class DLQAT(Method):
     arxiv = "2504.09223"
     magnitudes = ("group", "row", "none")
 
-    def shapes(self, out_features: int, n_groups: int, grid: Grid, r: int) -> dict[str, tuple[int, ...]]:
-        """A, B and m."""
-        low_rank = {"A": (r, n_groups * grid.group_size), "B": (out_features, r)}
-        return {**low_rank, **self._magnitude_shape(out_features, n_groups)}
-
     def quantizer(self, state: AdapterState) -> Quantizer:
         """Rounded by s and b, decoded by m * s and m * b."""
-        scale, zero = state.times_magnitude(state.s), state.zero_times_magnitude()
-        return Quantizer(*state.low_rank, state.s, state.zero, scale, zero)
+        return Quantizer(*state.low_rank, state.s, state.zero, *state.scaled)

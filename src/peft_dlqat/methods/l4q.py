@@ -1,4 +1,4 @@
-"""L4Q (arXiv 2402.04902, eq. 8 to 12): scale, zero and low-rank update trained together.
+"""L4Q (arXiv 2402.04902): scale, zero and low-rank update trained together.
 
     w_hat = Quantize(W0 + scaling * BA; s, b)        s = m * s0,  z = z0 + shift  or  b = b0 + s0 * shift
 
@@ -22,19 +22,16 @@ class L4Q(Method):
 
     def shapes(self, out_features: int, n_groups: int, grid: Grid, r: int) -> dict[str, tuple[int, ...]]:
         """A, B, s / s0 and the shift of the zero."""
-        low_rank = {"A": (r, n_groups * grid.group_size), "B": (out_features, r)}
         shift = {} if grid.zero_point == "none" else {"shift": (out_features, n_groups)}
-        return {**low_rank, **self._magnitude_shape(out_features, n_groups), **shift}
+        return {**super().shapes(out_features, n_groups, grid, r), **shift}
 
     def quantizer(self, state: AdapterState) -> Quantizer:
         """Rounded and decoded by the same s and zero."""
         magnitude, shift = lsq_gradient(state.magnitude, state.grid), lsq_gradient(state.shift, state.grid)
         assert magnitude is not None
-        # A step that training takes through zero would turn the grid over.
-        s, zero = (magnitude * state.s).abs(), state.zero
-        if state.grid.zero_point == "none":
-            s = magnitude * state.s
-        elif shift is not None and zero is not None:
+        s, zero = magnitude * state.s, state.zero
+        if shift is not None and zero is not None:
+            s = s.abs()  # a step that training takes through zero would turn the grid over
             integer = state.grid.zero_point == "integer"
             zero = (zero + shift).clamp(state.grid.qmin, state.grid.qmax) if integer else zero + state.s * shift
         return Quantizer(*state.low_rank, s, zero, s, zero)

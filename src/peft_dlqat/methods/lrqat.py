@@ -1,4 +1,4 @@
-"""LR-QAT (arXiv 2406.06385, eq. 7 and 8): low-rank weights in units of the grid, a learned scale outside.
+"""LR-QAT (arXiv 2406.06385): low-rank weights in units of the grid, a learned scale outside.
 
     w_hat = s * (clip(round(W0 / s0 + z + scaling * BA)) - z)
 
@@ -9,7 +9,6 @@ it.
 
 from __future__ import annotations
 
-from ..grid import Grid
 from ..qweight import Quantizer
 from .base import AdapterState, Method
 
@@ -21,12 +20,6 @@ class LRQAT(Method):
     title = "LR-QAT"
     arxiv = "2406.06385"
 
-    def shapes(self, out_features: int, n_groups: int, grid: Grid, r: int) -> dict[str, tuple[int, ...]]:
-        """A, B and s / s0."""
-        low_rank = {"A": (r, n_groups * grid.group_size), "B": (out_features, r)}
-        return {**low_rank, **self._magnitude_shape(out_features, n_groups)}
-
     def quantizer(self, state: AdapterState) -> Quantizer:
         """Rounded by s0, decoded by s."""
-        scale, zero = state.times_magnitude(state.s), state.zero_times_magnitude()
-        return Quantizer(*state.low_rank, state.s, state.zero, scale, zero, update_in_grid_units=True)
+        return Quantizer(*state.low_rank, state.s, state.zero, *state.scaled, update_in_grid_units=True)

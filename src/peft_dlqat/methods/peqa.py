@@ -1,8 +1,8 @@
-"""PEQA (arXiv 2305.14152, eq. 2): the codes of W0 are kept, only their scale is trained.
+"""PEQA (arXiv 2305.14152): the codes of W0 are kept, only their scale is trained.
 
     w_hat = m * Quantize(W0; s, b)
 
-Trained: m. Also the end-to-end stage of EfficientQAT (E2E-QP, arXiv 2407.11062, sec. 3.3).
+Trained: m. Also the end-to-end stage of EfficientQAT (E2E-QP, arXiv 2407.11062).
 """
 
 from __future__ import annotations
@@ -25,5 +25,4 @@ class PEQA(Method):
 
     def quantizer(self, state: AdapterState) -> Quantizer:
         """Rounded by s and b, decoded by m * s and m * b."""
-        scale, zero = state.times_magnitude(state.s), state.zero_times_magnitude()
-        return Quantizer(*state.no_update, state.s, state.zero, scale, zero)
+        return Quantizer(*state.no_update, state.s, state.zero, *state.scaled)

@@ -1,4 +1,4 @@
-"""QA-LoRA (arXiv 2309.14717, sec. 3.3): a low-rank update that is constant in each group, and so part of its offset.
+"""QA-LoRA (arXiv 2309.14717): a low-rank update that is constant in each group, and so part of its offset.
 
     w_hat = Quantize(W0; s, b) + scaling * BA,     A [r, n_groups]: the same for all inputs of a group
 
