@@ -206,5 +206,43 @@ def test_the_op_passes_torchs_own_checks(zero_point):
     grid = Grid(3, 32, zero_point, torch.bfloat16)
     args = problem(grid)
     tensors = (args[k] for k in ("x", "bias", "weight", *QUANTIZER))
-    constants = (False, 2.0, grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, False)
+    constants = (False, 0, 2.0, grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, False, "exact")
     torch.library.opcheck(_fake_quantize_linear, (*tensors, *constants))
+
+
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("clips", [False, True])
+def test_the_lowrank_gradient_only_lacks_the_mask_of_the_clip(zero_point, fan_in_fan_out, clips):
+    """Exact where nothing is clipped; the magnitude's and the input's always."""
+    grid = Grid(4, 32, zero_point, torch.float32)
+    args = {name: None if value is None else value.detach() for name, value in problem(grid).items()}
+    step = args["step"] * (1 if clips else 4)
+    zero = None if args["zero"] is None else args["zero"].round()
+    weight = args["weight"].t().contiguous() if fan_in_fan_out else args["weight"]
+    found = {}
+    for gradient in ("exact", "lowrank"):
+        own = {name: args[name].clone().requires_grad_(True) for name in ("x", "bias", "A", "B")}
+        own["m"] = torch.linspace(0.5, 2, 24).unsqueeze(1).requires_grad_(True)
+        decoded = zero if zero_point != "float" else own["m"] * zero
+        quantizer = Quantizer(own["A"], own["B"], step, zero, own["m"] * step, decoded)
+        y = fake_quantize_linear(own["x"], own["bias"], weight, quantizer, grid, 0.7, fan_in_fan_out, gradient)
+        (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        found[gradient] = {name: tensor.grad for name, tensor in own.items()}
+    for name, exact in found["exact"].items():
+        error = (found["lowrank"][name] - exact).norm() / exact.norm()
+        assert (error > 1e-3) if clips and name in ("A", "B") else (error < 1e-5), f"{name}: {error:.1e}"
+
+
+def test_the_bf16_gradient_is_the_exact_one_to_bf16():
+    grid = Grid(3, 32, "integer", torch.bfloat16)
+    grads = {}
+    for gradient in ("exact", "bf16"):
+        args = problem(grid, tokens=(64,))
+        y = run(args, grid, gradient=gradient)
+        (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        grads[gradient] = {name: args[name].grad for name in NAMES}
+    assert torch.equal(grads["bf16"]["x"], grads["exact"]["x"])
+    for name in ("A", "B", "scale", "step"):
+        error = (grads["bf16"][name] - grads["exact"][name]).norm() / grads["exact"][name].norm()
+        assert 0 < error < 1e-2, f"{name}: {error:.1e}"

@@ -27,6 +27,7 @@ from .grid import Grid
 from .layer import DLQATLayer, DLQATLinear
 from .model import DLQATModel
 from .optimizer import create_dlqat_optimizer
+from .packing import pack_weights
 from .push import keep_section_on_push
 from .qweight import QuantizedWeight
 from .recipe import RECIPE, Recipe
@@ -69,5 +70,6 @@ __all__ = [
     "evaluate_tasks",
     "generate_dataset",
     "grid_report",
+    "pack_weights",
     "teacher_logits",
 ]

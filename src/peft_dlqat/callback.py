@@ -18,6 +18,7 @@ from .card import write_section
 from .config import DLQATConfig
 from .layer import adapter_layers
 from .optimizer import scales_the_grid
+from .packing import pack_weights
 from .recipe import RECIPE
 from .report import grid_report
 
@@ -88,6 +89,7 @@ class DLQATCallback(TrainerCallback):
                 if _RECORD in entry:
                     config.record["calibration"] = entry[_RECORD]
         if state.global_step > 0 or "calibration" in config.record or self.calibration_steps is None:
+            pack_weights(model, adapter_name)
             return
         steps = self.calibration_steps
         every = int(args.logging_steps) if args.logging_steps >= 1 else max(1, steps // 10)

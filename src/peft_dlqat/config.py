@@ -17,6 +17,8 @@ from .card import write_section
 from .grid import SCALE_DTYPES, ZERO_POINTS, Grid, largest_group
 from .initialisation import INITIALISATIONS
 from .methods import MAGNITUDES, METHODS, Method
+from .ops import GRADIENTS
+from .storage import STORAGES
 
 DEFAULT_GROUP_SIZE = 128
 _BIAS = ("none", "all", "dlqat_only")
@@ -105,6 +107,10 @@ class DLQATConfig(PeftConfig):
         bits_pattern: bits by module name, overriding `bits`.
         group_size_pattern: group_size by module name, overriding `group_size`.
         bias: which biases train: "none", "all" or "dlqat_only".
+        storage: how the frozen weight is kept once the grid is frozen: "full", as it is; "int8", "int4" or "int2":
+            that many bits a weight, in units of the grid (see `peft_dlqat.storage`), and the full one is let go.
+        gradient: "exact"; "bf16", whose one product that only feeds sums is in bfloat16; or "lowrank": at LoRA's own
+            cost, without the clip's mask, for magnitude="row" or False (see `peft_dlqat.ops.lowrank`).
         init: first grid of a layer: "mse" (least squared error over clipped ranges) or "minmax".
         init_weights: True starts B at zero, so that a fresh adapter is exactly round-to-nearest; False starts it
             at random, for tests.
@@ -156,6 +162,12 @@ class DLQATConfig(PeftConfig):
     bits_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "bits by module name."})
     group_size_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "group_size by module name."})
     bias: Literal["none", "all", "dlqat_only"] = field(default="none", metadata={"help": "Which biases train."})
+    storage: Literal["full", "int8", "int4", "int2"] = field(
+        default="full", metadata={"help": "How the frozen weight is kept once the grid is frozen."}
+    )
+    gradient: Literal["exact", "bf16", "lowrank"] = field(
+        default="exact", metadata={"help": "'exact', 'bf16', or 'lowrank' at LoRA's own cost."}
+    )
     init: Literal["mse", "minmax"] = field(default="mse", metadata={"help": "First grid of a layer."})
     init_weights: bool = field(default=True, metadata={"help": "Start B at zero; False starts it at random."})
     record: dict[str, Any] = field(
@@ -174,6 +186,8 @@ class DLQATConfig(PeftConfig):
         _check_alpha("lora_alpha", self.lora_alpha)
         _check_choice("bias", self.bias, _BIAS)
         _check_choice("init", self.init, INITIALISATIONS)
+        _check_choice("storage", self.storage, STORAGES)
+        _check_choice("gradient", self.gradient, GRADIENTS)
         self._check_method()
         for name in ("use_rslora", "init_weights"):
             if not isinstance(getattr(self, name), bool):
@@ -191,6 +205,7 @@ class DLQATConfig(PeftConfig):
             for key, value in pattern.items():
                 _check_regex(f"a key of {name}", key)
                 check(f"{name}[{key!r}]", value)
+        self._check_storage()
         _check_names("target_modules", self.target_modules)
         _check_names("exclude_modules", self.exclude_modules)
         _check_indices("layers_to_transform", self.layers_to_transform)
@@ -240,6 +255,27 @@ class DLQATConfig(PeftConfig):
             raise ValueError(
                 f"zero_point={self.zero_point!r} does not go with method={self.method!r}; use "
                 f"{' or '.join(map(repr, method.zero_points))}."
+            )
+
+        if self.gradient == "lowrank" and (self.method != "dlqat" or self.resolve_method().magnitude == "group"):
+            raise ValueError(
+                f"gradient='lowrank' needs one magnitude a row or none, but method={self.method!r} has magnitude="
+                f"{self.magnitude!r}; use method='dlqat' with magnitude='row' or False."
+            )
+
+    def _check_storage(self) -> None:
+        if self.storage == "full":
+            return
+        if METHODS[self.method].trains_step:
+            raise ValueError(
+                f"storage={self.storage!r} keeps the weight in units of the frozen step, but method={self.method!r} "
+                "trains the step; use storage='full', or another method."
+            )
+        widest = max(self.bits, *self.bits_pattern.values(), 0)
+        if widest > STORAGES[self.storage]:
+            raise ValueError(
+                f"storage={self.storage!r} cannot hold codes of {widest} bits; use "
+                f"{' or '.join(repr(name) for name, width in STORAGES.items() if not 0 < width < widest)}."
             )
 
     def resolve_method(self) -> Method:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
@@ -21,7 +24,8 @@ from .grid import SCALE_DTYPES, ZERO_POINTS, Grid
 from .initialisation import initialise
 from .methods import METHODS, AdapterState, Method
 from .ops import fake_quantize_linear
-from .qweight import QuantizedWeight, Quantizer, harden
+from .qweight import QuantizedWeight, Quantizer, decode_weight, harden, store
+from .storage import as_rows
 
 
 class _Float32Mixin:
@@ -63,7 +67,7 @@ class DLQATLayer(BaseTunerLayer):
     | `dlqat_scale`        | [out, n_groups] | s, float32 buffer; calibrated, then frozen                       |
     | `dlqat_zero_point`   | [out, n_groups] | z, float32 buffer of integers; only `zero_point="integer"`       |
     | `dlqat_offset`       | [out, n_groups] | b, float32 buffer; only `zero_point="float"`                     |
-    | `dlqat_spec`         | [6]             | buffer: what the tensors beside it mean, see `encode_spec`       |
+    | `dlqat_spec`         | [7]             | buffer: what the tensors beside it mean, see `encode_spec`       |
 
     All are float32. Which of the trained ones there are is the method's choice.
     """
@@ -79,6 +83,8 @@ class DLQATLayer(BaseTunerLayer):
         "dlqat_grid",
         "dlqat_scaling",
         "dlqat_method",
+        "dlqat_gradient",
+        "dlqat_stored_bits",
     )
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool) -> None:
@@ -95,6 +101,8 @@ class DLQATLayer(BaseTunerLayer):
         self.dlqat_grid: dict[str, Grid] = {}
         self.dlqat_scaling: dict[str, float] = {}
         self.dlqat_method: dict[str, Method] = {}
+        self.dlqat_gradient: dict[str, str] = {}
+        self.dlqat_stored_bits: dict[str, int] = {}
         self._disable_adapters = False
         self.merged_adapters = []
         self._unmerged_weight: torch.Tensor | None = None
@@ -111,6 +119,8 @@ class DLQATLayer(BaseTunerLayer):
         init: str,
         init_weights: bool = True,
         inference_mode: bool = False,
+        gradient: str = "exact",
+        stored_bits: int = 0,
     ) -> None:
         """Add an adapter, its grid fitted to W0 by `init` (skipped for a weight on the meta device)."""
         weight = self.original_weight()
@@ -125,6 +135,8 @@ class DLQATLayer(BaseTunerLayer):
         self.dlqat_grid[adapter_name] = grid
         self.dlqat_scaling[adapter_name] = scaling
         self.dlqat_method[adapter_name] = method
+        self.dlqat_gradient[adapter_name] = gradient
+        self.dlqat_stored_bits[adapter_name] = stored_bits
         # All state is float32 whatever the base and `autocast_adapter_dtype`: an A rounded on loading moves codes.
         for name, shape in method.shapes(self.out_features, n_groups, grid, r).items():
             start = torch.ones if name == "magnitude" else torch.zeros
@@ -135,7 +147,7 @@ class DLQATLayer(BaseTunerLayer):
         if zero is not None:
             zeros = self.dlqat_zero_point if grid.zero_point == "integer" else self.dlqat_offset
             zeros[adapter_name] = zero
-        self.dlqat_spec[adapter_name] = encode_spec(grid, scaling, method).to(device)
+        self.dlqat_spec[adapter_name] = encode_spec(grid, scaling, method, stored_bits).to(device)
         for factors in (self.dlqat_A, *(() if init_weights else (self.dlqat_B,))):
             if adapter_name in factors:
                 nn.init.kaiming_uniform_(factors[adapter_name], a=math.sqrt(5))
@@ -152,12 +164,90 @@ class DLQATLayer(BaseTunerLayer):
             if device.type != "meta" and not entries[adapter_name].is_meta:
                 entries[adapter_name] = entries[adapter_name].to(device)
 
-    def original_weight(self) -> torch.Tensor:
-        """W0 [out, in], merged or not; a view where the base layer stores it transposed."""
+    def frozen_weight(self) -> torch.Tensor:
+        """W0 [out, in] as it is kept: in full (a view where the base layer has it transposed), or packed in uint8."""
         weight = self.get_base_layer().weight.data
         if self._unmerged_weight is not None:
             weight = self._unmerged_weight.to(weight.device)  # the model may have moved meanwhile
-        return weight.t() if self.fan_in_fan_out else weight
+        return as_rows(weight, self.fan_in_fan_out)
+
+    def original_weight(self) -> torch.Tensor:
+        """W0 [out, in], merged or not; of a packed one what is left of it."""
+        weight = self.frozen_weight()
+        if weight.is_floating_point():
+            return weight
+        name = next(iter(self.dlqat_grid))
+        return decode_weight(weight, self.quantizer(name), self.dlqat_grid[name]).to(self.weight_dtype)
+
+    @property
+    def packed(self) -> bool:
+        """Whether W0 is kept in few bits."""
+        return not self.frozen_weight().is_floating_point()
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of W0: the one that the layer computes in. A packed weight's follows the model's."""
+        weight = self.get_base_layer().weight
+        return weight.dtype if weight.is_floating_point() else self._dtype_of_packed.dtype
+
+    @torch.no_grad()
+    def pack(self, adapter_name: str, stored_bits: int) -> None:
+        """Keep W0 in `stored_bits` bits a weight, in units of the adapter's grid, which must not move any more.
+
+        The full-precision weight is gone afterwards. Codes of an untrained adapter stay as they are, see `storage`.
+
+        Args:
+            adapter_name: the only adapter.
+            stored_bits: 2, 4 or 8, and not below the grid's bits.
+
+        Raises:
+            ValueError: if there are other adapters, or a merged one, or W0 is packed with other bits already.
+        """
+        if self.merged or list(self.dlqat_grid) != [adapter_name]:
+            what = "it is merged" if self.merged else f"there are {sorted(self.dlqat_grid)}"
+            raise ValueError(
+                f"the frozen weight can be packed for one adapter, unmerged, but {what}; unmerge it, and delete the "
+                "others."
+            )
+        if self.packed:
+            if self.dlqat_stored_bits[adapter_name] != stored_bits:
+                raise ValueError(
+                    f"the frozen weight is packed in {self.dlqat_stored_bits[adapter_name]} bits already, not in "
+                    f"{stored_bits}; load the base model again."
+                )
+            return
+        dtype, weight = self.weight_dtype, self.get_base_layer().weight
+        grid = self.dlqat_grid[adapter_name]
+        packed = store(self.original_weight(), self.quantizer(adapter_name), grid, stored_bits)
+        # Not in the state dict: it only follows the model's dtype.
+        self.register_buffer(  # type: ignore[attr-defined]
+            "_dtype_of_packed", torch.empty(0, dtype=dtype, device=weight.device), persistent=False
+        )
+        weight.requires_grad_(False)
+        weight.data = packed
+        self.stored_in(adapter_name, stored_bits)
+
+    def stored_in(self, adapter_name: str, stored_bits: int) -> None:
+        """Say that the adapter belongs to W0 as `stored_bits` bits tell it; 0 for W0 itself."""
+        self.dlqat_stored_bits[adapter_name] = stored_bits
+        self.dlqat_spec[adapter_name][_STORED_BITS] = stored_bits
+
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """Put what is left of W0 back in the place of a packed one, in its dtype; nothing where it is not packed."""
+        weight = self.original_weight()
+        if self.packed:
+            stored = weight.t().contiguous() if self.fan_in_fan_out else weight
+            if self._unmerged_weight is not None:
+                self._unmerged_weight = stored
+            else:
+                self.get_base_layer().weight.data = stored
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; a weight that is packed on this adapter's grid is unpacked, as far as it goes."""
+        if adapter_name in self.dlqat_grid:
+            self.unpack()
+        super().delete_adapter(adapter_name)
 
     def zero(self, adapter_name: str) -> torch.Tensor | None:
         """z or b [out, n_groups], or None for a symmetric grid."""
@@ -183,7 +273,8 @@ class DLQATLayer(BaseTunerLayer):
             self.zero(adapter_name),
             **trained,
         )
-        return self.dlqat_method[adapter_name].quantizer(state)
+        quantizer = self.dlqat_method[adapter_name].quantizer(state)
+        return replace(quantizer, stored_bits=self.dlqat_stored_bits[adapter_name])
 
     @torch.no_grad()
     def quantized_weight(self, adapter_name: str | None = None) -> QuantizedWeight:
@@ -202,7 +293,7 @@ class DLQATLayer(BaseTunerLayer):
             )
             raise ValueError(f"{what}: codes belong to one adapter; name one of {sorted(self.dlqat_grid)}.")
         name = names[0]
-        return harden(self.original_weight(), self.quantizer(name), self.dlqat_grid[name], self.dlqat_scaling[name])
+        return harden(self.frozen_weight(), self.quantizer(name), self.dlqat_grid[name], self.dlqat_scaling[name])
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """w_hat - W0 [out, in], float32."""
@@ -214,7 +305,7 @@ class DLQATLayer(BaseTunerLayer):
             weight = self.quantized_weight(adapter_names[0]).dequantize()
         else:
             weight = self.original_weight().float() + sum(self.get_delta_weight(name) for name in adapter_names)
-        weight = weight.to(self.original_weight().dtype)
+        weight = weight.to(self.weight_dtype)
         return weight.t().contiguous() if self.fan_in_fan_out else weight
 
     def check_mergeable(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -223,9 +314,13 @@ class DLQATLayer(BaseTunerLayer):
         names = self._present([name for name in wanted if name not in self.merged_adapters])
         if not names:
             return
-        check_float_weight(self.get_base_layer(), "merge into")
+        self._check_float_weight()
         if safe_merge:
             self._finite_merged_weight(names)
+
+    def _check_float_weight(self) -> None:
+        if not self.packed:
+            check_float_weight(self.get_base_layer(), "merge into")
 
     def _finite_merged_weight(self, adapter_names: list[str]) -> torch.Tensor:
         weight = self._merged_weight(self.merged_adapters + adapter_names)
@@ -250,7 +345,7 @@ class DLQATLayer(BaseTunerLayer):
         if not names:
             return
         base_layer = self.get_base_layer()
-        check_float_weight(base_layer, "merge into")
+        self._check_float_weight()
         merged = self.merged_adapters + names
         weight = self._finite_merged_weight(names) if safe_merge else self._merged_weight(merged)
         if self._unmerged_weight is None:
@@ -264,14 +359,16 @@ class DLQATLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         weight = self.get_base_layer().weight
-        weight.data = self._unmerged_weight.to(weight)  # the model may have moved meanwhile
+        original = self._unmerged_weight
+        # The model may have moved meanwhile.
+        weight.data = original.to(weight) if original.is_floating_point() else original.to(weight.device)
         self._unmerged_weight = None
         self.merged_adapters.clear()
 
     def _quantized_output(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """The layer's output with one adapter: in the autocast dtype, else computed in W0's and returned in x's."""
         autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.weight.dtype
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.weight_dtype
         inputs = self._cast_input_dtype(x, dtype)
         output = fake_quantize_linear(
             inputs,
@@ -281,8 +378,26 @@ class DLQATLayer(BaseTunerLayer):
             self.dlqat_grid[adapter_name],
             self.dlqat_scaling[adapter_name],
             self.fan_in_fan_out,
+            self.dlqat_gradient[adapter_name],
         )
         return output if autocast else output.to(x.dtype)
+
+    def _base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the layer gives without adapters."""
+        if self.get_base_layer().weight.is_floating_point():
+            return self.base_layer(x, *args, **kwargs)
+        _say_that_the_base_is_decoded()
+        dtype = self.weight_dtype
+        return F.linear(self._cast_input_dtype(x, dtype), self.original_weight(), self.bias).to(x.dtype)
+
+
+@cache
+def _say_that_the_base_is_decoded() -> None:
+    warnings.warn(
+        "the frozen weights are packed: without its adapter the model is what is left of the base model, not the base "
+        "model itself. Load that one again where you need it, and keep a teacher's predictions in a `TeacherCache` "
+        "that is filled before the weights are packed."
+    )
 
 
 class DLQATLinear(nn.Module, DLQATLayer):
@@ -300,10 +415,10 @@ class DLQATLinear(nn.Module, DLQATLayer):
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
         if not names:
-            return self.base_layer(x, *args, **kwargs)
+            return self._base_output(x, *args, **kwargs)
         result = self._quantized_output(x, names[0])
         if len(names) > 1:
-            base = self.base_layer(x, *args, **kwargs)
+            base = self._base_output(x, *args, **kwargs)
             result = result + sum(self._quantized_output(x, name) - base for name in names[1:])
         return result
 
@@ -316,17 +431,21 @@ class DLQATLinear(nn.Module, DLQATLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, grids={self.dlqat_grid}"
 
 
-def encode_spec(grid: Grid, scaling: float, method: Method) -> torch.Tensor:
-    """What an adapter's tensors mean, saved with them: [bits, group_size, zero_point, scale_dtype, scaling, method].
+def encode_spec(grid: Grid, scaling: float, method: Method, stored_bits: int = 0) -> torch.Tensor:
+    """What an adapter's tensors mean, saved with them.
 
-    zero_point, scale_dtype and method are positions in `grid.ZERO_POINTS`, `grid.SCALE_DTYPES` and `methods.METHODS`.
-    Two configs can agree in every tensor's shape and name and still mean different weights (3 or 4 bits, say); loading
-    compares this.
+    [bits, group_size, zero_point, scale_dtype, scaling, method, stored_bits]; zero_point, scale_dtype and method are
+    positions in `grid.ZERO_POINTS`, `grid.SCALE_DTYPES` and `methods.METHODS`. Two configs can agree in every tensor's
+    shape and name and still mean different weights (3 or 4 bits, say); loading compares this.
     """
     zero_point = ZERO_POINTS.index(grid.zero_point)
     scale_dtype = list(SCALE_DTYPES.values()).index(grid.scale_dtype)
-    numbers = [grid.bits, grid.group_size, zero_point, scale_dtype, scaling, list(METHODS).index(method.name)]
+    method_index = list(METHODS).index(method.name)
+    numbers = [grid.bits, grid.group_size, zero_point, scale_dtype, scaling, method_index, stored_bits]
     return torch.tensor(numbers, device="cpu", dtype=torch.float32)
+
+
+_STORED_BITS = 6  # position in the spec
 
 
 def check_float_weight(layer: nn.Module, action: str) -> None:

@@ -21,6 +21,7 @@ from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .grid import largest_group
 from .layer import DLQATLayer, DLQATLinear, check_float_weight
 from .state import check_state
+from .storage import STORAGES
 
 # Names of the heads that PEFT trains in full for these tasks.
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -87,6 +88,11 @@ class DLQATModel(BaseTuner):
                     f"{in_features}, or -1 for one scale a row (group_size_pattern sets it for some modules only)."
                 )
             used = largest_group(in_features, asked)
+            if in_features * STORAGES[config.storage] % 8:
+                raise ValueError(
+                    f"storage={config.storage!r} packs whole bytes, but in_features={in_features} of {name} is no "
+                    f"multiple of {8 // STORAGES[config.storage]}; use storage='int8', or exclude_modules."
+                )
             if asked not in (-1, used):
                 smaller.setdefault(f"{asked} -> {used}", []).append(name)
         for field in ("bits_pattern", "group_size_pattern"):
@@ -121,6 +127,9 @@ class DLQATModel(BaseTuner):
             "init": self._first_init,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
+            "gradient": peft_config.gradient,
+            # Of an adapter that was trained on a packed weight; a new one's is packed when its grid is frozen.
+            "stored_bits": STORAGES[peft_config.record.get("storage", "full")],
         }
         if isinstance(target, DLQATLayer):
             target.update_layer(adapter_name, **kwargs)
@@ -170,6 +179,10 @@ class DLQATModel(BaseTuner):
         """As PEFT's, but all layers or none."""
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
+        else:
+            for layer in self.model.modules():
+                if isinstance(layer, DLQATLayer):
+                    layer.unpack()
         self._hook.remove()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
@@ -221,6 +234,9 @@ class DLQATModel(BaseTuner):
         """As PEFT's, then checks the tensors before any of them reaches the model."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state(model, adapter_name, remapped)
+        for name, layer in model.named_modules():
+            if isinstance(layer, DLQATLayer) and adapter_name in layer.dlqat_grid:
+                layer.stored_in(adapter_name, int(remapped[f"{name}.dlqat_spec.{adapter_name}"][-1]))
         return remapped
 
 
@@ -232,6 +248,11 @@ def _is_target(config: DLQATConfig, name: str) -> bool:
 
 def _check_target(name: str, module: nn.Module) -> None:
     """Refuse a module that is no linear layer, holds a quantized weight, or one that is not finite."""
+    if isinstance(module, DLQATLayer) and module.packed:
+        raise ValueError(
+            f"the frozen weight of {name} is packed on the grid of adapter {next(iter(module.dlqat_grid))!r}, and "
+            "serves no other; load the base model again for a second adapter."
+        )
     layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
     quantized = any(hasattr(layer, attribute) for attribute in ("qweight", "W_q"))  # GPTQ and AWQ; HQQ
     if isinstance(layer, nn.Linear | Conv1D) or quantized:

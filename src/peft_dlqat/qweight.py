@@ -10,7 +10,8 @@ with update = scaling * BA. A method (see `methods`) says what the four of a `Qu
 makes the trained, the merged and the exported weight equal to the bit: `m * (S * codes)` and `(m * S) * codes` are
 not.
 
-Everything is elementwise on tensors grouped as [out, n_groups, group_size].
+Everything is elementwise on tensors grouped as [out, n_groups, group_size]. Steps after the first work in place: on a
+CPU, what is in the cache already costs little, and a new tensor much.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .grid import Grid
+from .storage import decode, encode
 
 # Weights in a piece of rows: its temporaries fit a CPU's cache, which saves more time than anything else does.
 _PIECE = 2**20
@@ -44,6 +46,7 @@ class Quantizer:
         scale: by which codes are multiplied.
         zero: the zero with which they are decoded: - z, or + b.
         update_in_grid_units: BA is added to W0 / step, not to W0.
+        stored_bits: what W0 is kept in (see `storage`), in units of this very step and shift; 0 for W0 as it is.
     """
 
     A: torch.Tensor
@@ -53,6 +56,7 @@ class Quantizer:
     scale: torch.Tensor
     zero: torch.Tensor | None
     update_in_grid_units: bool = False
+    stored_bits: int = 0
 
 
 def pieces(weight: torch.Tensor, quantizer: Quantizer) -> Iterator[tuple[slice, torch.Tensor, Quantizer]]:
@@ -61,7 +65,7 @@ def pieces(weight: torch.Tensor, quantizer: Quantizer) -> Iterator[tuple[slice, 
     Everybody who computes codes goes by these pieces: a matrix product may round differently in other shapes, and then
     a latent weight on the edge between two codes would fall to one in training and to the other at merge.
     """
-    count = max(1, (_PIECE if weight.device.type == "cpu" else _PIECE_ON_GPU) // weight.shape[1])
+    count = max(1, (_PIECE if weight.device.type == "cpu" else _PIECE_ON_GPU) // quantizer.A.shape[1])
     for start in range(0, weight.shape[0], count):
         rows = slice(start, start + count)
         own = {name: value[rows] for name in _BY_ROW if (value := getattr(quantizer, name)) is not None}
@@ -78,16 +82,37 @@ def in_grid_units(weight: torch.Tensor, step: torch.Tensor, shift: torch.Tensor 
     weight = grid.group(weight)
     if grid.zero_point == "float":
         assert shift is not None
-        return (weight - shift.unsqueeze(-1)) / step.unsqueeze(-1)
+        return (weight - shift.unsqueeze(-1)).div_(step.unsqueeze(-1))
     units = weight / step.unsqueeze(-1)
-    return units if shift is None else units + shift.unsqueeze(-1)
+    return units if shift is None else units.add_(shift.unsqueeze(-1))
+
+
+def store(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, stored_bits: int) -> torch.Tensor:
+    """W0 [out, in] packed in `stored_bits` bits: uint8 [out, in * stored_bits / 8], see [`encode`]."""
+    packed = [
+        encode(units.flatten(-2), round_codes(units, grid).flatten(-2), grid, stored_bits)
+        for _, piece, own in pieces(weight, quantizer)
+        for units in [in_grid_units(piece.float(), own.step, shipped_zero(own.shift, grid), grid)]
+    ]
+    return torch.cat(packed)
+
+
+def decode_weight(packed: torch.Tensor, quantizer: Quantizer, grid: Grid) -> torch.Tensor:
+    """W0, float32 [out, in], as far as what `store` packed still tells it."""
+    units = grid.group(decode(packed, grid, quantizer.stored_bits))
+    step, shift = quantizer.step.unsqueeze(-1), shipped_zero(quantizer.shift, grid)
+    if shift is None:
+        return units.mul_(step).flatten(-2)
+    if grid.zero_point == "integer":
+        return units.sub_(shift.unsqueeze(-1)).mul_(step).flatten(-2)
+    return units.mul_(step).add_(shift.unsqueeze(-1)).flatten(-2)
 
 
 def unrounded_codes(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float) -> torch.Tensor:
     """The latent weight in units of the grid, float32 (float64 if W0 is), [out, n_groups, group_size].
 
     Args:
-        weight: W0 [out, in], any floating dtype.
+        weight: W0 [out, in], any floating dtype; with `quantizer.stored_bits`, that or what [`store`] packed.
         quantizer: see [`Quantizer`].
         grid: the grid.
         scaling: lora_alpha / r.
@@ -96,6 +121,12 @@ def unrounded_codes(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scal
     A, B = quantizer.A.to(dtype), quantizer.B.to(dtype)
     shift = shipped_zero(quantizer.shift, grid)
     with torch.autocast(weight.device.type, enabled=False):
+        if quantizer.stored_bits:
+            packed = store(weight, quantizer, grid, quantizer.stored_bits) if weight.is_floating_point() else weight
+            update = grid.group(torch.mm(B, A).mul_(scaling))
+            if not quantizer.update_in_grid_units:
+                update.div_(quantizer.step.unsqueeze(-1))
+            return update.add_(grid.group(decode(packed, grid, quantizer.stored_bits)))
         if quantizer.update_in_grid_units:
             units = in_grid_units(weight.to(dtype), quantizer.step, shift, grid)
             return torch.addmm(units.flatten(-2), B, A, alpha=scaling).view_as(units)
@@ -104,7 +135,7 @@ def unrounded_codes(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scal
 
 def round_codes(unrounded: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Round half to even, then clip to [qmin, qmax]."""
-    return unrounded.round().clamp(grid.qmin, grid.qmax)
+    return unrounded.round().clamp_(grid.qmin, grid.qmax)
 
 
 def ship(scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -130,9 +161,9 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | No
     scale = scale.unsqueeze(-1)
     if grid.zero_point == "float":
         assert zero is not None
-        weight = scale * (codes - grid.qmin) + zero.unsqueeze(-1)
+        weight = (codes - grid.qmin).mul_(scale).add_(zero.unsqueeze(-1))
     elif zero is not None:
-        weight = scale * (codes - zero.unsqueeze(-1))
+        weight = (codes - zero.unsqueeze(-1)).mul_(scale)
     else:
         weight = scale * codes
     return weight.flatten(-2)
@@ -169,7 +200,7 @@ class QuantizedWeight:
 
 def harden(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float) -> QuantizedWeight:
     """Turn the latent weight into codes for good; arguments as `unrounded_codes`."""
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    codes = torch.empty((quantizer.B.shape[0], quantizer.A.shape[1]), dtype=torch.int8, device=weight.device)
     for rows, piece, own in pieces(weight, quantizer):
         codes[rows] = round_codes(unrounded_codes(piece, own, grid, scaling), grid).flatten(-2).to(torch.int8)
     return QuantizedWeight(codes, *ship(quantizer.scale, quantizer.zero, grid), grid)

@@ -9,10 +9,11 @@ from torch import nn
 from .grid import SCALE_DTYPES, ZERO_POINTS
 from .layer import DLQATLayer, encode_spec
 from .methods import METHODS
+from .storage import STORAGES
 
 _NAMED = (*DLQATLayer.adapter_layer_names, "dlqat_scale", "dlqat_zero_point", "dlqat_offset", "dlqat_spec")
 # The fields of `encode_spec`, and what the position in a list stands for.
-_SPEC_FIELDS = ("bits", "group_size", "zero_point", "scale_dtype", "lora scaling", "method")
+_SPEC_FIELDS = ("bits", "group_size", "zero_point", "scale_dtype", "lora scaling", "method", "stored bits")
 _SPEC_CHOICES = {"zero_point": ZERO_POINTS, "scale_dtype": tuple(SCALE_DTYPES), "method": tuple(METHODS)}
 
 
@@ -83,7 +84,15 @@ def _check_layer(name: str, layer: DLQATLayer, adapter_name: str, state: dict[st
     spec = state["dlqat_spec"]
     assert spec is not None
     # The one buffer that is compared rather than loaded into: it must say what the config says.
-    own = encode_spec(grid, layer.dlqat_scaling[adapter_name], layer.dlqat_method[adapter_name])
+    stored_bits = int(spec[-1])
+    if layer.packed and stored_bits != layer.dlqat_stored_bits[adapter_name]:
+        raise ValueError(
+            f"{name}: the saved adapter belongs to a frozen weight in {stored_bits or 'all'} bits, but here it is "
+            f"packed in {layer.dlqat_stored_bits[adapter_name]}; load the base model again."
+        )
+    if stored_bits not in (0, *STORAGES.values()) or 0 < stored_bits < grid.bits:
+        raise ValueError(f"{name}.dlqat_spec of the saved adapter says {stored_bits} stored bits: the file is broken.")
+    own = encode_spec(grid, layer.dlqat_scaling[adapter_name], layer.dlqat_method[adapter_name], stored_bits)
     if not torch.allclose(spec.float().cpu(), own):
         differences = [
             f"{field}: {_spec_value(i, spec[i].item())} in the file, {_spec_value(i, own[i].item())} here"
@@ -96,6 +105,10 @@ def _check_layer(name: str, layer: DLQATLayer, adapter_name: str, state: dict[st
         )
     scale, zero_point = state["dlqat_scale"], state["dlqat_zero_point"]
     assert scale is not None
+    if layer.packed and not _same_grid(layer, adapter_name, state):
+        raise ValueError(
+            f"{name}: the frozen weight is packed on another grid than the saved adapter's; load the base model again."
+        )
     bad_scale = scale == 0 if grid.zero_point == "none" else scale <= 0
     if bad_scale.any():
         rule = "non-zero" if grid.zero_point == "none" else "positive"
@@ -111,6 +124,16 @@ def _check_layer(name: str, layer: DLQATLayer, adapter_name: str, state: dict[st
                 f"{name}.dlqat_zero_point of the saved adapter holds {bad}, but zero points are integers from "
                 f"{grid.qmin} to {grid.qmax}: the file is broken, or was saved while calibrating."
             )
+
+
+def _same_grid(layer: DLQATLayer, adapter_name: str, state: dict[str, torch.Tensor | None]) -> bool:
+    """Whether the step and zero that W0 is packed by are those of the file."""
+    own = {kind: getattr(layer, kind) for kind in ("dlqat_scale", "dlqat_zero_point", "dlqat_offset")}
+    return all(
+        torch.equal(entries[adapter_name].cpu(), tensor.float().cpu())
+        for kind, entries in own.items()
+        if adapter_name in entries and (tensor := state[kind]) is not None
+    )
 
 
 def _known(key: str, allowed: set[str]) -> bool:

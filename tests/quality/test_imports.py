@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parents[2] / "src" / PACKAGE
 # affair. `__init__` stands above all and may import any of them.
 ORDER = [
     "grid",
+    "storage",
     "qweight",
     "ops",
     "methods",
@@ -23,6 +24,7 @@ ORDER = [
     "layer",
     "state",
     "model",
+    "packing",
     "register",
     "report",
     "recipe",

@@ -103,9 +103,14 @@ def check_active(layers: Iterable[DLQATLayer], adapter_name: str) -> None:
     """Refuse an adapter that a forward pass would not go through, so that its grid would get no gradient.
 
     Raises:
-        ValueError: if it is merged, not the active one, or switched off.
+        ValueError: if it is merged, not the active one, or switched off; or if W0 is packed on its grid.
     """
     for layer in layers:
+        if layer.packed:
+            raise ValueError(
+                f"the frozen weights are packed on the grid of adapter {adapter_name!r}, which cannot move any more; "
+                "load the base model again to calibrate anew."
+            )
         if layer.merged:
             raise ValueError(
                 f"adapter {adapter_name!r} is merged into the base model, where its grid cannot move; call "

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..layer import adapter_layers
+from ..packing import pack_weights
 from ..recipe import RECIPE
 from .activations import fit_to_inputs, input_moments
 from .blocks import calibrate_blocks
@@ -161,4 +162,5 @@ def calibrate(
     losses = {name: loss for name, (loss, _) in stages.items()}
     result = Calibration(steps, objective, losses["before"], losses["fitted"], losses[kept], kept)
     config.record["calibration"] = asdict(result)
+    pack_weights(model, adapter_name)
     return result

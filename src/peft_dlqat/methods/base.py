@@ -76,6 +76,7 @@ class Method(ABC):
     title: ClassVar[str]
     arxiv: ClassVar[str]
     magnitudes: ClassVar[tuple[Magnitude, ...]] = ("group",)
+    trains_step: ClassVar[bool] = False  # whether what W0 is divided by moves while training
     zero_points: ClassVar[tuple[ZeroPoint, ...]] = ("none", "integer", "float")
 
     def shapes(self, out_features: int, n_groups: int, grid: Grid, r: int) -> dict[str, tuple[int, ...]]:

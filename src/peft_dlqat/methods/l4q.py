@@ -19,6 +19,7 @@ class L4Q(Method):
     name = "l4q"
     title = "L4Q"
     arxiv = "2402.04902"
+    trains_step = True
 
     def shapes(self, out_features: int, n_groups: int, grid: Grid, r: int) -> dict[str, tuple[int, ...]]:
         """A, B, s / s0 and the shift of the zero."""

@@ -1,0 +1,210 @@
+"""Frozen weights kept in few bits: the same codes, the same life, and what they cannot do."""
+
+from __future__ import annotations
+
+import copy
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import lm_batches, perturb, tiny_model, tokens
+from peft import PeftModel, get_peft_model
+from test_ops import QUANTIZER, problem
+
+from peft_dlqat import DLQATConfig, Grid, adapters_disabled, calibrate, pack_weights
+from peft_dlqat import layer as layer_module
+from peft_dlqat.initialisation import initialise
+from peft_dlqat.layer import adapter_layers
+from peft_dlqat.ops import fake_quantize_linear
+from peft_dlqat.qweight import Quantizer, decode_weight, harden, in_grid_units, round_codes, store
+from peft_dlqat.storage import STORAGES, decode, encode
+
+HOLDS = [(bits, name) for bits in (2, 3, 4, 8) for name, width in STORAGES.items() if width >= bits]
+ZERO_POINTS = ("none", "integer", "float")
+
+
+def still(args):
+    return {name: None if value is None else value.detach() for name, value in args.items()}
+
+
+@pytest.mark.parametrize("bits,storage", HOLDS)
+def test_codes_are_kept_and_the_rest_to_half_a_part_of_a_cell(bits, storage):
+    grid, width = Grid(bits, 64, "integer", torch.bfloat16), STORAGES[storage]
+    units = torch.linspace(grid.qmin - 2, grid.qmax + 2, 2049 * 64).view(-1, 64)  # ties between codes are among them
+    codes = round_codes(units, grid)
+    packed = encode(units, codes, grid, width)
+    assert packed.dtype == torch.uint8 and packed.numel() * 8 == units.numel() * width
+    found = decode(packed, grid, width)
+    # A tie is kept in the cell of its own code, at that cell's edge.
+    assert torch.equal(round_codes(found, grid), codes)
+    inside = (units >= grid.qmin - 0.5) & (units <= grid.qmax + 0.5)
+    assert (found - units)[inside].abs().max() <= 0.5 * 2.0 ** (bits - width)
+    assert torch.equal(encode(found, codes, grid, width), packed)
+
+
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize("bits,storage", HOLDS)
+def test_an_untrained_weight_has_the_same_codes(bits, storage, zero_point):
+    grid, width = Grid(bits, 32, zero_point, torch.bfloat16), STORAGES[storage]
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    s, zero = initialise(weight, grid, "mse")
+    full = Quantizer(torch.randn(4, 64), torch.zeros(40, 4), s, zero, s, zero)
+    stored = Quantizer(*(getattr(full, name) for name in QUANTIZER), stored_bits=width)
+    packed = store(weight, full, grid, width)
+    assert torch.equal(harden(weight, full, grid, 1.0).codes, harden(packed, stored, grid, 1.0).codes)
+    left = decode_weight(packed, stored, grid)
+    inside = (in_grid_units(weight, s, zero, grid) - grid.qmin).flatten(-2)
+    inside = (inside > -0.5) & (inside < grid.qmax - grid.qmin + 0.5)
+    bound = 0.51 * 2.0 ** (bits - width) * s.abs().repeat_interleave(32, 1)
+    assert ((left - weight).abs() <= bound)[inside].all()
+
+
+@pytest.mark.parametrize("in_grid_units", [False, True])
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+def test_value_and_gradients_are_those_of_the_decoded_weight(zero_point, in_grid_units):
+    grid = Grid(3, 32, zero_point, torch.bfloat16)
+    args = problem(grid)
+    args["shift"] = None if args["shift"] is None else args["shift"].detach().round().requires_grad_(True)
+    quantizer = Quantizer(*(args[name] for name in QUANTIZER), in_grid_units, stored_bits=8)
+    packed = store(args["weight"], quantizer, grid, 8)
+    y = fake_quantize_linear(args["x"], args["bias"], packed, quantizer, grid, 0.5)
+    assert torch.equal(y, fake_quantize_linear(args["x"], args["bias"], args["weight"], quantizer, grid, 0.5))
+
+    double = {k: None if v is None else v.double().requires_grad_(True) for k, v in still(args).items()}
+    weight = decode_weight(packed, Quantizer(*(still(args)[name] for name in QUANTIZER), stored_bits=8), grid).double()
+    w_hat = oracle.fake_quantize(weight, *(double[name] for name in QUANTIZER), grid, 0.5, in_grid_units)
+    expected = F.linear(double["x"], w_hat, double["bias"])
+    assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    weights = torch.randn(y.shape)
+    (y * weights).sum().backward()
+    (expected * weights.double()).sum().backward()
+    for name in ("x", "bias", "A", "B", "scale", "zero"):
+        if args[name] is not None:
+            true = double[name].grad
+            assert (args[name].grad.double() - true).norm() < 1e-5 * true.norm(), name
+
+
+def config(storage="int8", **kwargs):
+    return DLQATConfig(**{"bits": 3, "group_size": 32, "task_type": "CAUSAL_LM", "storage": storage, **kwargs})
+
+
+def trained(kind="llama", storage="int8", **kwargs):
+    """Calibrated, packed and trained a little."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(kind), config(storage, **kwargs))
+    calibrate(model, lm_batches(2), progress=False)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for batch in lm_batches(3):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(tokens()).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("storage,bits", [("int8", 3), ("int4", 4), ("int2", 2)])
+def test_packed_trained_merged_reloaded_are_equal(kind, storage, bits, tmp_path):
+    model = trained(kind, storage, bits=bits)
+    layers = adapter_layers(model)[1]
+    assert all(layer.packed and layer.weight.dtype == torch.uint8 for layer in layers.values())
+    assert all(layer.weight.numel() * 8 == layer.in_features * layer.out_features * STORAGES[storage]
+               for layer in layers.values())  # fmt: skip
+    expected = logits(model)
+    model.merge_adapter()
+    assert torch.equal(logits(model), expected)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected) and next(iter(layers.values())).packed
+    model.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(tiny_model(kind), tmp_path).eval()
+    assert not next(iter(adapter_layers(loaded)[1].values())).packed
+    assert torch.equal(logits(loaded), expected)
+    pack_weights(loaded)
+    assert next(iter(adapter_layers(loaded)[1].values())).packed
+    assert torch.equal(logits(loaded), expected)
+    low = PeftModel.from_pretrained(tiny_model(kind), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(logits(low), expected)
+    injected = tiny_model(kind)
+    injected.load_adapter(str(tmp_path))
+    assert torch.equal(logits(injected.eval()), expected)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert torch.equal(logits(merged), expected)
+    assert all(p.is_floating_point() for p in merged.parameters())
+
+
+def test_a_packed_model_follows_device_and_dtype():
+    model = trained()
+    layer = next(iter(adapter_layers(model)[1].values()))
+    packed = layer.weight.data.clone()
+    model.to(torch.bfloat16)
+    assert torch.equal(layer.weight, packed) and layer.weight_dtype == torch.bfloat16
+    assert logits(model).dtype == torch.bfloat16
+    assert layer.original_weight().dtype == torch.bfloat16
+
+
+def test_unloading_and_deleting_leave_the_decoded_weight(monkeypatch):
+    model = trained()
+    with pytest.warns(UserWarning, match="packed"), adapters_disabled(model):
+        layer_module._say_that_the_base_is_decoded.cache_clear()
+        expected = logits(model)
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other.unload()), expected)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model.base_model.model), expected)
+
+
+def test_the_base_is_nearly_itself_with_eight_bits():
+    model = trained(bits=2)
+    base = tiny_model()
+    layer_module._say_that_the_base_is_decoded.cache_clear()
+    with pytest.warns(UserWarning, match="TeacherCache"), adapters_disabled(model):
+        difference = (logits(model) - logits(base)).abs().max()
+    assert 0 < difference < 0.5
+
+
+def test_what_a_packed_weight_refuses(tmp_path):
+    model = trained()
+    with pytest.raises(ValueError, match="load the base model again for a second"):
+        model.add_adapter("other", config())
+    with pytest.raises(ValueError, match="calibrate anew"):
+        calibrate(model, lm_batches(1), progress=False)
+    torch.manual_seed(1)
+    other = get_peft_model(tiny_model(), config())
+    perturb(other)
+    calibrate(other, lm_batches(1, batch=2), progress=False)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another grid"):
+        model.load_adapter(str(tmp_path), "default")
+
+
+def test_an_adapter_that_was_never_packed_belongs_to_the_full_weight(tmp_path):
+    model = get_peft_model(tiny_model(), config())
+    perturb(model)
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+    assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        ({"storage": "int4", "bits": 8}, "cannot hold codes of 8 bits; use 'full' or 'int8'"),
+        ({"storage": "int2", "bits": 2, "bits_pattern": {"v_proj": 4}}, "cannot hold codes of 4 bits"),
+        ({"storage": "int3"}, "must be one of"),
+        ({"storage": "int8", "method": "l4q"}, "trains the step"),
+        ({"gradient": "lowrank"}, "magnitude='row'"),
+        ({"gradient": "lowrank", "method": "lrqat"}, "use method='dlqat'"),
+        ({"gradient": "fp8"}, "must be one of"),
+    ],
+)
+def test_impossible_configs(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DLQATConfig(**kwargs)
