@@ -25,7 +25,7 @@ from .grid import Grid
 from .storage import decode, encode
 
 # Weights in a piece of rows: its temporaries fit a CPU's cache, which saves more time than anything else does.
-_PIECE = 2**20
+_PIECE = 2**21
 _PIECE_ON_GPU = 2**26  # a GPU wants few large launches
 # What a quantizer has a row of for each row of the weight.
 _BY_ROW = ("B", "step", "shift", "scale", "zero")
