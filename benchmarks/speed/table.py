@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md, and plots, from the results that are there.
+"""Writes the tables of docs/speed.md, and a plot, from the results that are there.
 
 python benchmarks/speed/table.py
 """
@@ -6,26 +6,30 @@ python benchmarks/speed/table.py
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
+PAGE = Path(__file__).parents[2] / "docs" / "speed.md"
+METHODS = Path(__file__).parents[1] / "results" / "methods" / "stories260k"
+# Settings of benchmarks/methods/experiments/shortcuts.json, by what they are set against.
+SHORTCUTS = {
+    "3bit-row": ("3bit-row-bf16-gradient", "3bit-row-lowrank", "3bit-row-int8", "3bit-row-int4"),
+    "3bit-g32": ("3bit-g32-lowrank",),
+    "2bit-row": ("2bit-row-lowrank",),
+    "2bit-g32": ("2bit-g32-lowrank", "2bit-g32-int8", "2bit-g32-int4", "2bit-g32-int2"),
+}
 
 
 def layer_table(results: dict[str, Any]) -> str:
-    """One line a piece of work, one column a contender that all have; then the others on the first piece of work."""
+    """One line a contender, one column a piece of work."""
     rows = {name: row["time_ratio"] for name, row in results["rows"].items()}
-    everywhere = [name for name in next(iter(rows.values())) if all(name in row for row in rows.values())]
-    columns = [name for name in everywhere if name != "LoRA"]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    lines += [
-        f"| {name} | " + " | ".join(f"{row[key]['median']:.2f}" for key in columns) + " |"
-        for name, row in rows.items()
-    ]
-    first_name, first = next(iter(rows.items()))
-    others = [name for name in first if name not in everywhere]
-    lines += ["", f"Others, {first_name}:", "", "| | time / LoRA's |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {first[name]['median']:.2f} |" for name in others)])
+    lines = ["| | " + " | ".join(rows) + " |", "|---" * (1 + len(rows)) + "|"]
+    for contender in next(iter(rows.values())):
+        cells = [f"{row[contender]['median']:.2f}" if contender in row else "" for row in rows.values()]
+        lines.append(f"| {contender} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def model_table(results: dict[str, Any]) -> str:
@@ -40,6 +44,24 @@ def model_table(results: dict[str, Any]) -> str:
             f"| {name} | {row['time_ratio']['median']:.2f} | {row['peak_ratio']:.2f} | "
             f"{memory['before training'] / 1e9:.2f} | {memory['peak'] / 1e9:.2f} |"
         )
+    return "\n".join(lines)
+
+
+def held_out_kl(setting: str) -> tuple[float, int] | None:
+    """Mean of DL-QAT's runs, and their number."""
+    path = METHODS / setting / "dlqat.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    return (statistics.mean(run["kl"] for run in runs), len(runs)) if runs else None
+
+
+def shortcut_table() -> str:
+    """One line a shortcut, beside the default on the same grid."""
+    lines = ["| | held-out KL | of the default | runs |", "|---|---|---|---|"]
+    for default, shortcuts in SHORTCUTS.items():
+        for name in shortcuts:
+            found, base = held_out_kl(name), held_out_kl(default)
+            if found and base:
+                lines.append(f"| {name} | {found[0]:.3f} | {base[0]:.3f} | {found[1]} |")
     return "\n".join(lines)
 
 
@@ -78,11 +100,20 @@ def tables() -> dict[str, str]:
         path = RESULTS / f"{name}.json"
         if path.exists():
             made[name] = make(json.loads(path.read_text()))
-    return made
+    return {**made, "shortcuts": shortcut_table()}
+
+
+def write(page: Path) -> None:
+    """Put the tables between their marks in a Markdown page."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables().items():
+        before, rest = text.split(f"<!-- {name} -->", 1)
+        after = rest.split(f"<!-- /{name} -->", 1)[1]
+        text = f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}"
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    for table in tables().values():
-        print(table, end="\n\n")
+    write(PAGE)
     if (RESULTS / "layer.json").exists():
         draw(json.loads((RESULTS / "layer.json").read_text()), RESULTS / "layer.png")
