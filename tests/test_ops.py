@@ -206,5 +206,5 @@ def test_the_op_passes_torchs_own_checks(zero_point):
     grid = Grid(3, 32, zero_point, torch.bfloat16)
     args = problem(grid)
     tensors = (args[k] for k in ("x", "bias", "weight", *QUANTIZER))
-    constants = (False, 2.0, grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, False)
+    constants = (False, 2.0, grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, grid.k_quant, False)
     torch.library.opcheck(_fake_quantize_linear, (*tensors, *constants))

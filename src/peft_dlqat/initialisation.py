@@ -34,6 +34,8 @@ def _affine(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tuple[torch.Te
         return snap(torch.where(-low > high, low, high) / grid.qmin, None, grid)
     if grid.zero_point == "integer":
         low, high = low.clamp(max=0), high.clamp(min=0)  # z must be a code, so the range holds 0
+    elif grid.k_quant:
+        low = low.clamp(max=0)  # the offset of a K-quant is never positive
     scale, _ = snap((high - low) / (grid.qmax - grid.qmin), torch.zeros_like(low), grid)
     zero = grid.qmin - low / scale if grid.zero_point == "integer" else low - grid.qmin * scale
     return snap(scale, zero, grid)
@@ -44,15 +46,17 @@ def snap(scale: torch.Tensor, zero: Zero, grid: Grid) -> tuple[torch.Tensor, Zer
 
     A scale takes a value of `scale_dtype`; 0 (a group of zeros, or of one repeated value) becomes 1, which keeps zeros
     exactly zero, and one too small or large for the dtype its smallest normal or largest number. A grid with a zero
-    has positive scales only. z becomes a code; b becomes the value for which the offset M = b + qmin * s is in
-    `scale_dtype`.
+    has positive scales only. z becomes a code; b becomes the value for which the offset M = b + qmin * s ships. The
+    scales of a K-quant depend on their neighbours', so there a 0 becomes the smallest scale, which spoils none of them.
     """
     info = torch.finfo(grid.scale_dtype)
     sign = torch.where(scale < 0, -1.0, 1.0) if grid.zero_point == "none" else 1.0
-    scale = grid.round_scale(torch.where(scale == 0, 1.0, sign * scale.abs().clamp(info.smallest_normal, info.max)))
+    of_zeros = grid.smallest_scale if grid.k_quant else 1.0
+    magnitude = scale.abs().clamp(grid.smallest_scale, info.max)
+    scale = grid.round_scale(torch.where(scale == 0, of_zeros, sign * magnitude))
     if grid.zero_point == "float" and zero is not None:
         offset = (zero + grid.qmin * scale).clamp(-info.max, info.max)
-        zero = grid.round_scale(offset) - grid.qmin * scale
+        zero = grid.round_offset(offset) - grid.qmin * scale
     elif zero is not None:
         zero = zero.round().clamp(grid.qmin, grid.qmax)
     return scale, zero
@@ -95,7 +99,8 @@ def mse(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[tor
             consider(*_affine(low * (low_share or high_share), high * high_share, grid))
     for _ in range(_REFINEMENTS):
         consider(*snap(*_regression(grouped, best_codes, importance, best_scale, best_zero, grid), grid))
-    return best_scale, best_zero
+    # The groups of a K-quant's super-block were best in different tries, and share a d only now.
+    return snap(best_scale, best_zero, grid) if grid.k_quant else (best_scale, best_zero)
 
 
 def _regression(

@@ -324,7 +324,7 @@ def encode_spec(grid: Grid, scaling: float, method: Method) -> torch.Tensor:
     compares this.
     """
     zero_point = ZERO_POINTS.index(grid.zero_point)
-    scale_dtype = list(SCALE_DTYPES.values()).index(grid.scale_dtype)
+    scale_dtype = list(SCALE_DTYPES).index(grid.scale_name)
     numbers = [grid.bits, grid.group_size, zero_point, scale_dtype, scaling, list(METHODS).index(method.name)]
     return torch.tensor(numbers, device="cpu", dtype=torch.float32)
 

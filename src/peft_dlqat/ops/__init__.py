@@ -35,9 +35,10 @@ def _fake_quantize_linear(
     group_size: int,
     zero_point: str,
     scale_dtype: torch.dtype,
+    k_quant: bool,
     fan_in_fan_out: bool,
 ) -> torch.Tensor:
-    grid = Grid(bits, group_size, zero_point, scale_dtype)  # type: ignore[arg-type]
+    grid = Grid(bits, group_size, zero_point, scale_dtype, k_quant)  # type: ignore[arg-type]
     quantizer = Quantizer(A, B, step, shift, scale, zero, update_in_grid_units)
     return reference.forward(x, bias, weight, quantizer, grid, scaling, fan_in_fan_out)
 
@@ -48,9 +49,9 @@ def _(x: torch.Tensor, bias: Any, weight: torch.Tensor, A: torch.Tensor, B: torc
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, _, *tensors, in_units, scaling, bits, group_size, zero_point, scale_dtype, fan = inputs
+    x, _, *tensors, in_units, scaling, bits, group_size, zero_point, scale_dtype, k_quant, fan = inputs
     ctx.save_for_backward(x, *tensors)
-    ctx.constants = (in_units, Grid(bits, group_size, zero_point, scale_dtype), scaling, fan)
+    ctx.constants = (in_units, Grid(bits, group_size, zero_point, scale_dtype, k_quant), scaling, fan)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -60,7 +61,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     quantizer = Quantizer(A, B, step, shift, scale, zero, in_units)
     with torch.autocast(grad.device.type, enabled=False):
         grads = reference.backward(grad, needs, x, weight, quantizer, *constants)
-    return (*(grads.get(name) for name in _ARGUMENTS), *(None for _ in range(7)))
+    return (*(grads.get(name) for name in _ARGUMENTS), *(None for _ in range(8)))
 
 
 _fake_quantize_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -108,6 +109,7 @@ def fake_quantize_linear(
         grid.group_size,
         grid.zero_point,
         grid.scale_dtype,
+        grid.k_quant,
         fan_in_fan_out,
     )
 
