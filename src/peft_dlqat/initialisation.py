@@ -7,6 +7,7 @@ All methods fit one affine grid to every group of input channels; what they retu
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -74,6 +75,8 @@ def mse(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[tor
     First a search over clipped ranges, jointly over where to clip at each end; then the best of them is refined: with
     the codes held, the best scale and zero are a weighted linear regression, whose solution rounds to better codes.
     """
+    if grid.k_quant:
+        return _mse_of_super_blocks(weight, grid, importance)
     grouped = grid.group(weight)
     low, high = grouped.amin(-1), grouped.amax(-1)
     importance = grid.group(importance.expand_as(weight))
@@ -99,8 +102,23 @@ def mse(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[tor
             consider(*_affine(low * (low_share or high_share), high * high_share, grid))
     for _ in range(_REFINEMENTS):
         consider(*snap(*_regression(grouped, best_codes, importance, best_scale, best_zero, grid), grid))
-    # The groups of a K-quant's super-block were best in different tries, and share a d only now.
-    return snap(best_scale, best_zero, grid) if grid.k_quant else (best_scale, best_zero)
+    return best_scale, best_zero
+
+
+def _mse_of_super_blocks(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[torch.Tensor, Zero]:
+    """`mse` for a K-quant: each group's best on its own, not rounded, then the scales of a super-block together.
+
+    Rounded in each try, a group would be judged by what its neighbours try. Where a real-valued offset is of no use, in
+    groups of one repeated value or without a negative one, the K-quant that holds the smallest and largest weight is.
+    """
+    scale, zero = mse(weight, replace(grid, k_quant=False), importance)
+    low, high = grid.group(weight).amin(-1), grid.group(weight).amax(-1)
+    spanning_scale, spanning_zero = _affine(low, high, grid)
+    spanning = low == high
+    if zero is not None and spanning_zero is not None:
+        spanning |= low > 0
+        zero = torch.where(spanning, spanning_zero, zero)
+    return snap(torch.where(spanning, spanning_scale, scale), zero, grid)
 
 
 def _regression(
