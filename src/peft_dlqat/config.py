@@ -93,8 +93,9 @@ class DLQATConfig(PeftConfig):
         zero_point: "integer" (asymmetric; the kind that most engines read), "none" (symmetric, signed scale) or
             "float" (any real offset; GGUF Q4_1 and MLX hold it).
         scale_dtype: how scales ship and, rounded straight-through, train: "bfloat16", "float16", "float32", or
-            "k_quant", the grids of GGUF's K-quants at their true width (see `peft_dlqat.kquant`): bits=3,
-            zero_point="none", group_size=16 is Q3_K; bits=2 or 4, zero_point="float", group_size=16 or 32 Q2_K or Q4_K.
+            "k_quant" for the grids of GGUF's K-quants: Q3_K and Q6_K have bits=3 or 6, zero_point="none",
+            group_size=16; Q2_K bits=2, zero_point="float", group_size=16; Q4_K and Q5_K bits=4 or 5,
+            zero_point="float", group_size=32. It needs in_features that are multiples of 256.
         r: rank of the low-rank update.
         lora_alpha: the update is scaled by lora_alpha / r.
         use_rslora: scale by lora_alpha / sqrt(r) instead.

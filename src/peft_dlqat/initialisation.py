@@ -47,8 +47,8 @@ def snap(scale: torch.Tensor, zero: Zero, grid: Grid) -> tuple[torch.Tensor, Zer
 
     A scale takes a value of `scale_dtype`; 0 (a group of zeros, or of one repeated value) becomes 1, which keeps zeros
     exactly zero, and one too small or large for the dtype its smallest normal or largest number. A grid with a zero
-    has positive scales only. z becomes a code; b becomes the value for which the offset M = b + qmin * s ships. The
-    scales of a K-quant depend on their neighbours', so there a 0 becomes the smallest scale, which spoils none of them.
+    has positive scales only. z becomes a code; b becomes the value for which the offset M = b + qmin * s ships.
+    A K-quant's scales depend on their neighbours', so there a 0 becomes the smallest scale, which spoils none of them.
     """
     info = torch.finfo(grid.scale_dtype)
     sign = torch.where(scale < 0, -1.0, 1.0) if grid.zero_point == "none" else 1.0
@@ -108,8 +108,8 @@ def mse(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[tor
 def _mse_of_super_blocks(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[torch.Tensor, Zero]:
     """`mse` for a K-quant: each group's best on its own, not rounded, then the scales of a super-block together.
 
-    Rounded in each try, a group would be judged by what its neighbours try. Where a real-valued offset is of no use, in
-    groups of one repeated value or without a negative one, the K-quant that holds the smallest and largest weight is.
+    Rounded in each try, a group would be judged by what its neighbours try. Groups for which the best real-valued grid
+    is of no use, those of one repeated value or, with an offset, without a negative one, get the range that they span.
     """
     scale, zero = mse(weight, replace(grid, k_quant=False), importance)
     low, high = grid.group(weight).amin(-1), grid.group(weight).amax(-1)

@@ -106,13 +106,13 @@ def check_k_quant(
             for quant in K_QUANTS.values()
         )
         raise ValueError(
-            f"bits={bits}, zero_point={zero_point!r}, group_size={group_size}{at} is none of GGUF's K-quants, on which "
-            f"scale_dtype='k_quant' trains; use one of {choices}, or scale_dtype='bfloat16' for any grid."
+            f"bits={bits}, zero_point={zero_point!r}, group_size={group_size}{at} is none of GGUF's K-quants, which "
+            f"scale_dtype='k_quant' stands for; use one of {choices}, or scale_dtype='bfloat16' for any grid."
         )
     if in_features % SUPER_BLOCK:
         raise ValueError(
             f"in_features={in_features}{at} is not a multiple of {SUPER_BLOCK}, the super-block of "
-            f"scale_dtype='k_quant'; leave the layer out by exclude_modules, or use scale_dtype='bfloat16'."
+            "scale_dtype='k_quant'; leave the layer out by exclude_modules, or use scale_dtype='bfloat16'."
         )
 
 
@@ -121,8 +121,8 @@ def super_scales(scale: torch.Tensor, groups: int, low: int, high: int) -> tuple
 
     d gives the super-block's scale of largest magnitude the integer of largest magnitude: `low` where integers are
     signed (that scale then fixes the sign of d), else `high`. That makes the function a projection: of scales that
-    are d * sc already, it finds that very d and sc. A signed sc is never 0: a scale near 0 takes the nearest of d and
-    -d, since a code needs a step. What is below an unsigned range becomes `low`.
+    are d * sc already, it finds d and sc with those very products. A signed sc is never 0: a scale near 0 takes the
+    nearest of d and -d, since a code needs a step. What is below an unsigned range becomes `low`.
 
     Args:
         scale: real-valued [..., n_groups].

@@ -32,6 +32,7 @@ ORDER = [
     "calibration",
     "optimizer",
     "callback",
+    "export",
     "evaluation",
 ]
 

@@ -195,5 +195,11 @@ class KQuantType:
             )
 
 
-_PACKERS = {"Q2_K": pack_q2_k, "Q3_K": pack_q3_k, "Q4_K": pack_q4_k, "Q5_K": pack_q5_k, "Q6_K": pack_q6_k}
+_PACKERS: dict[str, Callable[..., Array]] = {
+    "Q2_K": pack_q2_k,
+    "Q3_K": pack_q3_k,
+    "Q4_K": pack_q4_k,
+    "Q5_K": pack_q5_k,
+    "Q6_K": pack_q6_k,
+}
 K_QUANT_TYPES = {quant.name: KQuantType(quant, _PACKERS[quant.name]) for quant in K_QUANTS.values()}
