@@ -85,7 +85,6 @@ def test_every_bit_counts(kind, grid, row):
     """No byte of a block is left unwritten or unread: turning over any of its bits changes the weight, or makes NaN."""
     weight = quantized(grid, n_in=256)
     blocks = kind.pack(weight)[[row]]
-    # A scale of zero would hide its codes, and a code of zero its scale: bits are turned over where all are other.
     before = read(blocks, kind)
     silent = 0
     for byte in range(blocks.shape[1]):

@@ -18,9 +18,7 @@ from peft_dlqat.qweight import Quantizer, harden, round_to_nearest
 QUANTS = list(K_QUANTS.values())
 each_quant = pytest.mark.parametrize("quant", QUANTS, ids=lambda quant: quant.name)
 # (groups in a super-block, smallest integer, largest integer) of scales and mins.
-RANGES = sorted(
-    {(SUPER_BLOCK // q.group_size, *bounds) for q in QUANTS for bounds in (q.scale_range, q.min_range)}
-)
+RANGES = sorted({(SUPER_BLOCK // q.group_size, *bounds) for q in QUANTS for bounds in (q.scale_range, q.min_range)})
 each_range = pytest.mark.parametrize("groups, low, high", RANGES)
 
 
