@@ -82,7 +82,7 @@ def test_a_trained_layer_is_read_back_with_equal_logits(kind, grid):
 @pytest.mark.parametrize("kind, grid", OWN, ids=ident)
 @pytest.mark.parametrize("row", [0, -1])
 def test_every_bit_counts(kind, grid, row):
-    """No byte of a block is left unwritten or unread: turning over any of its bits changes the weight, or makes NaN."""
+    """No byte of a block is unwritten or unread: turning over any of its bits changes the weight, or makes NaN."""
     weight = quantized(grid, n_in=256)
     blocks = kind.pack(weight)[[row]]
     before = read(blocks, kind)
