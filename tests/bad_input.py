@@ -580,6 +580,14 @@ CONFIG_CASES = [
         refused_config(scale_dtype=value)(f"scale_dtype={value!r}", "'bfloat16', 'float16', 'float32'")
         for value in ("int8", torch.bfloat16)
     ),
+    *(
+        refused_config(scale_dtype="k_quant", **settings)(*says, "none of GGUF's K-quants", "(Q3_K)", "'bfloat16'")
+        for settings, says in (
+            ({}, ("bits=4, zero_point='integer', group_size=128",)),
+            ({"bits": 3, "zero_point": "none"}, ("bits=3, zero_point='none', group_size=128",)),
+            ({"bits": 8, "zero_point": "none", "group_size": 16}, ("bits=8",)),
+        )
+    ),
     refused_config(method="lora")("method='lora'", "'dlqat', 'lrqat', 'l4q', 'peqa', 'qalora'"),
     refused_config(method=None)("method=None", "'dlqat'"),
     refused_config(magnitude="column")("magnitude='column'", "'group', 'row', 'none'"),
@@ -646,6 +654,10 @@ def transformers_adapter(_: Path) -> Attempt:
     return Attempt(lambda: model.add_adapter(small_config(group_size=256)), model)
 
 
+def k_quant_config(**kwargs: Any) -> DLQATConfig:
+    return small_config(bits=3, zero_point="none", group_size=16, scale_dtype="k_quant", **kwargs)
+
+
 LARGE_GROUP = ("group_size=256 is larger than in_features=64", "use at most 64", "-1 for one scale a row")
 INJECTING_CASES = [
     injecting(
@@ -657,6 +669,23 @@ INJECTING_CASES = [
         lambda: small_config(group_size_pattern={"q_proj": 256}),
         ValueError,
         *LARGE_GROUP,
+    ),
+    injecting(
+        "scale_dtype='k_quant' on in_features=64",
+        tiny_model,
+        k_quant_config,
+        ValueError,
+        "in_features=64 of model.layers.0.self_attn.q_proj is not a multiple of 256",
+        "exclude_modules",
+        "scale_dtype='bfloat16'",
+    ),
+    injecting(
+        "scale_dtype='k_quant' with bits_pattern={'down_proj': 4}",
+        lambda: tiny_model("wide llama"),
+        lambda: k_quant_config(bits_pattern={"down_proj": 4}),
+        ValueError,
+        "bits=4, zero_point='none', group_size=16 of model.layers.0.mlp.down_proj",
+        "none of GGUF's K-quants",
     ),
     Case("Injecting", "a second adapter with group_size=256", second_adapter, ValueError, LARGE_GROUP),
     Case("Injecting", "transformers' add_adapter with group_size=256", transformers_adapter, ValueError, LARGE_GROUP),

@@ -24,6 +24,7 @@ import peft_dlqat  # noqa: F401  registers the method
 
 VOCAB = 64
 HIDDEN = 64
+WIDE = 256  # a super-block of K-quants
 
 CONFIGS = {
     "llama": lambda: LlamaConfig(
@@ -35,6 +36,19 @@ CONFIGS = {
         num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=False,
+    ),
+    "wide llama": lambda: LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDE,
+        intermediate_size=2 * WIDE,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    ),
+    "wide gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=WIDE, n_layer=1, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     ),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
@@ -66,7 +80,7 @@ def _model(kind: str) -> PreTrainedModel:
 
 
 def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A fresh copy of a two-layer model of the given architecture ("llama", "gpt2" or "opt"), in eval mode."""
+    """A fresh copy of a two-layer model of the given architecture (a key of `CONFIGS`), in eval mode."""
     return copy.deepcopy(_model(kind)).to(dtype)
 
 

@@ -11,6 +11,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_dlqat import DLQATConfig
+from peft_dlqat.kquant import K_QUANTS
 from peft_dlqat.layer import adapter_layers
 
 KINDS = ("llama", "gpt2", "opt")
@@ -38,6 +39,18 @@ def logits(model):
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
 def test_merged_reloaded_and_unmerged_equal_the_trained(kind, bits, group_size, zero_point, scale_dtype, tmp_path):
     config = {"bits": bits, "group_size": group_size, "zero_point": zero_point, "scale_dtype": scale_dtype}
+    check_merged_reloaded_and_unmerged(kind, config, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["wide llama", "wide gpt2"])
+@pytest.mark.parametrize("quant", K_QUANTS.values(), ids=lambda quant: quant.name)
+def test_merged_reloaded_and_unmerged_equal_the_trained_on_k_quants(kind, quant, tmp_path):
+    config = {"bits": quant.bits, "group_size": quant.group_size, "zero_point": quant.zero_point}
+    check_merged_reloaded_and_unmerged(kind, {**config, "scale_dtype": "k_quant"}, tmp_path)
+
+
+def check_merged_reloaded_and_unmerged(kind, config, tmp_path):
+    """A model of some kind goes through all of it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="group_size does not divide")  # 128 on inputs of 64
         model = adapted(kind, **config)

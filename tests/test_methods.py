@@ -150,7 +150,32 @@ def test_training_lowers_the_loss_and_moves_only_what_the_method_trains(method, 
 @each_row
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_reloaded_and_unmerged_equal_the_trained(method, zero_point, dtype, tmp_path):
-    model = get_peft_model(tiny_model(dtype=dtype), config(method, zero_point)).eval()
+    check_merged_reloaded_and_unmerged("llama", config(method, zero_point), dtype, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "method, bits, group_size, zero_point",
+    [
+        (name, bits, group_size, zero_point)
+        for name, method in METHODS.items()
+        for bits, group_size, zero_point in ((3, 16, "none"), (2, 16, "float"), (4, 32, "float"))
+        if zero_point in method.zero_points
+    ],
+)
+def test_merged_reloaded_and_unmerged_equal_the_trained_on_k_quants(method, bits, group_size, zero_point, tmp_path):
+    own = {"bits": bits, "group_size": group_size, "scale_dtype": "k_quant"}
+    check_merged_reloaded_and_unmerged(
+        "wide llama", config({"method": method}, zero_point, **own), torch.float32, tmp_path
+    )
+
+
+def check_merged_reloaded_and_unmerged(kind, config, dtype, tmp_path):
+    """A model of some kind goes through all of it."""
+
+    def fresh_model():
+        return tiny_model(kind, dtype)
+
+    model = get_peft_model(fresh_model(), config).eval()
     fresh = logits(model)
     perturb(model)
     trained = logits(model)
@@ -161,13 +186,13 @@ def test_merged_reloaded_and_unmerged_equal_the_trained(method, zero_point, dtyp
     assert torch.equal(logits(model), trained)
     model.save_pretrained(tmp_path / "adapter")
     for low_cpu_mem_usage in (False, True):
-        base = tiny_model(dtype=dtype)
+        base = fresh_model()
         reloaded = PeftModel.from_pretrained(base, tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
         assert torch.equal(logits(reloaded), trained)
     merged = reloaded.merge_and_unload()
     assert torch.equal(logits(merged), trained)
     merged.save_pretrained(tmp_path / "merged")
-    again = tiny_model(dtype=dtype)
+    again = fresh_model()
     again.load_state_dict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype).state_dict())
     assert torch.equal(logits(again), trained)
 

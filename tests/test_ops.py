@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_dlqat import DLQATConfig, Grid
 from peft_dlqat.initialisation import initialise
+from peft_dlqat.kquant import K_QUANTS
 from peft_dlqat.ops import _fake_quantize_linear, fake_quantize_linear
 from peft_dlqat.qweight import Quantizer, unrounded_codes
 
@@ -65,8 +66,19 @@ def weight_of(args, grid, scaling=1.0, in_grid_units=False):
 @pytest.mark.parametrize("scale_dtype", DTYPES)
 @pytest.mark.parametrize("in_grid_units", [False, True])
 def test_value_and_every_gradient(zero_point, bits, group_size, scale_dtype, in_grid_units):
-    grid = Grid(bits, group_size, zero_point, scale_dtype)
-    args = problem(grid)
+    check_value_and_every_gradient(Grid(bits, group_size, zero_point, scale_dtype), in_grid_units)
+
+
+@pytest.mark.parametrize("quant", K_QUANTS.values(), ids=lambda quant: quant.name)
+@pytest.mark.parametrize("in_grid_units", [False, True])
+def test_value_and_every_gradient_of_k_quants(quant, in_grid_units):
+    grid = Grid(quant.bits, quant.group_size, quant.zero_point, torch.float32, k_quant=True)
+    check_value_and_every_gradient(grid, in_grid_units, n_in=512)
+
+
+def check_value_and_every_gradient(grid, in_grid_units, **size):
+    """The op's, against those of the oracle in float64."""
+    args = problem(grid, **size)
     y = run(args, grid, 2.0, in_grid_units)
     double = {k: None if v is None else v.detach().double().requires_grad_(True) for k, v in args.items()}
     expected = F.linear(double["x"], weight_of(double, grid, 2.0, in_grid_units), double["bias"])
@@ -206,7 +218,8 @@ def test_the_op_passes_torchs_own_checks(zero_point):
     grid = Grid(3, 32, zero_point, torch.bfloat16)
     args = problem(grid)
     tensors = (args[k] for k in ("x", "bias", "weight", *QUANTIZER))
-    constants = (False, 0, 2.0, grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, False, "exact")
+    constants = (False, 0, 2.0, grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, grid.k_quant)
+    constants = (*constants, False, "exact")
     torch.library.opcheck(_fake_quantize_linear, (*tensors, *constants))
 
 

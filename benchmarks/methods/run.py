@@ -8,7 +8,8 @@ used for all seeds. "dlqat" is the default recipe, and takes its learning rate. 
 contender, under benchmarks/results/methods/MODEL; runs that are there already are not repeated, so an interrupted
 benchmark goes on where it stopped. A contender whose library is not installed is left out, and said so.
 
-`--tokens` is a safetensors file with integer tensors `train` [n, length] and `heldout` [m, length].
+`--tokens` is a safetensors file with integer tensors `train` [n, length] and `heldout` [m, length]; without one, the
+model makes up 2048 and 256 sequences, or as many as the experiment's "sequences" says.
 """
 
 from __future__ import annotations
@@ -184,7 +185,8 @@ def main() -> None:
     if args.tokens is None:
         from tokens import make_tokens
 
-        args.tokens = make_tokens(args.model, experiment["model_name"], *((16, 16) if args.quick else (2048, 256)))
+        sequences = (16, 16) if args.quick else experiment.get("sequences", (2048, 256))
+        args.tokens = make_tokens(args.model, experiment["model_name"], *sequences)
     run_all(experiment, args)
     from tables import write_tables
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from .card import write_section
 from .grid import SCALE_DTYPES, ZERO_POINTS, Grid, largest_group
 from .initialisation import INITIALISATIONS
+from .kquant import check_k_quant
 from .methods import MAGNITUDES, METHODS, Method
 from .ops import GRADIENTS
 from .storage import STORAGES
@@ -93,7 +94,10 @@ class DLQATConfig(PeftConfig):
             is refused, but for the default, which adapts to any layer.
         zero_point: "integer" (asymmetric; the kind that most engines read), "none" (symmetric, signed scale) or
             "float" (any real offset; GGUF Q4_1 and MLX hold it).
-        scale_dtype: dtype in which scales ship and, rounded straight-through, train: "bfloat16", "float16", "float32".
+        scale_dtype: how scales ship and, rounded straight-through, train: "bfloat16", "float16", "float32", or
+            "k_quant" for the grids of GGUF's K-quants: Q3_K and Q6_K have bits=3 or 6, zero_point="none",
+            group_size=16; Q2_K bits=2, zero_point="float", group_size=16; Q4_K and Q5_K bits=4 or 5,
+            zero_point="float", group_size=32. It needs in_features that are multiples of 256.
         r: rank of the low-rank update.
         lora_alpha: the update is scaled by lora_alpha / r.
         use_rslora: scale by lora_alpha / sqrt(r) instead.
@@ -138,8 +142,8 @@ class DLQATConfig(PeftConfig):
     zero_point: Literal["integer", "none", "float"] = field(
         default="integer", metadata={"help": "Kind of zero: 'integer', 'none' (symmetric) or 'float'."}
     )
-    scale_dtype: Literal["bfloat16", "float16", "float32"] = field(
-        default="bfloat16", metadata={"help": "Dtype in which scales ship."}
+    scale_dtype: Literal["bfloat16", "float16", "float32", "k_quant"] = field(
+        default="bfloat16", metadata={"help": "How scales ship: a dtype, or 'k_quant' for GGUF's K-quants."}
     )
     r: int = field(default=8, metadata={"help": "Rank of the low-rank update."})
     lora_alpha: float = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
@@ -182,6 +186,8 @@ class DLQATConfig(PeftConfig):
         _check_group_size("group_size", self.group_size)
         _check_choice("zero_point", self.zero_point, ZERO_POINTS)
         _check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        if self.scale_dtype == "k_quant":
+            check_k_quant(self.bits, self.zero_point, self.group_size)
         _check_rank("r", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
         _check_choice("bias", self.bias, _BIAS)
@@ -292,7 +298,7 @@ class DLQATConfig(PeftConfig):
     def grid(self, in_features: int, bits: int, group_size: int) -> Grid:
         """The grid of a layer of `in_features` inputs, with the largest group that divides them."""
         size = largest_group(in_features, group_size)
-        return Grid(bits, size, self.zero_point, SCALE_DTYPES[self.scale_dtype])
+        return Grid(bits, size, self.zero_point, SCALE_DTYPES[self.scale_dtype], self.scale_dtype == "k_quant")
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         """lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA."""

@@ -7,6 +7,7 @@ All methods fit one affine grid to every group of input channels; what they retu
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -34,6 +35,8 @@ def _affine(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tuple[torch.Te
         return snap(torch.where(-low > high, low, high) / grid.qmin, None, grid)
     if grid.zero_point == "integer":
         low, high = low.clamp(max=0), high.clamp(min=0)  # z must be a code, so the range holds 0
+    elif grid.k_quant:
+        low = low.clamp(max=0)  # the offset of a K-quant is never positive
     scale, _ = snap((high - low) / (grid.qmax - grid.qmin), torch.zeros_like(low), grid)
     zero = grid.qmin - low / scale if grid.zero_point == "integer" else low - grid.qmin * scale
     return snap(scale, zero, grid)
@@ -44,15 +47,17 @@ def snap(scale: torch.Tensor, zero: Zero, grid: Grid) -> tuple[torch.Tensor, Zer
 
     A scale takes a value of `scale_dtype`; 0 (a group of zeros, or of one repeated value) becomes 1, which keeps zeros
     exactly zero, and one too small or large for the dtype its smallest normal or largest number. A grid with a zero
-    has positive scales only. z becomes a code; b becomes the value for which the offset M = b + qmin * s is in
-    `scale_dtype`.
+    has positive scales only. z becomes a code; b becomes the value for which the offset M = b + qmin * s ships.
+    A K-quant's scales depend on their neighbours', so there a 0 becomes the smallest scale, which spoils none of them.
     """
     info = torch.finfo(grid.scale_dtype)
     sign = torch.where(scale < 0, -1.0, 1.0) if grid.zero_point == "none" else 1.0
-    scale = grid.round_scale(torch.where(scale == 0, 1.0, sign * scale.abs().clamp(info.smallest_normal, info.max)))
+    of_zeros = grid.smallest_scale if grid.k_quant else 1.0
+    magnitude = scale.abs().clamp(grid.smallest_scale, info.max)
+    scale = grid.round_scale(torch.where(scale == 0, of_zeros, sign * magnitude))
     if grid.zero_point == "float" and zero is not None:
         offset = (zero + grid.qmin * scale).clamp(-info.max, info.max)
-        zero = grid.round_scale(offset) - grid.qmin * scale
+        zero = grid.round_offset(offset) - grid.qmin * scale
     elif zero is not None:
         zero = zero.round().clamp(grid.qmin, grid.qmax)
     return scale, zero
@@ -70,6 +75,8 @@ def mse(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[tor
     First a search over clipped ranges, jointly over where to clip at each end; then the best of them is refined: with
     the codes held, the best scale and zero are a weighted linear regression, whose solution rounds to better codes.
     """
+    if grid.k_quant:
+        return _mse_of_super_blocks(weight, grid, importance)
     grouped = grid.group(weight)
     low, high = grouped.amin(-1), grouped.amax(-1)
     importance = grid.group(importance.expand_as(weight))
@@ -96,6 +103,22 @@ def mse(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[tor
     for _ in range(_REFINEMENTS):
         consider(*snap(*_regression(grouped, best_codes, importance, best_scale, best_zero, grid), grid))
     return best_scale, best_zero
+
+
+def _mse_of_super_blocks(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[torch.Tensor, Zero]:
+    """`mse` for a K-quant: each group's best on its own, not rounded, then the scales of a super-block together.
+
+    Rounded in each try, a group would be judged by what its neighbours try. Groups for which the best real-valued grid
+    is of no use, those of one repeated value or, with an offset, without a negative one, get the range that they span.
+    """
+    scale, zero = mse(weight, replace(grid, k_quant=False), importance)
+    low, high = grid.group(weight).amin(-1), grid.group(weight).amax(-1)
+    spanning_scale, spanning_zero = _affine(low, high, grid)
+    spanning = low == high
+    if zero is not None and spanning_zero is not None:
+        spanning |= low > 0
+        zero = torch.where(spanning, spanning_zero, zero)
+    return snap(torch.where(spanning, spanning_scale, scale), zero, grid)
 
 
 def _regression(

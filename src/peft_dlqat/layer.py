@@ -439,7 +439,7 @@ def encode_spec(grid: Grid, scaling: float, method: Method, stored_bits: int = 0
     shape and name and still mean different weights (3 or 4 bits, say); loading compares this.
     """
     zero_point = ZERO_POINTS.index(grid.zero_point)
-    scale_dtype = list(SCALE_DTYPES.values()).index(grid.scale_dtype)
+    scale_dtype = list(SCALE_DTYPES).index(grid.scale_name)
     method_index = list(METHODS).index(method.name)
     numbers = [grid.bits, grid.group_size, zero_point, scale_dtype, scaling, method_index, stored_bits]
     return torch.tensor(numbers, device="cpu", dtype=torch.float32)

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .grid import largest_group
+from .kquant import check_k_quant
 from .layer import DLQATLayer, DLQATLinear, check_float_weight
 from .state import check_state
 from .storage import STORAGES
@@ -37,8 +38,8 @@ class DLQATModel(BaseTuner):
         low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
 
     Raises:
-        ValueError: if a target is no linear layer, its weight holds NaN or infinity, or a group is larger than its
-            in_features. All targets are checked before any is replaced.
+        ValueError: if a target is no linear layer, its weight holds NaN or infinity, a group is larger than its
+            in_features, or `scale_dtype="k_quant"` does not fit it. All targets are checked before any is replaced.
         TypeError: if a target's weight is quantized already.
     """
 
@@ -81,7 +82,10 @@ class DLQATModel(BaseTuner):
         smaller: dict[str, list[str]] = {}
         for name, module in targets.items():
             _check_target(name, module)
-            asked, in_features = _layer_settings(config, name)["group_size"], _in_features(module)
+            settings, in_features = _layer_settings(config, name), _in_features(module)
+            asked = settings["group_size"]
+            if config.scale_dtype == "k_quant":
+                check_k_quant(settings["bits"], config.zero_point, asked, name, in_features)
             if asked > in_features and asked != DEFAULT_GROUP_SIZE:
                 raise ValueError(
                     f"group_size={asked} is larger than in_features={in_features} of {name}; use at most "

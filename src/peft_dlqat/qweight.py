@@ -139,7 +139,7 @@ def round_codes(unrounded: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def ship(scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero as a file holds them, rounded to `grid.scale_dtype`.
+    """Scale and zero as a file holds them, rounded to `grid.scale_dtype` or the integers of a K-quant.
 
     Returns:
         S = rnd(scale) and, by kind of grid, None, z, or M = rnd(b + qmin * S). M belongs to the *unsigned* code, which
@@ -148,7 +148,7 @@ def ship(scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> tuple[to
     shipped = grid.round_scale(scale)
     if grid.zero_point == "float":
         assert zero is not None
-        return shipped, grid.round_scale(zero + grid.qmin * shipped)
+        return shipped, grid.round_offset(zero + grid.qmin * shipped)
     return shipped, shipped_zero(zero, grid)
 
 
@@ -183,7 +183,7 @@ class QuantizedWeight:
 
     Attributes:
         codes: int8 [out, in] in [qmin, qmax].
-        scale: S, float32 [out, n_groups], every value exact in `grid.scale_dtype`.
+        scale: S, float32 [out, n_groups], every value one that ships (`grid.round_scale` leaves it as it is).
         zero: None, the integer zero point z, or the offset M of the unsigned code; float32 [out, n_groups].
         grid: bits, group size, kind of zero, scale dtype.
     """

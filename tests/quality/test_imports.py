@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / PACKAGE
 # From the lowest layer to the highest. A sub-package, such as ops, is one layer: what happens inside it is its own
 # affair. `__init__` stands above all and may import any of them.
 ORDER = [
+    "kquant",
     "grid",
     "storage",
     "qweight",
@@ -33,6 +34,7 @@ ORDER = [
     "calibration",
     "optimizer",
     "callback",
+    "export",
     "evaluation",
 ]
 

@@ -24,12 +24,12 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_dlqat.grid import Grid, ZeroPoint, largest_group
+from peft_dlqat.grid import SCALE_DTYPES, Grid, ZeroPoint, largest_group
 from peft_dlqat.initialisation import initialise
 
 Batches = list[dict[str, torch.Tensor]]
 
-# Scales and offsets of every peer ship in this type, or one as wide.
+# Scales and offsets of every peer ship in this type, or one as wide, where the setting says nothing else.
 SCALE_DTYPE = torch.bfloat16
 
 
@@ -82,7 +82,11 @@ def grid_of(config: Config, layer: nn.Linear) -> Grid:
     """The grid of a layer; where the group does not divide its inputs, of the largest divisor, as in `DLQATConfig`."""
     pattern = getattr(config, "group_size_pattern", {})
     asked = pattern.get(get_pattern_key(pattern.keys(), layer.module_name), config.group_size)
-    return Grid(config.bits, largest_group(layer.in_features, asked), config.zero_point, SCALE_DTYPE)
+    name = getattr(config, "scale_dtype", None)
+    scale_dtype = SCALE_DTYPES[name] if name else SCALE_DTYPE
+    return Grid(
+        config.bits, largest_group(layer.in_features, asked), config.zero_point, scale_dtype, name == "k_quant"
+    )
 
 
 def fit(weight: torch.Tensor, grid: Grid, method: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +96,7 @@ def fit(weight: torch.Tensor, grid: Grid, method: str) -> tuple[torch.Tensor, to
         return scale, grid.qmin * scale
     if grid.zero_point == "integer":
         return scale, (grid.qmin - zero) * scale
-    return scale, grid.round_scale(zero + grid.qmin * scale)
+    return scale, grid.round_offset(zero + grid.qmin * scale)
 
 
 def round_to(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, grid: Grid) -> torch.Tensor:

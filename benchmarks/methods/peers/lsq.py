@@ -53,7 +53,7 @@ class FakeQuantize(nn.Module):
         """w_hat [out, in]."""
         scale = straight_through(self.grid.round_scale, self.scale * self.log_step.exp())
         if self.grid.zero_point == "float":
-            offset = straight_through(self.grid.round_scale, self.offset + self.scale * self.shift)
+            offset = straight_through(self.grid.round_offset, self.offset + self.scale * self.shift)
         else:
             offset = self.offset / self.scale * scale
         scale, offset = scale.unsqueeze(-1), offset.unsqueeze(-1)

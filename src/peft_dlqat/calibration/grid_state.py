@@ -42,7 +42,7 @@ def stay_on_grid(layers: Iterable[DLQATLayer], adapter_name: str) -> None:
     """Keep a scale from reaching zero and a zero point among the codes."""
     for layer in layers:
         grid, scale = layer.dlqat_grid[adapter_name], layer.dlqat_scale[adapter_name]
-        smallest = torch.finfo(grid.scale_dtype).smallest_normal
+        smallest = grid.smallest_scale
         if grid.zero_point == "none":
             scale.copy_(torch.where(scale.abs() < smallest, smallest * torch.where(scale < 0, -1, 1), scale))
         else:

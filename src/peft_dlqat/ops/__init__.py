@@ -36,10 +36,11 @@ def _fake_quantize_linear(
     group_size: int,
     zero_point: str,
     scale_dtype: torch.dtype,
+    k_quant: bool,
     fan_in_fan_out: bool,
     gradient: str,
 ) -> torch.Tensor:
-    grid = Grid(bits, group_size, zero_point, scale_dtype)  # type: ignore[arg-type]
+    grid = Grid(bits, group_size, zero_point, scale_dtype, k_quant)  # type: ignore[arg-type]
     quantizer = Quantizer(A, B, step, shift, scale, zero, update_in_grid_units, stored_bits)
     return reference.forward(x, bias, weight, quantizer, grid, scaling, fan_in_fan_out)
 
@@ -70,11 +71,12 @@ def _fake_quantize_linear_backward(
     group_size: int,
     zero_point: str,
     scale_dtype: torch.dtype,
+    k_quant: bool,
     fan_in_fan_out: bool,
     gradient: str,
 ) -> list[torch.Tensor]:
     """The gradients that `needs` asks for, in the order of the arguments."""
-    grid = Grid(bits, group_size, zero_point, scale_dtype)  # type: ignore[arg-type]
+    grid = Grid(bits, group_size, zero_point, scale_dtype, k_quant)  # type: ignore[arg-type]
     quantizer = Quantizer(A, B, step, shift, scale, zero, update_in_grid_units, stored_bits)
     wanted = {name for name, need in zip(_ARGUMENTS, needs, strict=True) if need}
     with torch.autocast(grad.device.type, enabled=False):
@@ -91,11 +93,11 @@ def _(grad: torch.Tensor, needs: list[bool], y: Any, *arguments: Any) -> list[to
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    *tensors, in_units, stored_bits, scaling, bits, group_size, zero_point, scale_dtype, fan, gradient = inputs
+    tensors, constants, gradient = inputs[: len(_ARGUMENTS)], inputs[len(_ARGUMENTS) :], inputs[-1]
     # The low-rank path has the magnitude's gradient from the output.
     keeps_output = gradient == "lowrank" and ctx.needs_input_grad[_ARGUMENTS.index("scale")]
     ctx.save_for_backward(output if keeps_output else None, *tensors)
-    ctx.constants = (in_units, stored_bits, scaling, bits, group_size, zero_point, scale_dtype, fan, gradient)
+    ctx.constants = constants
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -153,6 +155,7 @@ def fake_quantize_linear(
         grid.group_size,
         grid.zero_point,
         grid.scale_dtype,
+        grid.k_quant,
         fan_in_fan_out,
         gradient,
     )

@@ -1,0 +1,1 @@
+"""Quantized weights in the formats that engines read, without rounding again."""
