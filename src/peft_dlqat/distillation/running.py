@@ -92,9 +92,7 @@ def _original_weights(model: nn.Module) -> Iterator[None]:
 def trained_base_parameters(model: nn.Module) -> list[str]:
     """Names of the base model's own parameters that take gradients: trained in place, so the base model drifts."""
     own = adapter_parameters(model)
-    return [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in own
-    ]
+    return [name for name, tensor in model.named_parameters() if tensor.requires_grad and id(tensor) not in own]
 
 
 def adapter_parameters(model: nn.Module) -> set[int]:

@@ -62,8 +62,8 @@ def evaluate_model(
         model: a causal language model with DL-QAT adapters, merged or not, or any other.
         batches: dicts of the model's keyword arguments, with `labels` or `input_ids` [batch, length]; read once.
         teacher: a model of the same vocabulary to compare with. By default the same model with its adapters switched
-            off, which needs no second copy, but is not the model in full precision any more where biases were trained
-            (`DLQATConfig(bias=...)`); a model without adapters (after `merge_and_unload`, say) is compared with nothing.
+            off, which needs no second copy, but is no longer the model in full precision where biases were trained; a
+            model without adapters (after `merge_and_unload`, say) is compared with nothing.
 
     Returns:
         Means over all tokens of all batches.
