@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from ..config import DLQATConfig
 from ..distillation import evaluating
 from ..layer import DLQATLayer, adapter_layers
 from ..model import _check_target
-from .blocks import BlockError, Fit, calibrate_block, record
+from .blocks import BlockError, Fit, calibrate_block, summary
 from .decoder import capture, decoder_layers, hidden_states
-from .grid_state import random_state_kept
+from .grid_state import random_state_kept, several_processes
 
 _ADAPTER = "default"
 
@@ -66,6 +67,7 @@ def calibrate_blocks_from_disk(
         A [`BlockError`] for each decoder layer that holds the adapter.
 
     Raises:
+        RuntimeError: if several processes were started, by torchrun, say.
         FileExistsError: if `output_dir` exists.
         FileNotFoundError: if the model is not stored as safetensors.
         NoDecoderLayers: a ValueError; load such a model and use [`calibrate`].
@@ -73,6 +75,11 @@ def calibrate_blocks_from_disk(
         FloatingPointError: if an error turns NaN or infinite; nothing is written then.
     """
     fit = Fit(_ADAPTER, steps, lr, train_adapter, config.init)
+    if several_processes() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RuntimeError(
+            "calibrate_blocks_from_disk works in one process, and each of these would do all of it and write the same "
+            f"folder, {str(output_dir)!r}; run it by itself, with python instead of torchrun, before the training."
+        )
     output = Path(output_dir)
     if output.exists():
         raise FileExistsError(f"output_dir={str(output)!r} exists; name a new folder, or remove it first.")
@@ -110,7 +117,7 @@ def calibrate_blocks_from_disk(
             if error is not None:
                 errors.append(error)
                 bar.set_postfix(error=f"{error.before:.3g} -> {error.after:.3g}")
-    model.peft_config[_ADAPTER].record["calibration"] = record(errors, fit)  # type: ignore[attr-defined]
+    model.peft_config[_ADAPTER].record["calibration"] = asdict(summary(errors, fit))  # type: ignore[attr-defined]
     _save(model, output)
     return errors
 
