@@ -416,6 +416,29 @@ def test_a_checkpoint_of_the_bare_model_is_found_by_its_prefix(tmp_path):
     assert from_disk(tmp_path / "base", tmp_path / "second") == expected
 
 
+def test_one_layers_weights_and_adapters_are_in_memory_at_a_time(folder, tmp_path, monkeypatch):
+    held, models = [], []
+    streaming = peft_dlqat.calibration.streaming
+    skeleton, calibrate_block = streaming._skeleton, streaming.calibrate_block
+
+    def look(name, *args):
+        tensors = {n: t for n, t in models[0].state_dict().items() if ".layers." in n or ".h." in n}
+        held.append((name, {n for n, t in tensors.items() if not t.is_meta}))
+        return calibrate_block(name, *args)
+
+    def make(*args):
+        made = skeleton(*args)
+        models.append(made[0])
+        return made
+
+    monkeypatch.setattr(streaming, "_skeleton", make)
+    monkeypatch.setattr(streaming, "calibrate_block", look)
+    from_disk(folder, tmp_path / "out")
+    assert len(held) == 2
+    for name, tensors in held:
+        assert any(".dlqat_A." in n for n in tensors) and all(n.startswith(f"{name}.") for n in tensors), name
+
+
 @pytest.mark.parametrize("initialised", [False, True])
 def test_several_processes_are_refused(tmp_path, monkeypatch, initialised):
     """Started by torchrun, whether or not a process group was made."""

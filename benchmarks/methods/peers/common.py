@@ -80,9 +80,14 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 def grid_of(config: Config, layer: nn.Linear) -> Grid:
     """The grid of a layer; where the group does not divide its inputs, of the largest divisor, as in `DLQATConfig`."""
+    return grid_for(config, layer.module_name, layer.in_features)
+
+
+def grid_for(config: Config, name: str, in_features: int) -> Grid:
+    """The same for a layer that is known by its module name and inputs."""
     pattern = getattr(config, "group_size_pattern", {})
-    asked = pattern.get(get_pattern_key(pattern.keys(), layer.module_name), config.group_size)
-    return Grid(config.bits, largest_group(layer.in_features, asked), config.zero_point, SCALE_DTYPE)
+    asked = pattern.get(get_pattern_key(pattern.keys(), name), config.group_size)
+    return Grid(config.bits, largest_group(in_features, asked), config.zero_point, SCALE_DTYPE)
 
 
 def fit(weight: torch.Tensor, grid: Grid, method: str) -> tuple[torch.Tensor, torch.Tensor]:
