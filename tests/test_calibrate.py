@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import lm_batches, tiny_model, tokens
+from conftest import lm_batches, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import peft_dlqat.qweight
 from peft_dlqat import (
     DLQATCallback,
     DLQATConfig,
@@ -26,6 +27,7 @@ from peft_dlqat import (
 )
 from peft_dlqat.calibration.activations import fit_to_inputs, input_moments
 from peft_dlqat.layer import adapter_layers
+from peft_dlqat.qweight import unrounded_codes
 
 ZERO_POINTS = ("none", "integer", "float")
 
@@ -566,3 +568,22 @@ def test_an_adapter_that_is_not_active_is_refused(steps):
     with model.disable_adapter(), pytest.raises(ValueError, match="switched on"):
         calibrate(model, lm_batches(), steps=steps, progress=False)
     assert not any("calibration" in config.record for config in model.peft_config.values())
+
+
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+def test_the_grid_report_is_the_same_piece_by_piece(zero_point, monkeypatch):
+    """Against whole layers, by hand; pieces of 3 rows, which do not divide a layer's."""
+    model = adapted(zero_point=zero_point, init="minmax")
+    perturb(model)
+    monkeypatch.setattr(peft_dlqat.qweight, "_PIECE", 3 * 64)
+    for row in grid_report(model).layers:
+        layer = model.get_submodule(row.name)
+        shipped, weight = layer.quantized_weight(), layer.original_weight()
+        w_hat = shipped.dequantize()
+        assert row.error == pytest.approx(((w_hat - weight).norm() / weight.norm()).item(), rel=1e-5)
+        groups = shipped.grid.group(shipped.codes)
+        levels = [len(set(group)) for group in groups.flatten(0, 1).tolist()]
+        assert row.levels == pytest.approx(sum(levels) / len(levels))
+        unrounded = unrounded_codes(weight, layer.quantizer("default"), shipped.grid, layer.dlqat_scaling["default"])
+        outside = (unrounded.round() < shipped.grid.qmin) | (unrounded.round() > shipped.grid.qmax)
+        assert row.clipped == pytest.approx(outside.float().mean().item()) and row.clipped > 0

@@ -57,9 +57,9 @@ class Results:
         self.data: dict[str, Any] = {**head, "search": [], "runs": []}
         if path.exists():
             found = json.loads(path.read_text())
-            if (found["setting"], found["training"]) != (head["setting"], head["training"]):
+            if any(found.get(key) != head.get(key) for key in ("setting", "training", "text")):
                 raise SystemExit(
-                    f"{path} is of another setting or training; remove it, or give the experiment a name."
+                    f"{path} is of another setting, training or text; remove it, or give the setting another name."
                 )
             self.data = found
 
@@ -98,6 +98,7 @@ def plan(experiment: dict[str, Any], only: list[str], results: Path) -> list[tup
                 "contender": contender,
                 "training": training,
                 "model": experiment["model_name"],
+                **({"text": experiment["text"]} if "text" in experiment else {}),
                 "versions": {
                     **{name: version(name) for name in ("torch", "transformers", "peft")},
                     "python": platform.python_version(),
@@ -182,7 +183,7 @@ def main() -> None:
     for name, value in (("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs))), *_ALLOCATOR.items()):
         os.environ.setdefault(name, value)  # read when a process starts: for the workers
     experiment = json.loads(args.experiment.read_text())
-    experiment["model_name"] = "embedded" if args.model == str(EMBEDDED) else Path(args.model).name
+    experiment["model_name"] = "embedded" if Path(args.model).resolve() == EMBEDDED else Path(args.model).name
     if args.quick:
         experiment.update(seeds=[0], learning_rates=experiment["learning_rates"][:1])
         args.results = args.results or Path("outputs", "quick", experiment["model_name"])
