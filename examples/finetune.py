@@ -158,7 +158,7 @@ def train_dlqat(
             create_dlqat_optimizer(model, torch.optim.AdamW, lr=args.lr, magnitude_lr=args.magnitude_lr),
             None,
         ),
-        callbacks=[DLQATCallback(calibration_steps=args.calibration_steps, lr=args.calibration_lr)],
+        callbacks=[DLQATCallback(args.calibration_steps, args.calibration_lr)],
     )
     return model, trained_share(model), run(trainer, f"{DLQAT}, {bits} bits")
 

@@ -31,7 +31,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from peft_dlqat import DLQATConfig, calibrate
+from peft_dlqat import DistillationLoss, DLQATConfig, TeacherCache, calibrate
 from peft_dlqat.layer import DLQATLayer
 
 PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
@@ -839,8 +839,8 @@ def poisoned(at: int, training: bool) -> Callable[[Path], Attempt]:
 
 
 # A step of distillation is two forward passes, the teacher's and the model's. Before the first, on as many batches as
-# there are steps, up to 8, the loss is measured (two passes), the inputs (one), and the loss again (two).
-BEFORE, MIDDLE = 1, (2 + 1 + 2) * 6 + 2 * 3 + 1
+# there are steps, up to 8, the loss is measured (two passes); min-max grids are not fitted to the inputs.
+BEFORE, MIDDLE = 1, 2 * 6 + 2 * 3 + 1
 BATCH_RULE = ("must be a dict of the model's arguments", "'input_ids'")
 CALIBRATING_CASES = [
     *(
@@ -1037,8 +1037,44 @@ RUNNING_CASES = [
     ),
 ]
 
+
+def distilling(shown: str, *says: str, bias: str = "none", **kwargs: Any) -> Case:
+    """A `DistillationLoss` that is refused."""
+
+    def attempt(_: Path) -> Attempt:
+        config = small_config(bias=bias, target_modules=["fc1"], task_type="CAUSAL_LM")
+        student = get_peft_model(tiny_model("opt"), config)
+        return Attempt(lambda: DistillationLoss(student, **kwargs), student)
+
+    return Case("Distilling", shown, attempt, ValueError, says)
+
+
+def caching(shown: str, *says: str, **kwargs: Any) -> Case:
+    """A `TeacherCache` that is refused."""
+    return Case("Distilling", shown, lambda _: Attempt(lambda: TeacherCache(**kwargs)), ValueError, says)
+
+
+DISTILLING_CASES = [
+    distilling("DistillationLoss(model, reverse=2)", "reverse=2", "from 0", "'confidence'", reverse=2),
+    distilling("DistillationLoss(model, task_weight=-1)", "task_weight=-1", "0 or more", task_weight=-1),
+    distilling(
+        "DistillationLoss(model) of an adapter with bias='all'",
+        *("train in place", "bias='none'", "cache.teacher(model, batch)"),
+        bias="all",
+    ),
+    caching("TeacherCache(k=0)", "k=0", "positive integer", "64 is usual", k=0),
+    caching("TeacherCache(max_bytes=0)", "max_bytes=0", "positive integer", "4 GiB", max_bytes=0),
+]
+
 LOADING = list(loading_cases())
-CASES = [*CONFIG_CASES, *INJECTING_CASES, *CALIBRATING_CASES, *(case for *_, case in LOADING), *RUNNING_CASES]
+CASES = [
+    *CONFIG_CASES,
+    *INJECTING_CASES,
+    *CALIBRATING_CASES,
+    *DISTILLING_CASES,
+    *(case for *_, case in LOADING),
+    *RUNNING_CASES,
+]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

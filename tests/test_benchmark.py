@@ -20,8 +20,11 @@ EXPERIMENTS = sorted((METHODS / "experiments").glob("*.json"))
 LIBRARIES = {"autoround": "auto_round", "torchao-qat-lora": "torchao"}
 
 
+sys.path.insert(0, str(METHODS))  # where its modules look for each other
+
+
 def run(tmp_path, experiment, *arguments):
-    command = [sys.executable, str(METHODS / "run.py"), str(experiment), "--quick", "--jobs", "1", *arguments]
+    command = [sys.executable, str(METHODS / "run.py"), str(experiment), "--jobs", "1", *arguments]
     command += ["--model", str(tmp_path / "tiny"), "--tokens", str(tmp_path / "tokens.safetensors")]
     command += ["--results", str(tmp_path / "results")]
     return subprocess.run(
@@ -32,8 +35,9 @@ def run(tmp_path, experiment, *arguments):
 @pytest.fixture
 def task(tmp_path):
     tiny_model().save_pretrained(tmp_path / "tiny")
-    ids = torch.randint(3, 64, (24, 32), dtype=torch.int16)
-    save_file({"train": ids[:16].contiguous(), "heldout": ids[16:].contiguous()}, tmp_path / "tokens.safetensors")
+    ids = torch.randint(3, 64, (32, 32), dtype=torch.int16)
+    parts = dict(zip(("train", "heldout", "other"), ids.split([16, 8, 8]), strict=True))
+    save_file({name: part.contiguous() for name, part in parts.items()}, tmp_path / "tokens.safetensors")
     return tmp_path
 
 
@@ -42,7 +46,7 @@ def task(tmp_path):
 def test_every_experiment_runs(task, experiment):
     if experiment.stem == "k_quants":
         tiny_model("wide llama").save_pretrained(task / "tiny")
-    first = run(task, experiment)
+    first = run(task, experiment, "--quick")
     assert first.returncode == 0, first.stderr[-3000:]
     plan = json.loads(experiment.read_text())
     for name, setting in plan["settings"].items():
@@ -57,7 +61,7 @@ def test_every_experiment_runs(task, experiment):
             assert f"| {contender} |" in (task / "results" / "table.md").read_text()
 
     files = {path: path.read_bytes() for path in (task / "results").rglob("*.json")}
-    again = run(task, experiment)
+    again = run(task, experiment, "--quick")
     assert again.returncode == 0, again.stderr[-3000:]
     assert "runs seed" not in again.stdout
     assert files == {path: path.read_bytes() for path in (task / "results").rglob("*.json")}
@@ -74,8 +78,97 @@ def test_results_of_another_setting_are_not_mixed(task):
     }
     path = task / "experiment.json"
     path.write_text(json.dumps(experiment))
-    assert run(task, path).returncode == 0
+    assert run(task, path, "--quick").returncode == 0
     experiment["settings"]["a"]["config"]["bits"] = 2
     path.write_text(json.dumps(experiment))
-    second = run(task, path)
+    second = run(task, path, "--quick")
     assert second.returncode != 0 and "another setting" in second.stderr
+
+
+def test_the_best_of_the_learning_rates_is_used_and_autoround_has_its_own_width(task):
+    """And the time is that of preparing and training, without what is measured in between."""
+    plan = {
+        "settings": {"a": {"config": {"bits": 2, "group_size": 32, "zero_point": "float"}}},
+        "contenders": ["l4q"],
+        "training": {"batch_size": 4, "steps": 8, "warmup_steps": 1, "schedule": "linear"},
+        "learning_rates": [1e-6, 2e-2],
+        "search_share": 0.5,
+        "seeds": [0, 1],
+    }
+    path = task / "experiment.json"
+    path.write_text(json.dumps(plan))
+    done = run(task, path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((task / "results" / "a" / "l4q.json").read_text())
+    searched = {run["lr"]: run["kl"] for run in results["search"]}
+    assert searched.keys() == {1e-6, 2e-2}
+    best = min(searched, key=searched.get)
+    assert [(run["seed"], run["lr"]) for run in results["runs"]] == [(0, best), (1, best)]
+
+
+def test_figures_of_a_run(task, monkeypatch):
+    import contenders
+    import training
+
+    setting = {"bits": 3, "group_size": 32, "zero_point": "float"}
+    assert contenders.own_grid("autoround", setting) == {**setting, "zero_point": "integer"}
+    assert contenders.own_grid("autoround", {**setting, "zero_point": "none"})["zero_point"] == "none"
+    assert contenders.own_grid("gptq", setting) == setting
+    loaded = training.Task(str(task / "tiny"), task / "tokens.safetensors")
+    model = loaded.load_model()
+    assert training.bits_per_weight(model, setting) == 3 + 32 / 32
+    assert training.bits_per_weight(model, contenders.own_grid("autoround", setting)) == pytest.approx(
+        3 + 19 / 32, abs=1e-3
+    )
+
+    # A clock that only the evaluations move.
+    now = [0]
+    monkeypatch.setattr(training.time, "process_time", lambda: now[0])
+    evaluate = training.Task.evaluate
+    monkeypatch.setattr(
+        training.Task, "evaluate", lambda *args: (now.__setitem__(0, now[0] + 100), evaluate(*args))[1]
+    )
+    plan = {"batch_size": 4, "steps": 2, "warmup_steps": 1, "schedule": "linear", "calibration_data": "other"}
+    figures = training.run(loaded, "dlqat", setting, plan, 0, 1e-3)
+    assert figures["seconds"] == 0 and now[0] == 200
+    with pytest.raises(ValueError, match=r"'tests'.*only \['heldout', 'other', 'train'\]"):
+        loaded.calibration(4, 0, 0, "tests")
+
+
+def test_calibration_takes_the_rows_that_it_is_told(task):
+    import training
+
+    loaded = training.Task(str(task / "tiny"), task / "tokens.safetensors")
+    for data in ("train", "other"):
+        rows = {tuple(row) for row in loaded.ids[data].tolist()}
+        batches = loaded.calibration(4, 0, 0, data)
+        assert len(batches) == 8 and all(tuple(row) in rows for b in batches for row in b["input_ids"].tolist())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_attention_in_blocks_is_exact_for_each_shape(kind, tmp_path):
+    import attention
+    from transformers import AutoModelForCausalLM
+
+    tiny_model(kind).save_pretrained(tmp_path)
+    ids = torch.randint(3, 64, (2, 21))
+    logits = [
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)(input_ids=ids).logits
+        for name in ("eager", attention.NAME)
+    ]
+    assert torch.allclose(*logits, atol=1e-5)
+
+
+def test_tokens_of_pythons_own_text(tmp_path):
+    from safetensors.torch import load_file
+    from tokens import python_tokens
+
+    model = METHODS.parents[1] / "examples" / "embedded" / "model"
+    path = python_tokens(str(model), "embedded", 6, 4, 32, tmp_path)
+    rows = load_file(path)
+    assert {name: list(ids.shape) for name, ids in rows.items()} == {
+        "train": [6, 32],
+        "heldout": [4, 32],
+        "other": [6, 32],
+    }
+    assert python_tokens(str(model), "embedded", 6, 4, 32, tmp_path) == path

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import peft_dlqat.calibration.blocks
+import peft_dlqat.calibration.decoder
 import peft_dlqat.calibration.streaming
 from peft_dlqat import DLQATConfig, distillation_loss, teacher_logits
 from peft_dlqat.calibration.blocks import calibrate_blocks
@@ -226,7 +227,22 @@ def test_the_model_card_tells(tmp_path):
     model = adapted()
     run(model, steps=5)
     model.save_pretrained(tmp_path)
-    assert "5 steps, blocks" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "5 steps by blocks, output" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_calls_are_kept_on_the_cpu_each_tensor_once():
+    """A mask and position embeddings are the same tensors for all layers, and many batches of them take room."""
+
+    class Elsewhere(torch.Tensor):
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    mask, angle = torch.ones(2, 4).as_subclass(Elsewhere), torch.ones(3).as_subclass(Elsewhere)
+    calls = [((mask,), {"position_embeddings": (angle, angle), "use_cache": False}) for _ in range(3)]
+    found = peft_dlqat.calibration.decoder._on_cpu(calls)
+    tensors = [x for args, kwargs in found for x in (*args, *kwargs["position_embeddings"])]
+    assert all(type(tensor) is torch.Tensor for tensor in tensors) and len(set(map(id, tensors))) == 2
+    assert all(kwargs["use_cache"] is False and isinstance(args, tuple) for args, kwargs in found)
 
 
 class Perceptron(nn.Module):
@@ -337,7 +353,7 @@ def test_from_disk_writes_a_whole_folder_with_the_base_models_name(folder, tmp_p
     names = {path.name for path in (tmp_path / "deep" / "out").iterdir()}
     assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     saved = json.loads((tmp_path / "deep" / "out" / "adapter_config.json").read_text())
-    assert saved["base_model_name_or_path"] == str(folder) and saved["record"]["calibration"]["objective"] == "blocks"
+    assert saved["base_model_name_or_path"] == str(folder) and saved["record"]["calibration"]["by"] == "blocks"
     assert given.record == {} and given.base_model_name_or_path is None
     tensors = load_file(tmp_path / "deep" / "out" / "adapter_model.safetensors")
     assert all(".dlqat_" in name for name in tensors)
@@ -398,6 +414,42 @@ def test_a_checkpoint_of_the_bare_model_is_found_by_its_prefix(tmp_path):
     assert "wte.weight" in bare and "lm_head.weight" not in bare
     save_file(bare, file, metadata={"format": "pt"})
     assert from_disk(tmp_path / "base", tmp_path / "second") == expected
+
+
+def test_one_layers_weights_and_adapters_are_in_memory_at_a_time(folder, tmp_path, monkeypatch):
+    held, models = [], []
+    streaming = peft_dlqat.calibration.streaming
+    skeleton, calibrate_block = streaming._skeleton, streaming.calibrate_block
+
+    def look(name, *args):
+        tensors = {n: t for n, t in models[0].state_dict().items() if ".layers." in n or ".h." in n}
+        held.append((name, {n for n, t in tensors.items() if not t.is_meta}))
+        return calibrate_block(name, *args)
+
+    def make(*args):
+        made = skeleton(*args)
+        models.append(made[0])
+        return made
+
+    monkeypatch.setattr(streaming, "_skeleton", make)
+    monkeypatch.setattr(streaming, "calibrate_block", look)
+    from_disk(folder, tmp_path / "out")
+    assert len(held) == 2
+    for name, tensors in held:
+        assert any(".dlqat_A." in n for n in tensors) and all(n.startswith(f"{name}.") for n in tensors), name
+
+
+@pytest.mark.parametrize("initialised", [False, True])
+def test_several_processes_are_refused(tmp_path, monkeypatch, initialised):
+    """Started by torchrun, whether or not a process group was made."""
+    if initialised:
+        monkeypatch.setattr(peft_dlqat.calibration.streaming, "several_processes", lambda: True)
+    else:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    tiny_model().save_pretrained(tmp_path / "base")
+    with pytest.raises(RuntimeError, match=r"works in one process.*python instead of torchrun"):
+        from_disk(tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hub_id_is_looked_up_and_named_as_the_base(tmp_path, monkeypatch):

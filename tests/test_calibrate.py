@@ -9,15 +9,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import lm_batches, tiny_model, tokens
+from conftest import lm_batches, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import peft_dlqat.qweight
 from peft_dlqat import (
     DLQATCallback,
     DLQATConfig,
     adapters_disabled,
     calibrate,
+    calibrate_blocks,
     create_dlqat_optimizer,
     distillation_loss,
     grid_report,
@@ -25,6 +27,7 @@ from peft_dlqat import (
 )
 from peft_dlqat.calibration.activations import fit_to_inputs, input_moments
 from peft_dlqat.layer import adapter_layers
+from peft_dlqat.qweight import unrounded_codes
 
 ZERO_POINTS = ("none", "integer", "float")
 
@@ -460,22 +463,99 @@ def test_by_blocks_lowers_the_loss_too():
     assert not any(tensor.requires_grad for name, tensor in model.named_buffers())
 
 
-def test_by_blocks_falls_back_on_the_whole_model():
-    class Flat(torch.nn.Module):
-        """A language model without a list of layers."""
+class Flat(torch.nn.Module):
+    """A language model without a list of layers."""
 
-        def __init__(self):
-            super().__init__()
-            self.embed, self.body = torch.nn.Embedding(64, 64), torch.nn.Linear(64, 64)
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body = torch.nn.Embedding(64, 64), torch.nn.Linear(64, 64)
 
-        def forward(self, input_ids, labels=None):
-            return SimpleNamespace(logits=self.body(self.embed(input_ids)))
+    def forward(self, input_ids, labels=None):
+        return SimpleNamespace(logits=self.body(self.embed(input_ids)))
 
-    model = get_peft_model(Flat(), DLQATConfig(bits=2, group_size=32, target_modules=["body"], init="minmax"))
+
+class Residual(torch.nn.Module):
+    """A language model with a list of layers, but something happens between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(64, 64)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(2))
+
+    def forward(self, input_ids, labels=None):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return SimpleNamespace(logits=x)
+
+
+@pytest.mark.parametrize("kind, target", [(Flat, "body"), (Residual, "0")])
+@pytest.mark.parametrize("restartable", [False, True])
+def test_by_blocks_falls_back_on_the_whole_model(kind, target, restartable):
+    model = get_peft_model(kind(), DLQATConfig(bits=2, group_size=32, target_modules=[target], init="minmax"))
     batches = [{"input_ids": tokens(seed=seed)} for seed in range(4)]
-    with pytest.warns(UserWarning, match="no list of decoder layers"):
-        result = calibrate(model, batches, steps=20, by="blocks", progress=False)
-    assert result.loss_after < result.loss_before
+    with pytest.warns(UserWarning, match="the model is no list of decoder layers.*calibrated as a whole"):
+        result = calibrate(
+            model, batches if restartable else iter(batches), steps=20, by="blocks", lr=1e-2, progress=False
+        )
+    assert result.kept == "after" and result.loss_after < 0.99 * result.loss_before
+    assert (result.by, result.steps) == ("model", 20)
+
+
+def test_by_blocks_measures_the_inputs_once(monkeypatch):
+    fits = []
+    for module in ("stages", "blocks"):
+        name = f"peft_dlqat.calibration.{module}.fit_to_inputs"
+        monkeypatch.setattr(name, lambda layers, *_: fits.extend(layers))
+    model = adapted()
+    calibrate(model, lm_batches(), steps=2, by="blocks", progress=False)
+    assert sorted(fits) == sorted(adapter_layers(model)[1])
+
+
+def test_every_way_leaves_a_record_of_one_shape(tmp_path):
+    ways = {
+        "4 steps, distill": lambda model: calibrate(model, lm_batches(), steps=4, progress=False),
+        "4 steps by blocks, distill": lambda model: calibrate(
+            model, lm_batches(), steps=4, by="blocks", progress=False
+        ),
+        "4 steps by blocks, output": lambda model: calibrate_blocks(model, lm_batches(), steps=4, progress=False),
+    }
+    shapes = []
+    for index, (said, way) in enumerate(ways.items()):
+        model = adapted()
+        way(model)
+        record = model.peft_config["default"].record["calibration"]
+        shapes.append({name: type(value) for name, value in record.items()})
+        model.save_pretrained(tmp_path / str(index))
+        card = (tmp_path / str(index) / "README.md").read_text()
+        figures = f"loss {record['loss_before']:.4f} -> {record['loss_after']:.4f}"
+        assert f"| calibration | fitted to the layers' inputs, {said}: {figures} |" in card
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+@pytest.mark.parametrize("by", ["model", "blocks"])
+def test_min_max_does_not_look_at_the_inputs_and_claims_no_fit(by, tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_dlqat.calibration.stages.input_moments", lambda *_: pytest.fail("measured in vain"))
+    model = adapted(init="minmax")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = calibrate(model, lm_batches(), progress=False)
+    assert (result.loss_fitted, result.kept) == (None, "before") and "fitted" not in str(result)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    result = calibrate(model, lm_batches(), steps=20, by=by, progress=False)
+    assert result.loss_fitted is None and result.kept == "after" and result.loss_after < result.loss_before
+    model.save_pretrained(tmp_path)
+    assert "| calibration | 20 steps" in (tmp_path / "README.md").read_text()
+
+
+def test_a_grid_that_was_put_back_is_not_called_fitted(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "peft_dlqat.calibration.stages.fit_to_inputs",
+        lambda layers, *_: [layer.dlqat_scale["default"].data.mul_(3) for layer in layers.values()],
+    )
+    model = adapted()
+    calibrate(model, lm_batches(), progress=False)
+    model.save_pretrained(tmp_path)
+    assert "nothing gained, and the initial grid was kept |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("steps", [0, 2])
@@ -488,3 +568,22 @@ def test_an_adapter_that_is_not_active_is_refused(steps):
     with model.disable_adapter(), pytest.raises(ValueError, match="switched on"):
         calibrate(model, lm_batches(), steps=steps, progress=False)
     assert not any("calibration" in config.record for config in model.peft_config.values())
+
+
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+def test_the_grid_report_is_the_same_piece_by_piece(zero_point, monkeypatch):
+    """Against whole layers, by hand; pieces of 3 rows, which do not divide a layer's."""
+    model = adapted(zero_point=zero_point, init="minmax")
+    perturb(model)
+    monkeypatch.setattr(peft_dlqat.qweight, "_PIECE", 3 * 64)
+    for row in grid_report(model).layers:
+        layer = model.get_submodule(row.name)
+        shipped, weight = layer.quantized_weight(), layer.original_weight()
+        w_hat = shipped.dequantize()
+        assert row.error == pytest.approx(((w_hat - weight).norm() / weight.norm()).item(), rel=1e-5)
+        groups = shipped.grid.group(shipped.codes)
+        levels = [len(set(group)) for group in groups.flatten(0, 1).tolist()]
+        assert row.levels == pytest.approx(sum(levels) / len(levels))
+        unrounded = unrounded_codes(weight, layer.quantizer("default"), shipped.grid, layer.dlqat_scaling["default"])
+        outside = (unrounded.round() < shipped.grid.qmin) | (unrounded.round() > shipped.grid.qmax)
+        assert row.clipped == pytest.approx(outside.float().mean().item()) and row.clipped > 0

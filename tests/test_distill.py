@@ -27,11 +27,13 @@ from transformers import (
 import peft_dlqat.distillation.cache
 import peft_dlqat.distillation.divergence
 import peft_dlqat.distillation.store
-from peft_dlqat import DLQATConfig, distillation_loss, teacher_logits
+from peft_dlqat import DLQATConfig, calibrate, distillation_loss, evaluate_model, teacher_logits
 from peft_dlqat.distillation.cache import TeacherCache
 from peft_dlqat.distillation.divergence import TopTokens, token_divergence
+from peft_dlqat.distillation.running import device_of
 from peft_dlqat.distillation.store import base_fingerprint
 from peft_dlqat.distillation.trainer import DistillationLoss
+from peft_dlqat.layer import adapter_layers
 
 # Training on the first grid, to keep the tests short.
 pytestmark = pytest.mark.filterwarnings("ignore:.*never calibrated")
@@ -684,3 +686,95 @@ def test_batches_that_a_cache_cannot_take(change, message):
 def test_an_impossible_k(k):
     with pytest.raises(ValueError, match=r"k=.* must be a positive integer"):
         TeacherCache(k=k)
+
+
+@pytest.mark.parametrize("max_bytes", [0, -1, 2.0, True])
+def test_an_impossible_limit(max_bytes):
+    with pytest.raises(ValueError, match=r"max_bytes=.* must be a positive integer"):
+        TeacherCache(max_bytes=max_bytes)
+
+
+def test_a_full_cache_warns_once_and_trains_as_before(tmp_path, teacher_rows):
+    """Room for 5 of 12 sequences of 16 tokens: the other 7 are run in both epochs."""
+    plain = adapted()
+    expected = trainer(plain, tmp_path, DistillationLoss(plain))
+    expected.train()
+    model, cache = adapted(), TeacherCache(max_bytes=5 * 16 * VOCAB * 4 + 100)
+    run = trainer(model, tmp_path, DistillationLoss(model, cache=cache))
+    with pytest.warns(UserWarning, match=r"cache is full: 5 sequences .*k=64.*folder=") as caught:
+        run.train()
+    assert sum("cache is full" in str(w.message) for w in caught) == 1
+    assert sum(teacher_rows) == 12 + 7
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-4)
+
+
+# A base model whose biases train
+
+
+@pytest.mark.parametrize("bias", ["all", "dlqat_only"])
+def test_a_teacher_that_would_drift_is_refused_but_for_a_cache_that_was_filled_before(tmp_path, bias):
+    model = adapted("gpt2", bias=bias)
+    with pytest.raises(
+        ValueError, match=r"parameters of the base model train in place .*bias='none'.*cache="
+    ) as error:
+        DistillationLoss(model)
+    assert "attn.c_attn" in str(error.value)
+    cache, rows = TeacherCache(), data()
+    batch = {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+    before = cache.teacher(model, batch)
+    run = trainer(model, tmp_path, DistillationLoss(model, cache=cache), rows, learning_rate=2e-2)
+    run.train()
+    assert losses(run)[-1] < losses(run)[0]
+    assert torch.equal(cache.teacher(model, batch), before)
+    assert not torch.allclose(teacher_logits(model, batch), before, atol=1e-2), "the biases have not moved"
+    with pytest.raises(ValueError, match="have been trained since the cache was made"):
+        cache.teacher(model, {"input_ids": tokens(1, 9)})
+
+
+def test_modules_to_save_are_copies_and_leave_the_teacher_alone(tmp_path):
+    model, batch = adapted(modules_to_save=["lm_head"]), {"input_ids": tokens()}
+    before = teacher_logits(model, batch)
+    trainer(model, tmp_path, DistillationLoss(model), learning_rate=2e-2).train()
+    assert not torch.equal(model.base_model.model.lm_head.modules_to_save["default"].weight,
+                           model.base_model.model.lm_head.original_module.weight)  # fmt: skip
+    assert torch.equal(teacher_logits(model, batch), before)
+
+
+# Merged adapters, and what the teacher's pass leaves alone
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # gpt2 stores its weights transposed
+def test_the_teacher_of_a_merged_model_leaves_it_merged(kind):
+    model, batch = adapted(kind), {"input_ids": tokens()}
+    perturb(model)
+    expected, own = teacher_logits(model, batch), model(**batch).logits
+    model.merge_adapter()
+    tensors = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
+    assert torch.equal(teacher_logits(model, batch), expected) and not torch.equal(expected, own)
+    for name, parameter in model.named_parameters():
+        pointer, value = tensors[name]
+        assert parameter.data_ptr() == pointer and torch.equal(parameter, value), name
+    assert all(layer.merged_adapters == ["default"] for layer in adapter_layers(model)[1].values())
+    assert torch.equal(model(**batch).logits, own)
+    model.unmerge_adapter()
+    assert torch.equal(teacher_logits(model, batch), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_passes_outside_a_trainer_keep_no_keys_and_values(kind, monkeypatch):
+    model, batch = adapted(kind), lm_batches(1)[0]
+    assert model.config.use_cache
+    seen = []
+    model.get_base_model().register_forward_hook(lambda *args: seen.append(args[-1].past_key_values))
+    teacher_logits(model, batch)
+    calibrate(model, [batch], steps=1, progress=False)
+    calibrate(model, [batch], steps=1, objective="task", progress=False)
+    evaluate_model(model, [batch])
+    assert len(seen) > 8 and all(cache is None for cache in seen)
+
+
+def test_the_device_is_that_of_the_first_parameter_that_is_not_offloaded():
+    model = tiny_model()
+    model.model.embed_tokens.to("meta")
+    assert next(model.parameters()).is_meta and device_of(model) == torch.device("cpu")
+    assert device_of(torch.nn.Identity()) == torch.device("cpu")

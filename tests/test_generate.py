@@ -156,3 +156,15 @@ def test_models_that_cannot_generate():
     for model in (t5, torch.nn.Linear(2, 2)):
         with pytest.raises(ValueError, match="no causal language model"):
             generate(model)
+
+
+def test_a_merged_adapter_is_switched_off_too_and_stays_merged():
+    model = adapted()
+    expected = generate(model, 8)["input_ids"]
+    with torch.no_grad():
+        own = model(input_ids=torch.tensor(expected[0])[None]).logits
+    model.merge_adapter()
+    assert generate(model, 8)["input_ids"] == expected
+    assert all(m.merged for m in model.modules() if hasattr(m, "dlqat_A"))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=torch.tensor(expected[0])[None]).logits, own)

@@ -297,6 +297,7 @@ def table(text: str) -> dict[str, str]:
 def calibration_row(calibration: dict[str, Any]) -> str:
     before, after = calibration["loss_before"], calibration["loss_after"]
     steps, objective = calibration["steps"], calibration["objective"]
+    assert calibration["loss_fitted"] is not None and calibration["kept"] != "before"
     return f"fitted to the layers' inputs, {steps} steps, {objective}: loss {before:.4f} -> {after:.4f}"
 
 

@@ -18,7 +18,7 @@ def adapted():
 
 
 @pytest.mark.parametrize(
-    "function, names", [(calibrate, ("steps", "lr")), (DLQATCallback, ("calibration_steps", "lr"))]
+    "function, names", [(calibrate, ("steps", "lr")), (DLQATCallback, ("calibration_steps", "calibration_lr"))]
 )
 def test_calibration_defaults(function, names):
     parameters = inspect.signature(function).parameters

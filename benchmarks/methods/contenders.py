@@ -40,6 +40,16 @@ NEXT_TOKEN = {"lora-rtn"}
 BY_RECIPE = {"dlqat"}
 
 
+# Whose zeros are integers whatever is asked for.
+INTEGER_ZEROS = {"autoround"}
+
+
+def own_grid(name: str, setting: dict[str, Any]) -> dict[str, Any]:
+    """The setting with the kind of zero that the contender stores: its own width in the table."""
+    integer = name in INTEGER_ZEROS and setting.get("zero_point") == "float"
+    return {**setting, "zero_point": "integer"} if integer else setting
+
+
 def is_trained(name: str) -> bool:
     """Whether the contender trains on the runner's batches."""
     return name in METHODS or name in TRAINED_PEERS

@@ -8,8 +8,10 @@ used for all seeds. "dlqat" is the default recipe, and takes its learning rate. 
 contender, under benchmarks/results/methods/MODEL; runs that are there already are not repeated, so an interrupted
 benchmark goes on where it stopped. A contender whose library is not installed is left out, and said so.
 
-`--tokens` is a safetensors file with integer tensors `train` [n, length] and `heldout` [m, length]; without one, the
-model makes up 2048 and 256 sequences, or as many as the experiment's "sequences" says.
+`--tokens` is a safetensors file with integer tensors `train` [n, length] and `heldout` [m, length], and of another
+domain `other` [k, length], for settings that calibrate on it. Without it, an experiment's `text` says what is made:
+"generated" by the model itself, as by default, or "python" for the docstrings of Python's standard library, with its
+language reference as the other domain; 2048 and 256 sequences, or as many as its `sequences` says.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ sys.path.insert(0, str(HERE))
 
 # Large buffers are kept for the next step rather than given back to the system and zeroed again: a third of the time.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-QUICK = {"steps": 8, "warmup_steps": 1, "batch_size": 4, "calibration_steps": 0}
+QUICK = {"steps": 3, "warmup_steps": 1, "batch_size": 2, "calibration_steps": 0}
+_ROWS, _QUICK_ROWS = (2048, 256, 256), (8, 8, 64)  # of training and held-out text, and the tokens of each
 
 
 def work(
@@ -54,9 +57,9 @@ class Results:
         self.data: dict[str, Any] = {**head, "search": [], "runs": []}
         if path.exists():
             found = json.loads(path.read_text())
-            if (found["setting"], found["training"]) != (head["setting"], head["training"]):
+            if any(found.get(key) != head.get(key) for key in ("setting", "training", "text")):
                 raise SystemExit(
-                    f"{path} is of another setting or training; remove it, or give the experiment a name."
+                    f"{path} is of another setting, training or text; remove it, or give the setting another name."
                 )
             self.data = found
 
@@ -95,6 +98,7 @@ def plan(experiment: dict[str, Any], only: list[str], results: Path) -> list[tup
                 "contender": contender,
                 "training": training,
                 "model": experiment["model_name"],
+                **({"text": experiment["text"]} if "text" in experiment else {}),
                 "versions": {
                     **{name: version(name) for name in ("torch", "transformers", "peft")},
                     "python": platform.python_version(),
@@ -131,12 +135,14 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
             futures[future] = (name, contender, results, kind)
 
         def submit_runs(job: tuple[str, str, Results]) -> None:
-            lr = recipe_lr if job[1] in BY_RECIPE else job[2].best_lr if is_trained(job[1]) else None
+            lr = None
+            if is_trained(job[1]):
+                lr = recipe_lr if job[1] in BY_RECIPE else rates[0] if len(rates) == 1 else job[2].best_lr
             for seed in seeds:
                 submit("runs", job, seed, lr)
 
         for job in plan(experiment, args.only, args.results):
-            searched = is_trained(job[1]) and job[1] not in BY_RECIPE
+            searched = is_trained(job[1]) and job[1] not in BY_RECIPE and len(rates) > 1
             for lr in rates if searched else ():
                 submit("search", job, seeds[0], lr)
             if not searched or len(job[2].data["search"]) == len(rates):
@@ -168,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path, help="JSON file")
     parser.add_argument("--model", default=str(EMBEDDED), help="folder or hub id; default: the embedded model")
-    parser.add_argument("--tokens", type=Path, help="safetensors file; default: what the model itself makes up")
+    parser.add_argument("--tokens", type=Path, help="safetensors file; default: what the experiment says")
     parser.add_argument("--only", nargs="+", default=[], help="contenders or settings to run; all by default")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, a core each")
     parser.add_argument("--quick", action="store_true", help="one seed and few steps, to see that everything runs")
@@ -177,16 +183,17 @@ def main() -> None:
     for name, value in (("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs))), *_ALLOCATOR.items()):
         os.environ.setdefault(name, value)  # read when a process starts: for the workers
     experiment = json.loads(args.experiment.read_text())
-    experiment["model_name"] = "embedded" if args.model == str(EMBEDDED) else Path(args.model).name
+    experiment["model_name"] = "embedded" if Path(args.model).resolve() == EMBEDDED else Path(args.model).name
     if args.quick:
         experiment.update(seeds=[0], learning_rates=experiment["learning_rates"][:1])
         args.results = args.results or Path("outputs", "quick", experiment["model_name"])
     args.results = args.results or RESULTS / experiment["model_name"]
     if args.tokens is None:
-        from tokens import make_tokens
+        from tokens import make_tokens, python_tokens
 
-        sequences = (16, 16) if args.quick else experiment.get("sequences", (2048, 256))
-        args.tokens = make_tokens(args.model, experiment["model_name"], *sequences)
+        make = {"generated": make_tokens, "python": python_tokens}[experiment.get("text", "generated")]
+        sequences = _QUICK_ROWS if args.quick else experiment.get("sequences", _ROWS)
+        args.tokens = make(args.model, experiment["model_name"], *sequences)
     run_all(experiment, args)
     from tables import write_tables
 

@@ -11,10 +11,11 @@ from typing import Any
 import attention
 import contenders
 import torch
-from peers.common import Batches, grid_of, linear_layers
+from peers.common import Batches, grid_for
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers.pytorch_utils import Conv1D
 
 from peft_dlqat import DLQATConfig, distillation_loss
 
@@ -29,18 +30,19 @@ class Task:
 
     Args:
         model_id: folder or hub id.
-        tokens: safetensors file with integer tensors `train` [n, length] and `heldout` [m, length].
+        tokens: safetensors file with integer tensors `train` [n, length] and `heldout` [m, length], and for a
+            calibration on another domain `other` [k, length].
     """
 
     def __init__(self, model_id: str, tokens: Path) -> None:
         self.model_id = model_id
-        ids = load_file(tokens)
-        self.ids = {split: ids[split].long() for split in ("train", "heldout")}
+        found = load_file(tokens)
+        self.ids = {split: found[split].long() for split in ("train", "heldout", "other") if split in found}
         self._teacher = self.load_model().eval()
         vocabulary = self._teacher.get_output_embeddings().weight.shape[0]
         self._cached: dict[str, torch.Tensor] = {}
         for split, rows in self.ids.items():
-            if rows.numel() * vocabulary * 4 <= _MOST_CACHED:
+            if split != "other" and rows.numel() * vocabulary * 4 <= _MOST_CACHED:
                 self._cached[split] = torch.cat([self._logits(part) for part in rows.split(16)])
 
     def load_model(self) -> PreTrainedModel:
@@ -60,9 +62,9 @@ class Task:
         """The full-precision model's logits on some rows of a split."""
         return self._cached[split][rows] if split in self._cached else self._logits(self.ids[split][rows])
 
-    def batches(self, steps: int, size: int, seed: int) -> list[torch.Tensor]:
-        """Rows of `train` for `steps` batches of `size`, shuffled anew each epoch."""
-        generator, count = torch.Generator().manual_seed(seed), len(self.ids["train"])
+    def batches(self, steps: int, size: int, seed: int, split: str = "train") -> list[torch.Tensor]:
+        """Rows of a split for `steps` batches of `size`, shuffled anew each epoch."""
+        generator, count = torch.Generator().manual_seed(seed), len(self.ids[split])
         epochs = -(-steps * size // count)
         order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
         return list(order[: steps * size].split(size))
@@ -70,7 +72,7 @@ class Task:
     def calibration(self, size: int, seed: int, steps: int, data: str) -> Batches:
         """Batches to calibrate on, as many as are asked for and at least what a fit to the inputs takes.
 
-        `data` is a split, or "random" for tokens drawn uniformly: another domain than any text.
+        `data` is a split, "train" or, of another domain, "other"; or "random" for tokens drawn uniformly.
         """
         count = max(steps, _CALIBRATION_BATCHES)
         if data == "random":
@@ -79,12 +81,20 @@ class Task:
             shape = (count, size, self.ids["train"].shape[1])
             batches = list(torch.randint(vocabulary, shape, generator=generator))
         else:
-            batches = [self.ids[data][rows] for rows in self.batches(count, size, seed)]
+            if data not in self.ids:
+                raise ValueError(
+                    f"calibration_data={data!r}: the tokens have only {sorted(self.ids)}, beside 'random'."
+                )
+            batches = [self.ids[data][rows] for rows in self.batches(count, size, seed, data)]
         return [{"input_ids": ids.to(self._teacher.device)} for ids in batches]
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """On held-out rows: KL to the full-precision model and loss, nats a token; share of equal top tokens."""
+        """On held-out rows: KL to the full-precision model and loss, nats a token; share of equal top tokens.
+
+        Not the package's `evaluate_model`: the teacher's logits are at hand here, and every position counts, the last
+        of a row too, which has no next token but a distribution like the others.
+        """
         model.eval()
         totals = torch.zeros(3)
         for rows in torch.arange(len(self.ids["heldout"])).split(32):
@@ -113,7 +123,7 @@ def run(
         contender: a name in `contenders`.
         setting: arguments of `DLQATConfig`.
         training: batch_size, steps, schedule (transformers' name), warmup_steps; `calibration_steps` are taken out of
-            the steps; `calibration_data` is "train" or "random".
+            the steps; `calibration_data` is "train", "other" or "random".
         seed: of the weights and of the order of the data.
         lr: learning rate, for contenders that train.
 
@@ -125,7 +135,7 @@ def run(
     size, calibration_steps = training.get("batch_size", 16), training.get("calibration_steps", 0)
     data = training.get("calibration_data", "train")
     model, calibration = task.load_model(), task.calibration(size, seed, calibration_steps, data)
-    width = bits_per_weight(model, setting)
+    width = bits_per_weight(model, contenders.own_grid(contender, setting))
     if not contenders.is_trained(contender):
         started = time.process_time()
         model = contenders.quantize(contender, model, setting, calibration)
@@ -137,6 +147,7 @@ def run(
         }
     started = time.process_time()
     prepared = contenders.prepare(contender, model, setting, calibration, calibration_steps)
+    seconds = time.process_time() - started
     figures: dict[str, Any] = {
         "seed": seed,
         "lr": lr,
@@ -145,8 +156,9 @@ def run(
     }
     figures["trained_parameters"] = sum(p.numel() for group in prepared.parameters for p in group["params"])
     assert lr is not None
+    started = time.process_time()  # anew: the evaluation of the start is no part of the method
     train(task, contender, prepared, training, seed, lr)
-    figures["seconds"] = round(time.process_time() - started, 1)
+    figures["seconds"] = round(seconds + time.process_time() - started, 1)
     figures.update(task.evaluate(prepared.finish()))
     if prepared.unmerged is not None:
         figures["unmerged"] = task.evaluate(prepared.unmerged())
@@ -155,9 +167,13 @@ def run(
 
 def bits_per_weight(model: PreTrainedModel, setting: dict[str, Any]) -> float:
     """Mean over the weights of all linear layers but the head, with their share of scales and zeros."""
-    layers, config = linear_layers(model).values(), DLQATConfig(**setting)
-    widths = [grid_of(config, layer).bits_per_weight() * layer.weight.numel() for layer in layers]
-    return round(sum(widths) / sum(layer.weight.numel() for layer in layers), 3)
+    config, head, bits, weights = DLQATConfig(**setting), model.get_output_embeddings(), 0.0, 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not head:
+            in_features = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
+            bits += grid_for(config, name, in_features).bits_per_weight() * layer.weight.numel()
+            weights += layer.weight.numel()
+    return round(bits / weights, 3)
 
 
 def train(task: Task, contender: str, prepared: Any, training: dict[str, Any], seed: int, lr: float) -> None:

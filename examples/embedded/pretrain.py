@@ -6,6 +6,11 @@
 trains a byte-level BPE tokenizer and a small Llama model from scratch, on a CPU, in some minutes. The tokenizer and
 the model see the training docstrings only (`text.docstrings`, `text.split`); the language reference (`text.topics`)
 is left for fine-tuning. The weights kept are those with the lowest loss on the held-out docstrings.
+
+    python examples/embedded/pretrain.py --shape gpt2 --epochs 3
+    python examples/embedded/pretrain.py --shape opt --epochs 3
+
+make models of other shapes and about the same size, in outputs/gpt2 and outputs/opt, for the benchmark of shapes.
 """
 
 from __future__ import annotations
@@ -14,13 +19,24 @@ import argparse
 import copy
 import math
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from text import chunks, docstrings, split, token_blocks, token_stream, topics
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -38,10 +54,10 @@ pipeline_tag: text-generation
 
 # A small language model of Python's docstrings
 
-A Llama model of {parameters:,} parameters ({layers} layers, hidden size {hidden}, {heads} attention heads, {kv_heads}
-key-value heads, vocabulary {vocab}, tied embeddings), pretrained from scratch on the docstrings of Python's standard
-library. It is a base model to try quantization and fine-tuning on, on any machine and without a download. It has
-learnt the look of Python documentation and little of its content: it is of no use as an assistant.
+A {shape} model of {parameters:,} parameters ({layers} layers, hidden size {hidden}, {heads} attention heads,
+{kv_heads} key-value heads, vocabulary {vocab}, tied embeddings), pretrained from scratch on the docstrings of Python's
+standard library. It is a base model to try quantization and fine-tuning on, on any machine and without a download. It
+has learnt the look of Python documentation and little of its content: it is of no use as an assistant.
 
 ## How it was made
 
@@ -99,10 +115,9 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> LlamaForCausalLM:
-    """A freshly initialised model. All linear layers but the head have 256 or 768 input features."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+def llama(dropout: float, **common: Any) -> PreTrainedConfig:
+    """All linear layers but the head have 256 or 768 input features."""
+    return LlamaConfig(
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=3,
@@ -111,12 +126,51 @@ def new_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> L
         head_dim=64,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        attention_dropout=args.attention_dropout,
+        attention_dropout=dropout,
+        **common,
+    )
+
+
+def gpt2(dropout: float, **common: Any) -> PreTrainedConfig:
+    """All linear layers but the head have 256 or 1024 input features, and biases; weights are stored transposed."""
+    return GPT2Config(
+        n_embd=256, n_layer=3, n_head=4, n_positions=512, attn_pdrop=dropout, resid_pdrop=0.0, embd_pdrop=0.0, **common
+    )
+
+
+def opt(dropout: float, **common: Any) -> PreTrainedConfig:
+    """As `gpt2`, with ReLU, whose zeros are many of a layer's inputs, and weights stored as usual."""
+    return OPTConfig(
+        hidden_size=256,
+        ffn_dim=1024,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        word_embed_proj_dim=256,
+        attention_dropout=dropout,
+        dropout=0.0,
+        **common,
+    )
+
+
+# By the name of the shape: how it is written, and its config.
+SHAPES: dict[str, tuple[str, Callable[..., PreTrainedConfig]]] = {
+    "llama": ("Llama", llama),
+    "gpt2": ("GPT-2", gpt2),
+    "opt": ("OPT", opt),
+}
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> PreTrainedModel:
+    """A freshly initialised model of the shape that is asked for."""
+    config = SHAPES[args.shape][1](
+        args.attention_dropout,
+        vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 @torch.no_grad()
@@ -149,14 +203,14 @@ def epoch_blocks(stream: torch.LongTensor, length: int, generator: torch.Generat
 
 
 def train(
-    model: LlamaForCausalLM, stream: torch.LongTensor, heldout: torch.LongTensor, args: argparse.Namespace
+    model: PreTrainedModel, stream: torch.LongTensor, heldout: torch.LongTensor, args: argparse.Namespace
 ) -> tuple[int, int]:
     """Trains on a token stream [tokens] and leaves the best weights in the model.
 
     Returns:
         The number of steps of the schedule, and the step with the lowest loss on `heldout` [n, length].
     """
-    steps = args.epochs * ((stream.numel() - args.block) // args.block // args.batch)
+    steps = args.steps or args.epochs * ((stream.numel() - args.block) // args.block // args.batch)
     optimizer = optimizer_of(model, args)
     generator = torch.Generator().manual_seed(args.seed)
 
@@ -196,11 +250,15 @@ def train(
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "model", help="folder to save in")
+    parser.add_argument("--shape", choices=list(SHAPES), default="llama")
+    parser.add_argument(
+        "--output", type=Path, help="folder to save in; default: model beside this script, other shapes in outputs/"
+    )
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--block", type=int, default=256, help="tokens per block")
     parser.add_argument("--batch", type=int, default=8, help="blocks per step")
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=0, help="instead of those of all epochs, to try things out")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -213,6 +271,8 @@ def parse_args() -> argparse.Namespace:
     for name, value in vars(args).items():
         if name not in ("output", "command") and value != parser.get_default(name):
             args.command += f" --{name.replace('_', '-')} {value}"
+    if args.output is None:
+        args.output = Path(__file__).parent / "model" if args.shape == "llama" else Path("outputs", args.shape)
     return args
 
 
@@ -234,7 +294,8 @@ def main() -> None:
     print(f"{model.num_parameters():,} parameters, {stream.numel():,} training tokens, {heldout.numel():,} held out")
     steps, best_step = train(model, stream, heldout, args)
 
-    model.config.attention_dropout = 0.0  # a choice of this training, not of those that start from the saved model
+    # A choice of this training, not of those that start from the saved model.
+    setattr(model.config, "attn_pdrop" if args.shape == "gpt2" else "attention_dropout", 0.0)
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 
@@ -259,7 +320,8 @@ def main() -> None:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
+        kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
+        shape=SHAPES[args.shape][0],
         vocab=config.vocab_size,
         python=platform.python_version(),
         torch=torch.__version__.split("+")[0],

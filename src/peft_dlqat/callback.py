@@ -34,10 +34,10 @@ class DLQATCallback(TrainerCallback):
     Args:
         calibration_steps: optimiser steps on s and the zero after the fit to the layers' inputs; None to leave the
             initial grid as it is.
-        lr: learning rate of the calibration, see [`calibrate`].
-        objective: "distill" or "task".
-        dataloader: batches for the calibration; the Trainer's own training batches by default.
-        by: "model" or "blocks", see [`calibrate`].
+        calibration_lr: their learning rate, see [`calibrate`].
+        calibration_objective: "distill" or "task", whatever the training's own loss is.
+        calibration_dataloader: batches for the calibration; the Trainer's own training batches by default.
+        calibration_by: "model" or "blocks", see [`calibrate`].
         report_steps: look at the grid every so many training steps, and at the end; 0 for never.
 
     Example:
@@ -49,20 +49,20 @@ class DLQATCallback(TrainerCallback):
     def __init__(
         self,
         calibration_steps: int | None = RECIPE.calibration_steps,
-        lr: float = RECIPE.calibration_lr,
-        objective: Objective = "distill",
-        dataloader: Iterable[Mapping[str, Any]] | None = None,
-        by: By = "model",
+        calibration_lr: float = RECIPE.calibration_lr,
+        calibration_objective: Objective = "distill",
+        calibration_dataloader: Iterable[Mapping[str, Any]] | None = None,
+        calibration_by: By = "model",
         report_steps: int = 500,
     ) -> None:
         for name, value in (("calibration_steps", calibration_steps or 0), ("report_steps", report_steps)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a non-negative integer.")
         self.calibration_steps = calibration_steps
-        self.lr = lr
-        self.objective = objective
-        self.dataloader = dataloader
-        self.by = by
+        self.calibration_lr = calibration_lr
+        self.calibration_objective = calibration_objective
+        self.calibration_dataloader = calibration_dataloader
+        self.calibration_by = calibration_by
         self.report_steps = report_steps
         self._warned = False
 
@@ -100,17 +100,18 @@ class DLQATCallback(TrainerCallback):
 
         result = calibrate(
             model,
-            train_dataloader if self.dataloader is None else self.dataloader,
+            train_dataloader if self.calibration_dataloader is None else self.calibration_dataloader,
             steps=steps,
-            lr=self.lr,
-            objective=self.objective,
+            lr=self.calibration_lr,
+            objective=self.calibration_objective,
             adapter_name=adapter_name,
-            by=self.by,
+            by=self.calibration_by,
             progress=state.is_world_process_zero and not args.disable_tqdm,
             log=log,
         )
         figures = {"before": result.loss_before, "fitted": result.loss_fitted, "after": result.loss_after}
-        _log(trainer, state, {f"calibration/loss_{stage}": loss for stage, loss in figures.items()}, steps)
+        known = {f"calibration/loss_{stage}": loss for stage, loss in figures.items() if loss is not None}
+        _log(trainer, state, known, steps)
         state.log_history.append({_RECORD: config.record["calibration"], "step": 0})
 
     def on_push_begin(

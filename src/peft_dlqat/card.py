@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .methods import METHODS
 
@@ -71,11 +71,16 @@ def render(config: DLQATConfig) -> str:
         adapter, base_count = record["adapter_parameters"], record["base_parameters"]
         share = adapter / (adapter + base_count)
         lines.append(f"| trained parameters | {adapter:,} of {adapter + base_count:,} ({share:.2%}) |")
-    if calibration := record.get("calibration"):
-        lines.append(
-            f"| calibration | fitted to the layers' inputs, {calibration['steps']} steps, {calibration['objective']}: "
-            f"loss {calibration['loss_before']:.4f} -> {calibration['loss_after']:.4f} |"
-        )
-    else:
-        lines.append("| calibration | none: trained on the initial grid |")
+    lines.append(f"| calibration | {_calibration(record.get('calibration'))} |")
     return "\n".join(lines)
+
+
+def _calibration(record: dict[str, Any] | None) -> str:
+    """What calibration did, from the record that it left."""
+    if record is None:
+        return "none: trained on the initial grid"
+    fitted = "fitted to the layers' inputs, " if record["loss_fitted"] is not None else ""
+    steps = f"{record['steps']} steps{' by blocks' if record['by'] == 'blocks' else ''}, {record['objective']}"
+    loss = f"loss {record['loss_before']:.4f} -> {record['loss_after']:.4f}"
+    kept = {"before": "; nothing gained, and the initial grid was kept", "fitted": "", "after": ""}[record["kept"]]
+    return f"{fitted}{steps}: {loss}{kept}"

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from .distillation.teacher import adapters_disabled, evaluating
+from .distillation import adapters_disabled, device_of, evaluating
 
 # So many tokens after the first are the likeliest ones, as a random first token needs some context to make sense of.
 _GREEDY_TOKENS = (3, 5)
@@ -47,7 +47,7 @@ def generate_dataset(
     the same data; random number generators and the model's mode (train or eval) are left as they were.
 
     Args:
-        model: a causal language model; adapters that it has are switched off meanwhile.
+        model: a causal language model; adapters that it has, merged or not, are switched off meanwhile.
         tokenizer: says which tokens are special; without one, the model's generation config does.
         n: sequences.
         length: tokens of a sequence, at most.
@@ -84,7 +84,7 @@ def generate_dataset(
     vocabulary = min(config.vocab_size, len(tokenizer)) if tokenizer is not None else config.vocab_size
     first_tokens = torch.tensor([token for token in range(vocabulary) if token not in special])
     settings = _settings(length - shortest + 1, temperature, ends)
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows: list[list[int]] = []
     bar = tqdm(total=n, desc="generating", disable=not progress)
     with bar, torch.random.fork_rng(devices=range(torch.cuda.device_count())), evaluating(model):

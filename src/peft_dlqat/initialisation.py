@@ -149,6 +149,9 @@ INITIALISATIONS: dict[str, Callable[[torch.Tensor, Grid, torch.Tensor], tuple[to
     "minmax": minmax,
 }
 
+# Those to which it matters how large the inputs are.
+WEIGHTED = {"mse"}
+
 
 @torch.no_grad()
 def initialise(

@@ -6,13 +6,14 @@ or the grid oscillates because s or b was left trainable.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .layer import DLQATLayer, adapter_layers
-from .qweight import dequantize, round_codes, ship, unrounded_codes
+from .qweight import dequantize, pieces, round_codes, ship, unrounded_codes
 
 # Beyond these a layer is called broken; a sound 2-bit layer clips about a tenth of its weights and keeps m near 1.
 _MOST_CLIPPED = 0.5
@@ -104,23 +105,27 @@ def grid_report(model: nn.Module, adapter_name: str | None = None) -> GridReport
 def _examine(name: str, layer: DLQATLayer, adapter_name: str) -> LayerReport:
     grid, scale, zero = layer.dlqat_grid[adapter_name], layer.dlqat_scale[adapter_name], layer.zero(adapter_name)
     weight, quantizer = layer.original_weight(), layer.quantizer(adapter_name)
-    unrounded = unrounded_codes(weight, quantizer, grid, layer.dlqat_scaling[adapter_name])
-    codes = round_codes(unrounded, grid)
-    clipped = (unrounded.round() != codes).float().mean().item()
-    levels = 1 + (codes.sort(-1).values.diff() != 0).sum(-1).float().mean().item()
-    w_hat = dequantize(codes, *ship(quantizer.scale, quantizer.zero, grid), grid)
+    clipped, steps, squares = 0, 0, 0.0
+    for _, piece, own in pieces(weight, quantizer):
+        unrounded = unrounded_codes(piece, own, grid, layer.dlqat_scaling[adapter_name])
+        codes = round_codes(unrounded, grid)
+        clipped += int((unrounded.round() != codes).sum())
+        steps += int((codes.sort(-1).values.diff() != 0).sum())
+        w_hat = dequantize(codes, *ship(own.scale, own.zero, grid), grid)
+        squares += (w_hat - piece.float()).norm().item() ** 2
+    share, levels = clipped / weight.numel(), 1 + steps / scale.numel()
     magnitude = quantizer.scale / scale
     # An all-zero weight has no relative error.
-    error = ((w_hat - weight.float()).norm() / weight.float().norm().clamp(min=1e-30)).item()
+    error = math.sqrt(squares) / max(torch.linalg.vector_norm(weight, dtype=torch.float32).item(), 1e-30)
     smallest, largest = magnitude.min().item(), magnitude.max().item()
 
     problem = ""
-    if not torch.isfinite(w_hat).all() or max(abs(smallest), abs(largest)) > _LARGEST_MAGNITUDE:
+    if not math.isfinite(error) or max(abs(smallest), abs(largest)) > _LARGEST_MAGNITUDE:
         problem = "the magnitude has exploded; lower magnitude_lr (create_dlqat_optimizer) or clip gradients"
-    elif clipped > _MOST_CLIPPED:
+    elif share > _MOST_CLIPPED:
         problem = "the grid has collapsed: most codes are clipped; lower the learning rate, or calibrate longer"
     elif levels < _FEWEST_LEVELS and weight.any():
         problem = "the grid has collapsed onto one level; lower the calibration's lr, or use smaller groups"
     elif scale.requires_grad or (zero is not None and zero.requires_grad):
         problem = "scale or zero is trainable, and the grid will oscillate; freeze them, as `calibrate` does"
-    return LayerReport(name, grid.bits, clipped, levels, smallest, largest, error, problem)
+    return LayerReport(name, grid.bits, share, levels, smallest, largest, error, problem)

@@ -114,7 +114,7 @@ def run_trainer(folder: Path) -> dict[str, Any]:
     )
     # The grid is reported in steps in which the Trainer logs, too: there every rank must still take part in the
     # gathering of the loss.
-    callback = DLQATCallback(calibration_steps=CALIBRATION_STEPS, lr=CALIBRATION_LR, report_steps=10)
+    callback = DLQATCallback(calibration_steps=CALIBRATION_STEPS, calibration_lr=CALIBRATION_LR, report_steps=10)
     trainer = Trainer(model, args, train_dataset=Sequences(), callbacks=[callback])
     trainer.train()
     log = trainer.state.log_history

@@ -65,7 +65,7 @@ def make_trainer(
         dataloader_pin_memory=False,
         seed=3,
     )
-    calibrating = DLQATCallback(calibration_steps=CALIBRATION_STEPS, lr=0.01, report_steps=3)
+    calibrating = DLQATCallback(calibration_steps=CALIBRATION_STEPS, calibration_lr=0.01, report_steps=3)
     return Trainer(model, args, train_dataset=Sequences(), callbacks=[calibrating, *(callbacks or [])])
 
 

@@ -80,13 +80,16 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 def grid_of(config: Config, layer: nn.Linear) -> Grid:
     """The grid of a layer; where the group does not divide its inputs, of the largest divisor, as in `DLQATConfig`."""
+    return grid_for(config, layer.module_name, layer.in_features)
+
+
+def grid_for(config: Config, name: str, in_features: int) -> Grid:
+    """The same for a layer that is known by its module name and inputs."""
     pattern = getattr(config, "group_size_pattern", {})
-    asked = pattern.get(get_pattern_key(pattern.keys(), layer.module_name), config.group_size)
-    name = getattr(config, "scale_dtype", None)
-    scale_dtype = SCALE_DTYPES[name] if name else SCALE_DTYPE
-    return Grid(
-        config.bits, largest_group(layer.in_features, asked), config.zero_point, scale_dtype, name == "k_quant"
-    )
+    asked = pattern.get(get_pattern_key(pattern.keys(), name), config.group_size)
+    scales = getattr(config, "scale_dtype", None)
+    scale_dtype = SCALE_DTYPES[scales] if scales else SCALE_DTYPE
+    return Grid(config.bits, largest_group(in_features, asked), config.zero_point, scale_dtype, scales == "k_quant")
 
 
 def fit(weight: torch.Tensor, grid: Grid, method: str) -> tuple[torch.Tensor, torch.Tensor]:

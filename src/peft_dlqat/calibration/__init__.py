@@ -1,7 +1,8 @@
 from .blocks import BlockError, calibrate_blocks
 from .decoder import NoDecoderLayers
 from .losses import OBJECTIVES, Objective
-from .stages import By, Calibration, calibrate
+from .record import By, Calibration
+from .stages import calibrate
 from .streaming import calibrate_blocks_from_disk
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..distillation import adapters_disabled, evaluating
+from ..distillation import adapters_disabled, evaluating, forward
 from ..initialisation import initialise
 from ..layer import DLQATLayer
 from .grid_state import set_grid, several_processes
@@ -85,7 +85,7 @@ def input_moments(
         for batch in tqdm(batches, desc="measuring inputs", disable=not progress):
             mask = batch.get("attention_mask")
             moments.mask = mask.bool() if mask is not None and mask.dim() == 2 else None
-            model(**batch)
+            forward(model, batch)
     return moments.means()
 
 

@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..distillation import adapters_disabled, evaluating
+from ..distillation import adapters_disabled, device_of, evaluating
+from ..initialisation import WEIGHTED
 from ..layer import DLQATLayer, adapter_layers
 from .activations import InputMoments, fit_to_inputs
 from .decoder import Call, Hidden, HiddenStates, capture, decoder_layers, hidden_states
 from .grid_state import (
+    Stage,
     check_active,
     check_finite,
     check_steps,
@@ -39,6 +42,7 @@ from .grid_state import (
     stay_on_grid,
     values_of,
 )
+from .record import Calibration, Kept
 
 
 class BlockError(NamedTuple):
@@ -47,12 +51,16 @@ class BlockError(NamedTuple):
     Attributes:
         name: module name of the layer.
         before: mean squared error of its output on the initial grid.
-        after: the same on the frozen grid; equal to `before` where it did not fall and the start was put back.
+        fitted: the same on the grid fitted to the inputs of its linear layers; None where `init` looks at no inputs.
+        after: the same on the frozen grid.
+        kept: the grid of lowest error, which was kept: "before", "fitted", or "after" the steps.
     """
 
     name: str
     before: float
+    fitted: float | None
     after: float
+    kept: Kept
 
 
 def calibrate_blocks(
@@ -95,12 +103,25 @@ def calibrate_blocks(
     config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr,index,operator]
     fit = Fit(adapter_name, steps, lr, train_adapter, config.init)
     check_active(layers.values(), adapter_name)
-    blocks = decoder_layers(model, adapter_name)
-    tensors = [tensor for layer in layers.values() for tensor in fit.tensors(layer)]
+    errors = fit_blocks(model, batches, fit, progress, cache_dir)
+    config.record["calibration"] = asdict(summary(errors, fit))
+    return errors
+
+
+def fit_blocks(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    fit: Fit,
+    progress: bool,
+    cache_dir: str | Path | None = None,
+) -> list[BlockError]:
+    """What [`calibrate_blocks`] does, but for the record of it."""
+    blocks = decoder_layers(model, fit.adapter_name)
+    layers = adapter_layers(model, fit.adapter_name)[1].values()
     with (
         random_state_kept(),
         evaluating(model),
-        only_grid_trains(model, tensors),
+        only_grid_trains(model, [tensor for layer in layers for tensor in fit.tensors(layer)]),
         hidden_states(cache_dir) as hidden,
     ):
         calls = capture(model, list(blocks.values()), batches, hidden)
@@ -111,19 +132,21 @@ def calibrate_blocks(
             if error is not None:
                 errors.append(error)
                 bar.set_postfix(error=f"{error.before:.3g} -> {error.after:.3g}")
-    config.record["calibration"] = record(errors, fit)
     return errors
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a layer is fitted; the fields are arguments of [`calibrate_blocks`]."""
+    """How a layer is fitted; the fields are arguments of [`calibrate_blocks`].
+
+    `init` is the way in which the grid is first fitted to the layer's inputs; None where that was done before.
+    """
 
     adapter_name: str
     steps: int
     lr: float
-    train_adapter: bool
-    init: str
+    train_adapter: bool = False
+    init: str | None = None
 
     def __post_init__(self) -> None:
         check_steps(self.steps, self.lr)
@@ -175,22 +198,27 @@ def calibrate_block(name: str, block: nn.Module, calls: list[Call], hidden: Hidd
         for part, module in block.named_modules()
         if isinstance(module, DLQATLayer) and fit.adapter_name in module.dlqat_grid
     }
-    with InputMoments(layers) as moments, adapters_disabled(block):
+    weighted = fit.init in WEIGHTED
+    with InputMoments(layers if weighted else {}) as moments, adapters_disabled(block):
         _advance(block, calls, hidden.teacher, hidden.counted, moments)
     error = None
     if layers:
         tensors = [tensor for layer in layers.values() for tensor in fit.tensors(layer)]
         with only_grid_trains(block, tensors) as initial:
-            stages = [(_mean_error(block, calls, hidden), initial)]
-            check_finite(stages[0][0], 0, fit.steps, fit.lr)
-            fit_to_inputs(layers, moments.means(), fit.adapter_name, fit.init)
-            stages.append((_mean_error(block, calls, hidden), values_of(tensors)))
+            stages: dict[Kept, Stage] = {"before": (_mean_error(block, calls, hidden), initial)}
+            check_finite(stages["before"][0], 0, fit.steps, fit.lr)
+            if weighted:
+                fit_to_inputs(layers, moments.means(), fit.adapter_name, str(fit.init))
+                stages["fitted"] = (_mean_error(block, calls, hidden), values_of(tensors))
             if fit.steps:
-                put_values(tensors, lowest(stages))
+                put_values(tensors, lowest(stages.values()))
                 _descend(block, list(layers.values()), tensors, calls, hidden, fit)
-                stages.append((_mean_error(block, calls, hidden), values_of(tensors)))
-            put_values(tensors, lowest(stages))
-        error = BlockError(name, stages[0][0], min(loss for loss, _ in stages))
+                stages["after"] = (_mean_error(block, calls, hidden), values_of(tensors))
+            best = lowest(stages.values())
+            put_values(tensors, best)
+        losses = {stage: loss for stage, (loss, _) in stages.items()}
+        kept = next(stage for stage, (_, values) in stages.items() if values is best)
+        error = BlockError(name, losses["before"], losses.get("fitted"), losses[kept], kept)
     _advance(block, calls, hidden.student)
     return error
 
@@ -221,8 +249,9 @@ def _descend(
 
 
 def _run(block: nn.Module, state: torch.Tensor, call: Call) -> torch.Tensor:
-    args, kwargs = call
-    return block(state.to(next(block.parameters()).device), *args, **kwargs)
+    device = device_of(block)
+    args, kwargs = send_to_device(call, device)
+    return block(state.to(device), *args, **kwargs)
 
 
 @torch.no_grad()
@@ -260,12 +289,20 @@ def _mean_error(block: nn.Module, calls: list[Call], hidden: Hidden) -> float:
     return (squares / count).item()
 
 
-def record(errors: list[BlockError], fit: Fit) -> dict[str, Any]:
+def summary(errors: list[BlockError], fit: Fit) -> Calibration:
     """What the adapter's config remembers: the errors' means over the layers."""
-    before, after = (sum(getattr(e, which) for e in errors) / len(errors) for which in ("before", "after"))
-    return {
-        "steps": fit.steps,
-        "objective": "blocks",
-        "loss_before": before,
-        "loss_after": after,
-    }
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    fitted = [error.fitted for error in errors if error.fitted is not None]
+    stages: tuple[Kept, ...] = ("after", "fitted", "before")
+    return Calibration(
+        steps=fit.steps,
+        by="blocks",
+        objective="output",
+        loss_before=mean([error.before for error in errors]),
+        loss_fitted=mean(fitted) if fitted else None,
+        loss_after=mean([error.after for error in errors]),
+        kept=next(stage for stage in stages if any(error.kept == stage for error in errors)),
+    )

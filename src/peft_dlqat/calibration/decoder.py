@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..distillation import device_of
 from ..layer import DLQATLayer
 from .data import to_device
 
@@ -87,15 +89,6 @@ def decoder_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
     return {f"{name}.{index}": layer for index, layer in enumerate(lists[name])}
 
 
-def has_decoder_layers(model: nn.Module, adapter_name: str) -> bool:
-    """Whether [`decoder_layers`] finds any."""
-    try:
-        decoder_layers(model, adapter_name)
-    except NoDecoderLayers:
-        return False
-    return True
-
-
 class _AllCaptured(Exception):
     """Ends a forward pass at the last decoder layer."""
 
@@ -113,14 +106,15 @@ def capture(
         hidden: filled with the first layer's inputs.
 
     Returns:
-        Arguments beside the hidden states, by batch and layer: masks and position embeddings can differ by layer.
+        Arguments beside the hidden states, by batch and layer: masks and position embeddings can differ by layer. They
+        are on the CPU, where those of all batches have room; tensors that layers share are kept once.
 
     Raises:
         NoDecoderLayers: if a layer is not called with what the one before it returned.
         ValueError: if there are no batches, or one is no dict.
     """
     calls: list[list[Call]] = []
-    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    device = device_of(model)
     for batch in batches:
         arguments = {key: value for key, value in to_device(batch, device).items() if key != "labels"}
         seen: list[tuple[torch.Tensor, Call]] = []
@@ -134,11 +128,23 @@ def capture(
         hidden.teacher[len(calls)] = hidden.student[len(calls)] = seen[0][0]
         mask = arguments.get("attention_mask")
         has_mask = isinstance(mask, torch.Tensor) and mask.shape == seen[0][0].shape[:-1]
-        hidden.counted.append(mask.bool() if has_mask else None)  # type: ignore[union-attr]
-        calls.append([call for _, call in seen])
+        hidden.counted.append(mask.bool().cpu() if has_mask else None)  # type: ignore[union-attr]
+        calls.append(_on_cpu([call for _, call in seen]))
     if not calls:
         raise ValueError("there are no calibration batches; give at least one.")
     return calls
+
+
+def _on_cpu(calls: list[Call]) -> list[Call]:
+    """The same calls, each tensor copied to the CPU once."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.cpu()
+        return copies[id(tensor)]
+
+    return recursively_apply(copy, calls)
 
 
 @contextmanager

@@ -173,6 +173,7 @@ def only_grid_trains(model: nn.Module, grid: list[torch.Tensor]) -> Iterator[lis
         Copies of their values at the start.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    flags = [tensor.requires_grad for tensor in grid]
     initial = values_of(grid)
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -184,8 +185,8 @@ def only_grid_trains(model: nn.Module, grid: list[torch.Tensor]) -> Iterator[lis
         put_values(grid, initial)
         raise
     finally:
-        for tensor in grid:
-            tensor.requires_grad_(False)
+        for tensor, flag in zip(grid, flags, strict=True):
+            tensor.requires_grad_(flag)
             tensor.grad = None
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..distillation import counted_positions, distillation_loss, evaluating, teacher_logits
+from ..distillation import counted_positions, distillation_loss, evaluating, forward, teacher_logits
 from .grid_state import mean_over_processes
 
 Objective = Literal["distill", "task"]
@@ -43,9 +43,9 @@ def _own_loss(model: nn.Module, batch: dict[str, Any], objective: Objective) -> 
     """Mean loss of this process's batch, a scalar."""
     if objective == "distill":
         teacher = teacher_logits(model, batch)
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        logits = forward(model, {key: value for key, value in batch.items() if key != "labels"}).logits
         return distillation_loss(logits, teacher, batch.get("labels"), batch.get("attention_mask"))
-    loss = model(**batch).loss
+    loss = forward(model, batch).loss
     if loss is None:
         raise ValueError("the model returned no loss for objective='task'; give the batches labels, or use 'distill'.")
     return loss

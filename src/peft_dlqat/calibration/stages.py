@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
 
 from torch import nn
 
+from ..distillation import device_of
+from ..initialisation import WEIGHTED
 from ..layer import adapter_layers
 from ..packing import pack_weights
 from ..recipe import RECIPE
 from .activations import fit_to_inputs, input_moments
-from .blocks import calibrate_blocks
+from .blocks import Fit, fit_blocks
 from .data import cycle
-from .decoder import has_decoder_layers
+from .decoder import NoDecoderLayers
 from .gradient import fit_by_gradient
 from .grid_state import (
     Stage,
@@ -32,48 +34,14 @@ from .grid_state import (
     values_of,
 )
 from .losses import OBJECTIVES, Objective, mean_loss
+from .record import By, Calibration
 
 # Batches on which the inputs are measured, and the gain, before and after.
 _MEASURED_BATCHES = 8
 # Batches whose hidden states a calibration by blocks keeps.
 _MOST_BATCHES = 64
 
-By = Literal["model", "blocks"]
 BY: tuple[By, ...] = ("model", "blocks")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a calibration did.
-
-    Attributes:
-        steps: optimiser steps after the fit to the inputs.
-        objective: "distill" or "task".
-        loss_before: mean loss of the initial grid on the first batches of the loader.
-        loss_fitted: the same on the grid fitted to the layers' inputs.
-        loss_after: the same on the frozen grid, scales and zero points rounded as they ship.
-        kept: the grid of lowest loss, which was kept: "after" the steps, "fitted" to the inputs, or the one "before".
-    """
-
-    steps: int
-    objective: Objective
-    loss_before: float
-    loss_fitted: float
-    loss_after: float
-    kept: Literal["before", "fitted", "after"]
-
-    def __str__(self) -> str:
-        """One line, with the figures."""
-        loss = "KL to the full-precision model" if self.objective == "distill" else "loss"
-        path = f"{self.loss_before:.4f} -> {self.loss_fitted:.4f} (fitted to inputs)"
-        path += f" -> {self.loss_after:.4f} ({self.steps} steps)" if self.steps else ""
-        earlier = {"fitted": "; the steps gained nothing and were undone", "before": "; the initial grid was put back"}
-        return f"calibrated: {loss} {path}{'' if self.kept == _last(self.steps) else earlier[self.kept]}"
-
-
-def _last(steps: int) -> str:
-    """The last stage of a calibration."""
-    return "after" if steps else "fitted"
 
 
 def calibrate(
@@ -110,8 +78,8 @@ def calibrate(
         adapter_name: the adapter to calibrate; defaults to the active one.
         progress: show progress bars.
         by: "model" for steps along the whole model's loss; "blocks" for as many steps on each decoder layer's own
-            output ([`calibrate_blocks`], on at most 64 batches), which need the gradients of one layer only. A model
-            without a list of decoder layers is calibrated as a whole, with a warning.
+            output (as [`calibrate_blocks`] does, on at most 64 batches), which need the gradients of one layer only. A
+            model that is no list of decoder layers is calibrated as a whole, on the same batches, with a warning.
         log: called after each step as log(step, {"calibration/loss": ..., "calibration/lr": ...}).
 
     Returns:
@@ -130,12 +98,9 @@ def calibrate(
     adapter_name, layers = adapter_layers(model, adapter_name)
     config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr,index,operator]
     check_active(layers.values(), adapter_name)
-    if by == "blocks" and steps and not has_decoder_layers(model, adapter_name):
-        warnings.warn("the model has no list of decoder layers; it is calibrated as a whole.", stacklevel=2)
-        by = "model"
     grid = [tensor for layer in layers.values() for tensor in grid_tensors(layer, adapter_name)]
     # Blocks take what batches there are, once; steps on the model as many as they need.
-    device = next(model.parameters()).device
+    device = device_of(model)
     batches = cycle(dataloader, steps if by == "model" else 0, device)
 
     with random_state_kept(), only_grid_trains(model, grid) as initial:
@@ -145,22 +110,31 @@ def calibrate(
         first = first[: smallest_over_processes(len(first), device)]
         stages: dict[Any, Stage] = {"before": (mean_loss(model, first, objective), initial)}
         check_finite(stages["before"][0], 0, steps, lr)
-        fit_to_inputs(layers, input_moments(model, layers, first, progress), adapter_name, config.init)
-        stages["fitted"] = (mean_loss(model, first, objective), values_of(grid))
+        if config.init in WEIGHTED:
+            fit_to_inputs(layers, input_moments(model, layers, first, progress), adapter_name, config.init)
+            stages["fitted"] = (mean_loss(model, first, objective), values_of(grid))
         if steps:
             put_values(grid, lowest(stages.values()))
-            training = itertools.chain(first, batches)
+            training: Iterator[dict[str, Any]] = itertools.chain(first, batches)
             if by == "blocks":
                 data = list(itertools.islice(training, _MOST_BATCHES))
-                calibrate_blocks(model, data, steps, lr, adapter_name, progress)
-            else:
+                try:
+                    fit_blocks(model, data, Fit(adapter_name, steps, lr), progress)
+                except NoDecoderLayers:
+                    warnings.warn(
+                        "the model is no list of decoder layers, each of which takes what the one before it returns; "
+                        "it is calibrated as a whole.",
+                        stacklevel=2,
+                    )
+                    by, training = "model", itertools.cycle(data)
+            if by == "model":
                 fit_by_gradient(model, layers.values(), training, steps, lr, objective, adapter_name, progress, log)
             stages["after"] = (mean_loss(model, first, objective), values_of(grid))
         best = lowest(stages.values())
         put_values(grid, best)
     kept = next(name for name, (_, values) in stages.items() if values is best)
     losses = {name: loss for name, (loss, _) in stages.items()}
-    result = Calibration(steps, objective, losses["before"], losses["fitted"], losses[kept], kept)
+    result = Calibration(steps, by, objective, losses["before"], losses.get("fitted"), losses[kept], kept)
     config.record["calibration"] = asdict(result)
     pack_weights(model, adapter_name)
     return result

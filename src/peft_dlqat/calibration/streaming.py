@@ -6,7 +6,9 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -23,9 +26,9 @@ from ..config import DLQATConfig
 from ..distillation import evaluating
 from ..layer import DLQATLayer, adapter_layers
 from ..model import _check_target
-from .blocks import BlockError, Fit, calibrate_block, record
+from .blocks import BlockError, Fit, calibrate_block, summary
 from .decoder import capture, decoder_layers, hidden_states
-from .grid_state import random_state_kept
+from .grid_state import random_state_kept, several_processes
 
 _ADAPTER = "default"
 
@@ -46,8 +49,8 @@ def calibrate_blocks_from_disk(
 
     Writes the adapter that loading the model, `get_peft_model` and `calibrate_blocks` give after the same
     `torch.manual_seed`, to the bit. Runs on the CPU. In memory are, beside one layer's weights and what its
-    optimiser steps need, the adapter and two copies of all hidden states (on disk with `cache_dir`), and before the
-    first layer the embedding.
+    optimiser steps need, two copies of all hidden states (on disk with `cache_dir`), before the first layer the
+    embedding, and at the end the adapter, which until then is in files beside `output_dir`, layer by layer.
 
     Args:
         model_id: folder or hub id (with `config.revision`) of a model in safetensors.
@@ -66,6 +69,7 @@ def calibrate_blocks_from_disk(
         A [`BlockError`] for each decoder layer that holds the adapter.
 
     Raises:
+        RuntimeError: if several processes were started, by torchrun, say.
         FileExistsError: if `output_dir` exists.
         FileNotFoundError: if the model is not stored as safetensors.
         NoDecoderLayers: a ValueError; load such a model and use [`calibrate`].
@@ -73,6 +77,11 @@ def calibrate_blocks_from_disk(
         FloatingPointError: if an error turns NaN or infinite; nothing is written then.
     """
     fit = Fit(_ADAPTER, steps, lr, train_adapter, config.init)
+    if several_processes() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RuntimeError(
+            "calibrate_blocks_from_disk works in one process, and each of these would do all of it and write the same "
+            f"folder, {str(output_dir)!r}; run it by itself, with python instead of torchrun, before the training."
+        )
     output = Path(output_dir)
     if output.exists():
         raise FileExistsError(f"output_dir={str(output)!r} exists; name a new folder, or remove it first.")
@@ -90,8 +99,8 @@ def calibrate_blocks_from_disk(
     blocks = decoder_layers(inner, _ADAPTER)
     _check_inside(inner, blocks)
 
-    errors = []
-    with evaluating(model), hidden_states(cache_dir) as hidden:
+    errors, parts = [], []
+    with _folder_beside(output) as folder, evaluating(model), hidden_states(cache_dir) as hidden:
         before = [name for name in weights.names if not name.startswith(tuple(f"{block}." for block in blocks))]
         weights.load(inner, [name for name in before if name not in _head(inner)])
         with random_state_kept():
@@ -108,10 +117,12 @@ def calibrate_blocks_from_disk(
                 )
             weights.release(inner, own)
             if error is not None:
+                parts.append(_put_away(model, f"base_model.model.{name}", folder / f"{index}.safetensors"))
                 errors.append(error)
                 bar.set_postfix(error=f"{error.before:.3g} -> {error.after:.3g}")
-    model.peft_config[_ADAPTER].record["calibration"] = record(errors, fit)  # type: ignore[attr-defined]
-    _save(model, output)
+        model.peft_config[_ADAPTER].record["calibration"] = asdict(summary(errors, fit))  # type: ignore[attr-defined]
+        _save(model, parts, folder / "adapter")
+        os.rename(folder / "adapter", output)
     return errors
 
 
@@ -230,10 +241,24 @@ def _initialise(model: PeftModel, prefix: str, block: nn.Module) -> None:
             model.base_model._create_and_replace(config, _ADAPTER, layer, "", block, current_key=name)
 
 
-def _save(model: PeftModel, output: Path) -> None:
-    """Write beside the place, then rename: there is a whole adapter or none."""
+@contextmanager
+def _folder_beside(output: Path) -> Iterator[Path]:
+    """A folder to write in before all is renamed to its place: there is a whole adapter or none."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
-        saved = Path(folder) / "adapter"
-        model.save_pretrained(str(saved), save_embedding_layers=False)
-        os.rename(saved, output)
+        yield Path(folder)
+
+
+def _put_away(model: PeftModel, prefix: str, file: Path) -> Path:
+    """Move the adapters of a decoder layer to a file, so that those of one layer at a time are in memory."""
+    block = model.get_submodule(prefix)
+    state = {name: tensor for name, tensor in block.state_dict().items() if ".dlqat_" in name}
+    save_file({f"{prefix}.{name}": tensor for name, tensor in state.items()}, file)
+    for name in state:
+        _replace(block, name, lambda old: old.to("meta"))
+    return file
+
+
+def _save(model: PeftModel, parts: list[Path], folder: Path) -> None:
+    state = {name: tensor for file in parts for name, tensor in load_file(file).items()}
+    model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)

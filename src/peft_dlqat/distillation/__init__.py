@@ -1,6 +1,7 @@
 from .cache import TeacherCache
 from .divergence import TopTokens
-from .teacher import adapters_disabled, counted_positions, distillation_loss, evaluating, teacher_logits
+from .running import adapters_disabled, device_of, evaluating, forward
+from .teacher import counted_positions, distillation_loss, teacher_logits
 from .trainer import DistillationLoss
 
 __all__ = [
@@ -9,7 +10,9 @@ __all__ = [
     "TopTokens",
     "adapters_disabled",
     "counted_positions",
+    "device_of",
     "distillation_loss",
     "evaluating",
+    "forward",
     "teacher_logits",
 ]

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from .divergence import SMALLEST_KEPT, TopTokens
-from .store import Entry, EntryFolder, base_fingerprint
+from .running import trained_base_parameters
+from .store import Entry, EntryFolder, EntryMemory, base_fingerprint
 from .teacher import teacher_logits
 
 # What a batch may hold beside token ids: these say where sequences begin and end, and the cache finds that itself.
@@ -47,16 +48,22 @@ class TeacherCache:
     Args:
         k: tokens kept at each position, or None for all.
         folder: keep them there, for later runs and for other processes; None keeps them in memory.
+        max_bytes: of memory, beyond which no more is kept: a warning says so, and the teacher runs each time for the
+            other sequences. A folder has no limit.
 
     Raises:
-        ValueError: for another k.
+        ValueError: for another k or max_bytes.
     """
 
-    def __init__(self, k: int | None = None, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, k: int | None = None, folder: str | os.PathLike[str] | None = None, max_bytes: int = 4 * 2**30
+    ) -> None:
         if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
             raise ValueError(f"k={k!r} must be a positive integer, or None to keep the whole vocabulary; 64 is usual.")
+        if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 1:
+            raise ValueError(f"max_bytes={max_bytes!r} must be a positive integer; the default is 4 GiB.")
         self.k = k
-        self._entries: dict[str, Entry] | EntryFolder = {} if folder is None else EntryFolder(folder)
+        self._entries: EntryMemory | EntryFolder = EntryMemory(max_bytes) if folder is None else EntryFolder(folder)
         self._model: weakref.ref[nn.Module] | None = None
         self._fingerprint: str | None = None
 
@@ -71,8 +78,9 @@ class TeacherCache:
             Logits [batch, length, vocabulary], or the likeliest tokens [batch, length, k]; zeros at padding.
 
         Raises:
-            ValueError: if predictions of another base model are kept here, or the batch has inputs other than tokens,
-                or a row has a hole in its attention mask, or positions that do not count from 0.
+            ValueError: if predictions of another base model are kept here (or of this one before its biases were
+                trained), or the batch has inputs other than tokens, or a row has a hole in its attention mask, or
+                positions that do not count from 0.
         """
         self._check_model(model)
         sequences = list(_sequences(batch))
@@ -83,6 +91,7 @@ class TeacherCache:
                 entries[sequence.key] = entry
         missing = {s.key: s.tokens for s in sequences if s.key not in entries}
         if missing:
+            self._check_drift(model)
             for key, entry in zip(missing, self._run(model, list(missing.values()), batch["input_ids"]), strict=True):
                 self._entries[key] = entries[key] = entry
         placed = {
@@ -100,6 +109,14 @@ class TeacherCache:
         if isinstance(self._entries, EntryFolder):
             self._entries.claim(self.k, fingerprint)
         self._model, self._fingerprint = weakref.ref(model), fingerprint
+
+    def _check_drift(self, model: nn.Module) -> None:
+        if trained_base_parameters(model) and base_fingerprint(model) != self._fingerprint:
+            raise ValueError(
+                "parameters of the base model (biases, say) have been trained since the cache was made, and sequences "
+                "that it lacks would get another teacher; fill it before training, cache.teacher(model, batch) for "
+                "each batch of the data."
+            )
 
     def _fits(self, entry: Entry, length: int) -> bool:
         """Whether an entry is one of this cache's for so many tokens, as one from a file might not be."""

@@ -6,17 +6,17 @@ import hashlib
 import json
 import os
 import uuid
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..layer import DLQATLayer
+from .running import adapter_parameters
 
 Entry = dict[str, torch.Tensor]
 
@@ -25,8 +25,37 @@ _HEADER = "teacher.json"
 _SAMPLES = 64
 
 
+class EntryMemory:
+    """Entries by key, in memory, up to a number of bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._entries: dict[str, Entry] = {}
+        self._left = self._most = max_bytes
+        self._full = False
+
+    def get(self, key: str) -> Entry | None:
+        """The entry, or None if there is none."""
+        return self._entries.get(key)
+
+    def __setitem__(self, key: str, entry: Entry) -> None:
+        """Keep an entry where there is room for it; one that was kept stays."""
+        size = sum(tensor.nbytes for tensor in entry.values())
+        if size <= self._left:
+            self._entries[key] = entry
+            self._left -= size
+        elif not self._full:
+            self._full = True
+            tokens = len(next(iter(entry.values())))
+            warnings.warn(
+                f"the teacher's cache is full: {len(self._entries)} sequences take {self._most - self._left:,} of "
+                f"max_bytes={self._most:,}, {size // tokens:,} bytes a token; the teacher runs anew for the others. "
+                "Keep the likeliest tokens only, TeacherCache(k=64), or use the disk, TeacherCache(folder=...).",
+                stacklevel=2,
+            )
+
+
 class EntryFolder:
-    """Entries by key, each a safetensors file, with the two methods of a dict that the cache uses.
+    """Entries by key, each a safetensors file, with the methods of [`EntryMemory`].
 
     A file appears under its name when it is whole, so a writer may be killed at any time (what it leaves then are
     files whose names begin with a dot), and several processes may share the folder.
@@ -91,14 +120,9 @@ def base_fingerprint(model: nn.Module) -> str:
 
     The same whether an adapter is wrapped around it or injected, merged or not, and whichever layers it adapts.
     """
-    own: set[int] = set()
+    own = adapter_parameters(model)
     originals: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            for attribute in (*module.adapter_layer_names, *module.other_param_names):
-                value = getattr(module, attribute, None)
-                if isinstance(value, nn.Module):
-                    own.update(id(parameter) for parameter in value.parameters())
         if isinstance(module, DLQATLayer):
             weight = module.original_weight()
             originals[id(module.get_base_layer().weight)] = weight.t() if module.fan_in_fan_out else weight

@@ -2,51 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .divergence import TopTokens, confidence, token_divergence
+from .running import adapters_disabled, evaluating, forward
 
 Reverse = float | Literal["confidence"]
-
-
-@contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Run the untouched base model inside the block, on any model with adapters, wrapped or injected.
-
-    Unlike PEFT's `disable_adapter`, this leaves every parameter's `requires_grad` as it is.
-
-    Args:
-        model: a model with adapters.
-    """
-    switches = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    before = [module._disable_adapters for module in switches]
-    for module in switches:
-        module._disable_adapters = True
-    try:
-        yield
-    finally:
-        for module, disabled in zip(switches, before, strict=True):
-            module._disable_adapters = disabled
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside the block; every module has its own mode (train or eval) back after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @torch.no_grad()
@@ -54,7 +19,7 @@ def teacher_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """Logits of the base model in full precision, without dropout.
 
     Args:
-        model: a model with adapters.
+        model: a model with adapters, merged or not; it is left as it was.
         batch: keyword arguments of its forward; `labels` are left out.
 
     Returns:
@@ -66,7 +31,7 @@ def teacher_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError("an encoder-decoder cannot be run without labels; use objective='task' for it.")
     with evaluating(model), adapters_disabled(model):
-        output = model(**{key: value for key, value in batch.items() if key != "labels"})
+        output = forward(model, {key: value for key, value in batch.items() if key != "labels"})
     if getattr(output, "logits", None) is None:
         raise ValueError(f"the model returns a {type(output).__name__} without logits; use objective='task' for it.")
     return output.logits

@@ -12,6 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ..layer import adapter_layers
 from .cache import TeacherCache
 from .divergence import TopTokens, cross_entropy
+from .running import trained_base_parameters
 from .teacher import Reverse, check_reverse, counted_positions, distillation_loss, mean_over, teacher_logits
 
 
@@ -29,10 +30,13 @@ class DistillationLoss:
         reverse: weight of the reverse divergence, or "confidence", see [`distillation_loss`]; the confidence is
             measured on each batch that the model is called with.
         task_weight: loss = divergence + task_weight * cross-entropy with the labels.
-        cache: keeps the teacher's predictions, so that its pass is paid once for each sequence.
+        cache: keeps the teacher's predictions, so that its pass is paid once for each sequence. Where parameters of
+            the base model train in place (`DLQATConfig(bias=...)`), the teacher would drift with them: fill the cache
+            before training.
 
     Raises:
-        ValueError: for an impossible argument, an encoder-decoder, or a model whose adapter is missing or merged.
+        ValueError: for an impossible argument, an encoder-decoder, a model whose adapter is missing or merged, or one
+            of whose base parameters train without a cache.
 
     Example:
         ```py
@@ -66,6 +70,13 @@ class DistillationLoss:
             raise ValueError(
                 "an encoder-decoder cannot be distilled: its decoder takes its inputs from the labels. Train it on "
                 "the task's loss, without compute_loss_func."
+            )
+        drifting = trained_base_parameters(model)
+        if drifting and cache is None:
+            raise ValueError(
+                f"{len(drifting)} parameters of the base model train in place ({', '.join(drifting[:3])}...), and the "
+                "teacher would drift with them; leave them frozen (DLQATConfig(bias='none')), or fill a cache before "
+                "training, cache.teacher(model, batch) for each batch of the data, and pass it as cache=."
             )
         self.reverse: Reverse = reverse
         self.task_weight = task_weight

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import nn
 
-from ..distillation import evaluating, teacher_logits
+from ..distillation import device_of, evaluating, forward, teacher_logits
 from ..distillation.divergence import by_chunks, cross_entropy, token_divergence
-from .merging import dlqat_layers, temporarily_merged, temporarily_original
+from .merging import dlqat_layers, temporarily_merged
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def evaluate_model(
         model: a causal language model with DL-QAT adapters, merged or not, or any other.
         batches: dicts of the model's keyword arguments, with `labels` or `input_ids` [batch, length]; read once.
         teacher: a model of the same vocabulary to compare with. By default the same model with its adapters switched
-            off, which needs no second copy; a model without adapters (after `merge_and_unload`, say) is compared with
-            nothing.
+            off, which needs no second copy, but is no longer the model in full precision where biases were trained; a
+            model without adapters (after `merge_and_unload`, say) is compared with nothing.
 
     Returns:
         Means over all tokens of all batches.
@@ -80,7 +80,7 @@ def evaluate_model(
         for each in (model,) if teacher is None else (model, teacher):
             stack.enter_context(evaluating(each))
             stack.enter_context(temporarily_merged(each))
-        for batch in _batches(batches, _device(model)):
+        for batch in _batches(batches, device_of(model)):
             inputs, labels = _inputs_and_labels(batch)
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
             counts = targets != -100  # as in `distillation_loss`
@@ -88,10 +88,9 @@ def evaluate_model(
             tokens += int(counts.sum())
             loss += float(cross_entropy(logits, targets)[counts].sum())
             if own_teacher:
-                with temporarily_original(model):
-                    of_teacher = teacher_logits(model, inputs)
+                of_teacher = teacher_logits(model, inputs)
             elif teacher is not None:
-                of_teacher = _logits(teacher, send_to_device(inputs, _device(teacher)), labels).to(logits.device)
+                of_teacher = _logits(teacher, send_to_device(inputs, device_of(teacher)), labels).to(logits.device)
             else:
                 continue
             _check_vocabularies(logits, of_teacher)
@@ -107,10 +106,6 @@ def evaluate_model(
         agreement=agreements / tokens if compared else None,
         tokens=tokens,
     )
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _check_teacher(layers: list[Any], teacher: nn.Module | None) -> None:
@@ -158,7 +153,7 @@ def _inputs_and_labels(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Ten
 def _logits(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
     """[batch, length, vocabulary]."""
     config = getattr(model, "config", None)
-    logits = None if getattr(config, "is_encoder_decoder", False) else getattr(model(**inputs), "logits", None)
+    logits = None if getattr(config, "is_encoder_decoder", False) else getattr(forward(model, inputs), "logits", None)
     if logits is None or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"{type(model).__name__} is no causal language model, with one distribution for each of the labels "

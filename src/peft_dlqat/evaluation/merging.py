@@ -36,28 +36,3 @@ def temporarily_merged(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in merged:
             layer.unmerge()
-
-
-@contextmanager
-def temporarily_original(model: nn.Module) -> Iterator[None]:
-    """Put W0 in the place of merged weights inside the block, and the very merged tensors back after it.
-
-    A merged layer whose adapters are switched off unmerges itself for good. Inside this block there is nothing to
-    unmerge, so the base model can run between two runs of the merged one without merging again.
-
-    Args:
-        model: any model; layers that aren't merged are left alone.
-    """
-    kept = []
-    for layer in dlqat_layers(model):
-        if layer.merged:
-            weight, original = layer.get_base_layer().weight, layer.original_weight()
-            kept.append((layer, weight, weight.data, list(layer.merged_adapters)))
-            weight.data = (original.t() if layer.fan_in_fan_out else original).to(weight)  # the model may have moved
-            layer.merged_adapters.clear()
-    try:
-        yield
-    finally:
-        for layer, weight, merged, names in kept:
-            weight.data = merged
-            layer.merged_adapters.extend(names)

@@ -1,0 +1,107 @@
+"""How a model is run here: in eval mode, as its own base model, without a cache that only generation needs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..layer import DLQATLayer
+
+
+def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """What the model returns for a batch of its keyword arguments; it keeps no keys and values for generation.
+
+    They would take twice the hidden size a token and layer, and models keep them unless told otherwise.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if "use_cache" in inspect.signature(base.forward).parameters:
+        batch = {**batch, "use_cache": False}
+    return model(**batch)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where batches go: the device of the first parameter that is not offloaded, and so on the meta device."""
+    devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    return next(devices, torch.device("cpu"))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout inside the block; every module has its own mode (train or eval) back after it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Run the untouched base model inside the block, on any model with adapters, wrapped or injected.
+
+    Unlike PEFT's `disable_adapter`, this leaves every parameter's `requires_grad` as it is, and what was merged is
+    merged after the block too: the very tensors are put back. Biases that train do so in the base model itself, and
+    stay as they are.
+
+    Args:
+        model: a model with adapters, merged or not.
+    """
+    switches = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [module._disable_adapters for module in switches]
+    with _original_weights(model):
+        for module in switches:
+            module._disable_adapters = True
+        try:
+            yield
+        finally:
+            for module, disabled in zip(switches, before, strict=True):
+                module._disable_adapters = disabled
+
+
+@contextmanager
+def _original_weights(model: nn.Module) -> Iterator[None]:
+    """Put W0 in the place of merged weights inside the block.
+
+    A merged layer whose adapters are switched off unmerges itself for good; inside this block there is nothing to
+    unmerge, so nothing has to be merged again.
+    """
+    kept = []
+    for layer in model.modules():
+        if isinstance(layer, DLQATLayer) and layer.merged:
+            weight, original = layer.get_base_layer().weight, layer.original_weight()
+            kept.append((layer, weight, weight.data, list(layer.merged_adapters)))
+            weight.data = (original.t() if layer.fan_in_fan_out else original).to(weight)  # the model may have moved
+            layer.merged_adapters.clear()
+    try:
+        yield
+    finally:
+        for layer, weight, merged, names in kept:
+            weight.data = merged
+            layer.merged_adapters.extend(names)
+
+
+def trained_base_parameters(model: nn.Module) -> list[str]:
+    """Names of the base model's own parameters that take gradients: trained in place, so the base model drifts."""
+    own = adapter_parameters(model)
+    return [name for name, tensor in model.named_parameters() if tensor.requires_grad and id(tensor) not in own]
+
+
+def adapter_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that adapters of any kind, and PEFT's copies of modules to save, have brought along."""
+    own: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            for attribute in (*module.adapter_layer_names, *module.other_param_names):
+                value = getattr(module, attribute, None)
+                if isinstance(value, nn.Module):
+                    own.update(id(parameter) for parameter in value.parameters())
+    return own
