@@ -22,6 +22,7 @@ from .distillation import (
     teacher_logits,
 )
 from .evaluation import TASK_SETS, Evaluation, evaluate_model, evaluate_tasks
+from .export import EngineFigures, Verification, export_model, verify_export
 from .generate import generate_dataset
 from .grid import Grid
 from .layer import DLQATLayer, DLQATLinear
@@ -50,6 +51,7 @@ __all__ = [
     "DLQATLinear",
     "DLQATModel",
     "DistillationLoss",
+    "EngineFigures",
     "Evaluation",
     "Grid",
     "GridReport",
@@ -59,6 +61,7 @@ __all__ = [
     "Recipe",
     "TeacherCache",
     "TopTokens",
+    "Verification",
     "adapters_disabled",
     "calibrate",
     "calibrate_blocks",
@@ -67,7 +70,9 @@ __all__ = [
     "distillation_loss",
     "evaluate_model",
     "evaluate_tasks",
+    "export_model",
     "generate_dataset",
     "grid_report",
     "teacher_logits",
+    "verify_export",
 ]

@@ -13,16 +13,19 @@ SOURCE = Path(__file__).parents[2] / "src" / PACKAGE
 # affair. `__init__` stands above all and may import any of them.
 ORDER = [
     "grid",
+    "formats",
     "qweight",
     "ops",
     "methods",
     "initialisation",
     "card",
+    "checksum",
     "config",
     "push",
     "layer",
     "state",
     "model",
+    "checkpoint",
     "register",
     "report",
     "recipe",
@@ -32,6 +35,7 @@ ORDER = [
     "optimizer",
     "callback",
     "evaluation",
+    "export",
 ]
 
 
