@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 
 import pytest
 import torch
-from export_models import EMBEDDED, adapted, base_model, merged_logits
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from export_models import adapted, merged_logits
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from peft_dlqat import export_model, verify_export
+from peft_dlqat import export_model
 from peft_dlqat.export.manifest import load_reference
 from peft_dlqat.formats import RULES
 

@@ -15,8 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ..checksum import base_record, weight_checksum
 from ..checkpoint import Checkpoint, empty_model, weights_folder
+from ..checksum import base_record, weight_checksum
 from ..config import DLQATConfig
 from ..distillation import evaluating
 from ..layer import DLQATLayer, adapter_layers

@@ -12,24 +12,18 @@ import torch
 from ..formats import RULES
 from ..grid import Grid
 from ..qweight import QuantizedWeight
-from .fitting import fitted, fitting_grid
+from .fitting import fitted, fitting_grid, refuse_conv1d
 from .folder import TensorFiles
 from .hf import as_dense, write_config
 from .options import Options
 from .source import Source
-
 
 _RULE = RULES["compressed-tensors"]
 
 
 def write(source: Source, folder: Path, options: Options) -> None:
     """Write codes, scales and zero points by the library's own packing, and the config that names them."""
-    transposed = [entry.name for entry in source.entries if entry.grid is not None and entry.transposed]
-    if transposed and not options.lossy:
-        raise ValueError(
-            f"{transposed[0]} and {len(transposed) - 1} more belong to Conv1D layers, which compressed-tensors does not "
-            "pack; export the model as 'gguf', or pass lossy=True to keep them dense."
-        )
+    refuse_conv1d(source, _RULE, options)
     files = TensorFiles(folder, options.max_shard_size)
     common = _common_grid(source)
     if common is not None:
@@ -39,9 +33,6 @@ def write(source: Source, folder: Path, options: Options) -> None:
         )
     packed: dict[str, Grid] = {}
     for entry, value in fitted(source, _RULE, options):
-        if isinstance(value, QuantizedWeight) and entry.transposed:
-            options.kept_dense.append(entry.name)
-            value = value.dequantize()
         if not isinstance(value, QuantizedWeight):
             files.add(entry.name, as_dense(value, entry, options))
             continue
@@ -125,7 +116,7 @@ def _quantization_config(source: Source, packed: dict[str, Grid]) -> dict[str, A
         ignore=[name for name in source.linears if name not in packed],
     )
     content = config.model_dump(mode="json", exclude_none=True)
-    # Without it compressed-tensors 0.18 to 0.20 expect zero points in a shape that nothing writes. vLLM does not read it.
+    # Without it compressed-tensors 0.18 to 0.20 expect zero points in a shape that nothing writes; vLLM ignores it.
     if any(not symmetric for _, _, symmetric in kinds):
         content["dequantize"] = True
     return content

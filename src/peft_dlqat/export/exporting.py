@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from torch import nn
 
 from ..formats import RULES, Rule, describe
-from . import compressed_tensors, dense, gguf
+from . import compressed_tensors, dense, gguf, gptq, mlx
 from .card import write_card
 from .fitting import check_held, fitting_grid
 from .folder import check_free, companion_folder, copy_companions, whole_or_nothing
@@ -29,6 +29,8 @@ Writer = Callable[[Source, Path, Options], None]
 WRITERS: dict[str, Writer] = {
     "compressed-tensors": compressed_tensors.write,
     "gguf": gguf.write,
+    "mlx": mlx.write,
+    "gptq": gptq.write,
     "dense": dense.write,
 }
 # What writing a format imports.

@@ -1,4 +1,4 @@
-"""From the weights that were trained to weights that a format holds: the same, or an error, or on request the nearest."""
+"""From the weights that were trained to those that a format holds: the same, an error, or on request the nearest."""
 
 from __future__ import annotations
 
@@ -34,6 +34,21 @@ def check_held(source: Source, rule: Rule, lossy: bool) -> list[str]:
     return lines
 
 
+def refuse_conv1d(source: Source, rule: Rule, options: Options) -> None:
+    """Refuse adapted Conv1D layers, whose weights the format's loaders keep as [in, out], with groups along out.
+
+    Raises:
+        ValueError: unless `options.lossy`; they are kept dense then.
+    """
+    names = [entry.name for entry in source.entries if entry.grid is not None and entry.transposed]
+    if names and not options.lossy:
+        raise ValueError(
+            f"{names[0]} and {len(names) - 1} more weights belong to Conv1D layers, which {rule.name} cannot pack; export "
+            "the model as 'gguf' or 'dense', or pass lossy=True to keep these layers dense."
+        )
+    options.unpacked = set(names)
+
+
 def fitted(source: Source, rule: Rule, options: Options) -> Iterator[tuple[Entry, torch.Tensor | QuantizedWeight]]:
     """The source's tensors, every quantized weight one that the format holds.
 
@@ -42,7 +57,11 @@ def fitted(source: Source, rule: Rule, options: Options) -> Iterator[tuple[Entry
     """
     for entry, value in source.read():
         if isinstance(value, QuantizedWeight):
-            value = _fit(entry.name, value, rule, options)
+            if entry.name in options.unpacked:
+                options.kept_dense.append(entry.name)
+                value = value.dequantize()
+            else:
+                value = _fit(entry.name, value, rule, options)
         yield entry, value
 
 
