@@ -85,3 +85,9 @@ def merged_logits(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
     """Logits of the merged model in float32; leaves the model as it was."""
     merged = copy.deepcopy(model).float().merge_and_unload()
     return merged(input_ids=ids, use_cache=False).logits
+
+
+def save_base(kind: str, folder: Path, **settings: Any) -> Path:
+    """The base model of `adapted` on disk."""
+    base_model(kind).save_pretrained(folder, **settings)
+    return folder

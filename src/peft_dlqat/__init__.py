@@ -22,7 +22,7 @@ from .distillation import (
     teacher_logits,
 )
 from .evaluation import TASK_SETS, Evaluation, evaluate_model, evaluate_tasks
-from .export import EngineFigures, Verification, export_model, verify_export
+from .export import EngineFigures, FormatRow, FormatTable, Verification, export_formats, export_model, verify_export
 from .generate import generate_dataset
 from .grid import Grid
 from .layer import DLQATLayer, DLQATLinear
@@ -53,6 +53,8 @@ __all__ = [
     "DistillationLoss",
     "EngineFigures",
     "Evaluation",
+    "FormatRow",
+    "FormatTable",
     "Grid",
     "GridReport",
     "LayerReport",
@@ -70,6 +72,7 @@ __all__ = [
     "distillation_loss",
     "evaluate_model",
     "evaluate_tasks",
+    "export_formats",
     "export_model",
     "generate_dataset",
     "grid_report",

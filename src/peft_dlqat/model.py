@@ -81,13 +81,15 @@ class DLQATModel(BaseTuner):
         smaller: dict[str, list[str]] = {}
         for name, module in targets.items():
             _check_target(name, module)
-            asked, in_features = _layer_settings(config, name)["group_size"], _in_features(module)
+            settings, in_features = _layer_settings(config, name), _in_features(module)
+            asked = settings["group_size"]
             if asked > in_features and asked != DEFAULT_GROUP_SIZE:
                 raise ValueError(
                     f"group_size={asked} is larger than in_features={in_features} of {name}; use at most "
                     f"{in_features}, or -1 for one scale a row (group_size_pattern sets it for some modules only)."
                 )
             used = largest_group(in_features, asked)
+            config.check_export([config.grid(in_features, settings["bits"], asked)], f"{name}: ")
             if asked not in (-1, used):
                 smaller.setdefault(f"{asked} -> {used}", []).append(name)
         for field in ("bits_pattern", "group_size_pattern"):

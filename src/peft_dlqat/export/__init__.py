@@ -1,4 +1,13 @@
 from .exporting import export_model
+from .table import FormatRow, FormatTable, export_formats
 from .verify import EngineFigures, Verification, verify_export
 
-__all__ = ["EngineFigures", "Verification", "export_model", "verify_export"]
+__all__ = [
+    "EngineFigures",
+    "FormatRow",
+    "FormatTable",
+    "Verification",
+    "export_formats",
+    "export_model",
+    "verify_export",
+]

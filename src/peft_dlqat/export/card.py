@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -67,7 +68,7 @@ def write_card(folder: Path, source: Source, rule: Rule, manifest: Manifest, bes
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
 
 
-def _base_metadata(beside: Path | None) -> dict[str, object]:
+def _base_metadata(beside: Path | None) -> dict[str, Any]:
     if beside is None or not (beside / "README.md").is_file():
         return {}
     try:
@@ -86,16 +87,21 @@ def _lines(folder: Path, source: Source, rule: Rule, manifest: Manifest) -> list
     lines = [
         f"# {config.bits}-bit {base} ({rule.name})",
         "",
-        f"Fine-tuned from {base} inside a low-bit quantizer ([{method.title}](https://arxiv.org/abs/{method.arxiv})) with "
-        "`peft-dlqat`, and written without rounding again: "
-        + ("the weights are the trained ones to the bit." if manifest.exact else "but for what is said below."),
+        f"Fine-tuned from {base} inside a low-bit quantizer "
+        f"([{method.title}](https://arxiv.org/abs/{method.arxiv})) with `peft-dlqat`. "
+        + (
+            "The weights are the trained ones to the bit."
+            if manifest.exact
+            else "What was rounded again is said below."
+        ),
         "",
         *_LOAD[rule.name],
         "",
         "| | |",
         "|---|---|",
         *(f"| {row['weights']} weights | {row['grid']}, stored as {row['stored']} |" for row in manifest.grids),
-        f"| size | {size / 1e6:,.1f} MB, {8 * size / weights:.2f} bits a parameter (bfloat16: {2 * weights / 1e6:,.1f} MB) |",
+        f"| size | {size / 1e6:,.1f} MB, {8 * size / weights:.2f} bits a parameter; in bfloat16 "
+        f"{2 * weights / 1e6:,.1f} MB |",
         f"| scales | {config.scale_dtype} in training |",
     ]
     for title, names in (

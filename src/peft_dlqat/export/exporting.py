@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,15 +11,16 @@ import torch
 from huggingface_hub import HfApi
 from torch import nn
 
-from ..formats import RULES, Rule, describe
 from . import compressed_tensors, dense, gguf, gptq, mlx
 from .card import write_card
-from .fitting import check_held, fitting_grid
+from .checks import check_base, dtype_of, embeddings_of, rule_of, warn_if_unfinished
+from .fitting import check_held
 from .folder import check_free, companion_folder, copy_companions, whole_or_nothing
-from .manifest import Manifest, save_reference
+from .manifest import save_reference
 from .options import Options
 from .reference import prompt_ids, reference_logits
 from .source import Source, open_source
+from .summary import report, summarise
 from .verify import Verification, verify_export
 
 Writer = Callable[[Source, Path, Options], None]
@@ -33,10 +31,6 @@ WRITERS: dict[str, Writer] = {
     "gptq": gptq.write,
     "dense": dense.write,
 }
-# What writing a format imports.
-_PACKAGES = {"compressed-tensors": "compressed_tensors", "gguf": "gguf"}
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_EMBEDDINGS = (*_DTYPES, "q8_0")
 
 
 def export_model(
@@ -92,19 +86,19 @@ def export_model(
         FileExistsError: if `out_dir` exists and is not empty.
         RuntimeError: if an engine does not find the trained model in the result.
     """
-    rule = _rule(format)
+    rule = rule_of(format)
     output = Path(out_dir)
     check_free(output, overwrite)
     if push_to_hub and not repo_id:
         raise ValueError("push_to_hub=True needs repo_id='you/name'.")
-    chosen = _dtype(dtype)
+    chosen = dtype_of(dtype)
     source = open_source(model_or_adapter, base, adapter_name)
     check_base(source)
     losses = check_held(source, rule, lossy)
-    _warn_if_unfinished(source)
+    warn_if_unfinished(source)
     options = Options(
         dtype=chosen or source.dtype,
-        embeddings=_embeddings(embeddings, chosen or source.dtype),
+        embeddings=embeddings_of(embeddings, chosen or source.dtype),
         lossy=lossy,
         max_shard_size=max_shard_size,
     )
@@ -113,7 +107,7 @@ def export_model(
         WRITERS[format](source, folder, options)
         ids = prompt_ids(source.config, set())
         save_reference(folder, ids, reference_logits(source, ids))
-        manifest = _manifest(source, rule, options, losses)
+        manifest = summarise(source, rule, options, losses)
         manifest.save(folder)
         verification = verify_export(folder) if verify else None
         if verification is not None:
@@ -122,68 +116,13 @@ def export_model(
             manifest.figures = [asdict(row) for row in verification.figures]
             manifest.save(folder)
         write_card(folder, source, rule, manifest, beside)
-    for line in _report(rule, manifest, verification):
+    for line in report(manifest, verification):
         print(line)
     if push_to_hub:
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)  # type: ignore[arg-type]
         api.upload_folder(repo_id=repo_id, folder_path=output)  # type: ignore[arg-type]
     return verification
-
-
-def _rule(format: str) -> Rule:
-    if format not in WRITERS:
-        raise ValueError(f"format={format!r} must be one of {', '.join(map(repr, WRITERS))}.")
-    package = _PACKAGES.get(format)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise ImportError(
-            f"format={format!r} needs the package {package.replace('_', '-')}; "
-            f"install it by pip install 'peft-dlqat[{RULES[format].extra}]'."
-        )
-    return RULES[format]
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    name = str(dtype).removeprefix("torch.")
-    if dtype is not None and name not in _DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(map(repr, _DTYPES))}.")
-    return _DTYPES.get(name)
-
-
-def _embeddings(embeddings: str | None, dtype: torch.dtype) -> str:
-    if embeddings is not None and embeddings not in _EMBEDDINGS:
-        raise ValueError(f"embeddings={embeddings!r} must be one of {', '.join(map(repr, _EMBEDDINGS))}.")
-    return embeddings or str(dtype).removeprefix("torch.")
-
-
-def check_base(source: Source) -> None:
-    """Refuse a base model whose weights are not those that the adapter was trained on.
-
-    Raises:
-        ValueError: if the checksums differ. An adapter without one, of an older version, is not checked.
-    """
-    recorded = source.adapter.record.get("base", {}).get("checksum")
-    if recorded is not None and recorded != source.base_checksum:
-        raise ValueError(
-            f"the weights of the base model {source.base!r} are not those that the adapter was trained on (checksum "
-            f"{source.base_checksum[:12]}, not {recorded[:12]}): codes would be others; pass the folder or hub id of "
-            "the right one by base=..."
-        )
-
-
-def _warn_if_unfinished(source: Source) -> None:
-    if source.untrained:
-        warnings.warn(
-            f"adapter {source.adapter_name!r} was never trained (B is zero and m one): what is exported is the base "
-            "model rounded to nearest on its grid.",
-            stacklevel=3,
-        )
-    elif "calibration" not in source.adapter.record:
-        warnings.warn(
-            f"adapter {source.adapter_name!r} was never calibrated: it was trained on its initial grid "
-            f"(init={source.adapter.init!r}); calibrate before training for better accuracy.",
-            stacklevel=3,
-        )
 
 
 def _companions(source: Source, folder: Path, tokenizer: Any, options: Options) -> Path | None:
@@ -198,38 +137,3 @@ def _companions(source: Source, folder: Path, tokenizer: Any, options: Options) 
     if generation is not None and "generation_config.json" not in copied:
         generation.save_pretrained(folder)
     return beside
-
-
-def _manifest(source: Source, rule: Rule, options: Options, losses: list[str]) -> Manifest:
-    grids: Counter[tuple[str, str]] = Counter()
-    for entry in source.entries:
-        if entry.grid is not None and entry.name not in options.kept_dense:
-            written = fitting_grid(entry, rule)
-            assert written is not None
-            grids[describe(entry.grid), rule.storage(written)[0]] += 1
-    if options.kept_dense:
-        losses = [*losses, f"{len(options.kept_dense)} weights are kept dense: {', '.join(options.kept_dense[:3])}"]
-    return Manifest(
-        format=rule.name,
-        base=Path(source.base).name if Path(source.base).is_dir() else source.base,
-        base_checksum=source.base_checksum,
-        grids=[{"grid": grid, "stored": stored, "weights": count} for (grid, stored), count in grids.items()],
-        exact=not options.rounded and not losses,
-        lossy=losses,
-        rounded=options.rounded,
-        dense_linears=source.untouched_linears,
-        modules_to_save=source.modules_to_save,
-        notes=options.notes,
-    )
-
-
-def _report(rule: Rule, manifest: Manifest, verification: Verification | None) -> list[str]:
-    lines = [f"{row['weights']} weights as {row['stored']} ({row['grid']})" for row in manifest.grids]
-    lines += [f"lossy: {line}" for line in manifest.lossy]
-    if manifest.rounded:
-        lines.append(f"{len(manifest.rounded)} dense tensors rounded: {', '.join(manifest.rounded[:3])}, ...")
-    for what, names in (("linear layers", manifest.dense_linears), ("modules_to_save", manifest.modules_to_save)):
-        if names:
-            lines.append(f"kept dense, {what}: {', '.join(names)}")
-    lines += manifest.notes
-    return lines if verification is None else [*lines, str(verification)]

@@ -43,8 +43,8 @@ def refuse_conv1d(source: Source, rule: Rule, options: Options) -> None:
     names = [entry.name for entry in source.entries if entry.grid is not None and entry.transposed]
     if names and not options.lossy:
         raise ValueError(
-            f"{names[0]} and {len(names) - 1} more weights belong to Conv1D layers, which {rule.name} cannot pack; export "
-            "the model as 'gguf' or 'dense', or pass lossy=True to keep these layers dense."
+            f"{names[0]} and {len(names) - 1} more weights belong to Conv1D layers, which {rule.name} cannot pack; "
+            "export the model as 'gguf' or 'dense', or pass lossy=True to keep these layers dense."
         )
     options.unpacked = set(names)
 

@@ -43,13 +43,13 @@ def check_free(out_dir: Path, overwrite: bool) -> None:
         return
     if not out_dir.is_dir() or any(out_dir.iterdir()):
         raise FileExistsError(
-            f"out_dir={str(out_dir)!r} exists and is not empty; name a new folder, or pass overwrite=True to replace it."
+            f"out_dir={str(out_dir)!r} exists and is not empty; name a new folder, or pass overwrite=True."
         )
 
 
 @contextmanager
 def whole_or_nothing(out_dir: Path) -> Iterator[Path]:
-    """A folder to write into, that takes the place of `out_dir` at the end of the block; after an exception it is gone.
+    """A folder to write into, that takes the place of `out_dir` at the end; after an exception it is gone.
 
     It lies beside `out_dir`, on the same disk, so that the last step is a rename.
     """

@@ -47,7 +47,7 @@ def write(source: Source, folder: Path, options: Options) -> None:
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    for entry, data in _data(source, arch, planned, options):
+    for data in _data(source, arch, planned, options):
         writer.write_tensor_data(data)
     writer.close()
     write_config(source, folder, options.dtype)
@@ -87,7 +87,7 @@ def _announce(writer: Any, name: str, entry: Entry, plan: str | BlockType) -> No
 
 def _data(
     source: Source, arch: Architecture, planned: dict[str, str | BlockType], options: Options
-) -> Iterator[tuple[Entry, np.ndarray]]:
+) -> Iterator[np.ndarray]:
     """The bytes of each tensor, its rows in the order that the architecture wants."""
     import gguf
 
@@ -97,7 +97,7 @@ def _data(
         if isinstance(value, QuantizedWeight):
             assert isinstance(plan, BlockType)
             zero = None if value.zero is None else value.zero[order]
-            yield entry, plan.pack(value.codes[order], value.scale[order], zero, value.grid)
+            yield plan.pack(value.codes[order], value.scale[order], zero, value.grid)
         else:
             dense = value.t() if entry.transposed and entry.grid is None else value
             assert isinstance(plan, str)
@@ -106,7 +106,7 @@ def _data(
             kind = gguf.GGMLQuantizationType[plan]
             if not np.array_equal(gguf.dequantize(data, kind), dense.float().numpy()):
                 options.rounded.append(entry.name)
-            yield entry, data
+            yield data
 
 
 def _float_bytes(value: torch.Tensor, kind: str) -> np.ndarray:

@@ -171,8 +171,8 @@ def _write_rope_scaling(writer: Any, rope: dict[str, Any]) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     else:
         raise ValueError(
-            f"rope_type={kind!r} cannot be written as GGUF here, only 'default', 'linear', 'llama3' and 'yarn'; export "
-            "the model as 'compressed-tensors' or 'dense'."
+            f"rope_type={kind!r} cannot be written as GGUF here, only 'default', 'linear', 'llama3' and 'yarn'; "
+            "export the model as 'compressed-tensors' or 'dense'."
         )
 
 

@@ -75,8 +75,8 @@ def _write_bpe(writer: Any, content: dict[str, Any], config: PretrainedConfig) -
     _write_tokens(writer, tokens, kinds, config)
     if pre is None:
         return [
-            "the tokenizer splits text in a way that has no name here: GGUF says 'default', and llama.cpp may cut some "
-            "text into other tokens; compare, and set tokenizer.ggml.pre by hand where it does"
+            "the tokenizer splits text in a way that has no name here: GGUF says 'default', and llama.cpp may cut "
+            "some text into other tokens; compare, and set tokenizer.ggml.pre by hand where it does"
         ]
     return []
 

@@ -28,8 +28,8 @@ def write(source: Source, folder: Path, options: Options) -> None:
     for entry, value in fitted(source, _RULE, options):
         if isinstance(value, QuantizedWeight) and value.codes.shape[0] % 32:
             raise ValueError(
-                f"{entry.name} has {value.codes.shape[0]} rows, no multiple of 32, which GPTQ cannot pack; leave it out "
-                "of target_modules, or choose another format."
+                f"{entry.name} has {value.codes.shape[0]} rows, no multiple of 32, which GPTQ cannot pack; leave it "
+                "out of target_modules, or choose another format."
             )
         if not isinstance(value, QuantizedWeight):
             files.add(entry.name, as_dense(value, entry, options))

@@ -61,8 +61,8 @@ class Source:
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         if not isinstance(inner, PreTrainedModel):
             raise TypeError(
-                f"the base model is a {type(inner).__name__}, no transformers model; only models that transformers can "
-                "load again are exported."
+                f"the base model is a {type(inner).__name__}, no transformers model; only models that transformers "
+                "can load again are exported."
             )
         self.model = inner
         if isinstance(model, PeftModel):  # names without PEFT's prefix

@@ -82,7 +82,9 @@ def _remedies(grid: Grid, rule: Rule) -> Iterator[dict[str, Any]]:
     }
 
     def held(change: Mapping[str, Any]) -> bool:
-        values = {name: SCALE_DTYPES[value] if name == "scale_dtype" else value for name, value in change.items()}
+        values: dict[str, Any] = dict(change)
+        if "scale_dtype" in values:
+            values["scale_dtype"] = SCALE_DTYPES[values["scale_dtype"]]
         return rule.holds(replace(grid, **values))
 
     for count in range(1, len(choices) + 1):
@@ -139,7 +141,7 @@ class GGUF(Rule):
 
 
 def mlx_group(grid: Grid) -> int | None:
-    """The largest group that MLX has and that divides the grid's: its scales are repeated; 32 for a row unknown yet."""
+    """The largest group of MLX that divides the grid's, whose scales are repeated; 32 for a row of unknown length."""
     return next((size for size in MLX_GROUPS if grid.group_size % size == 0), 32 if grid.group_size == -1 else None)
 
 
