@@ -12,9 +12,12 @@ from conftest import perturb
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
+    PhiConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -42,6 +45,9 @@ CONFIGS = {
     "mistral": lambda: MistralConfig(**_SHAPE),
     "qwen2": lambda: Qwen2Config(**_SHAPE),
     "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=64),
+    "gemma": lambda: GemmaConfig(**_SHAPE, head_dim=64),
+    "phi": lambda: PhiConfig(**_SHAPE, partial_rotary_factor=0.5),
+    "phi3": lambda: Phi3Config(**_SHAPE, pad_token_id=0),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     ),
@@ -65,10 +71,10 @@ def base_model(kind: str = "llama") -> PreTrainedModel:
     return copy.deepcopy(_base(kind))
 
 
-def adapted(kind: str = "llama", trained: bool = True, **settings: Any) -> PeftModel:
+def adapted(kind: str = "llama", trained: bool = True, dtype: torch.dtype | None = None, **settings: Any) -> PeftModel:
     """The model with an adapter that has been moved, as training would, and says that it was calibrated."""
     config = DLQATConfig(**{"init": "minmax", "task_type": "CAUSAL_LM", "group_size": 32, **settings})
-    model = get_peft_model(base_model(kind), config)
+    model = get_peft_model(base_model(kind).to(dtype), config)
     if trained:
         perturb(model)
         model.peft_config["default"].record["calibration"] = {

@@ -274,7 +274,7 @@ class DLQATConfig(PeftConfig):
         dtype = SCALE_DTYPES[self.scale_dtype]
         return [Grid(bits, size, self.zero_point, dtype) for bits, size in product(widths, sizes)]
 
-    def check_export(self, grids: Iterable[Grid], where: str = "") -> None:
+    def check_export(self, grids: Iterable[Grid], where: str = "", in_features: int | None = None) -> None:
         """Refuse grids that a format named in `export` cannot hold exactly.
 
         Raises:
@@ -287,7 +287,7 @@ class DLQATConfig(PeftConfig):
         for name in self.export:
             _check_choice("export", name, RULES)
         for name, grid in product(self.export, grids):
-            if problem := RULES[name].problem(grid):
+            if problem := RULES[name].problem(grid, in_features):
                 raise ValueError(f"export={self.export!r}: {where}{problem}.")
 
     def scaling(self, r: int, lora_alpha: float) -> float:

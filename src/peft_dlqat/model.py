@@ -89,7 +89,7 @@ class DLQATModel(BaseTuner):
                     f"{in_features}, or -1 for one scale a row (group_size_pattern sets it for some modules only)."
                 )
             used = largest_group(in_features, asked)
-            config.check_export([config.grid(in_features, settings["bits"], asked)], f"{name}: ")
+            config.check_export([config.grid(in_features, settings["bits"], asked)], f"{name}: ", in_features)
             if asked not in (-1, used):
                 smaller.setdefault(f"{asked} -> {used}", []).append(name)
         for field in ("bits_pattern", "group_size_pattern"):

@@ -57,10 +57,11 @@ def check_base(source: Source) -> None:
     """
     recorded = source.adapter.record.get("base", {}).get("checksum")
     if recorded is not None and recorded != source.base_checksum:
+        name = source.base or source.config.model_type
         raise ValueError(
-            f"the weights of the base model {source.base!r} are not those that the adapter was trained on (checksum "
-            f"{source.base_checksum[:12]}, not {recorded[:12]}): codes would be others; pass the folder or hub id of "
-            "the right one by base=..."
+            f"the weights of the base model {name!r} are not those that the adapter was trained on (checksum "
+            f"{source.base_checksum[:12]}, not {recorded[:12]}): codes would be others; export the model as it was "
+            "trained, or pass the folder or hub id of its base by base=..."
         )
 
 

@@ -78,6 +78,7 @@ def _mlx(folder: Path, format: str, ids: torch.Tensor) -> torch.Tensor:
     from mlx_lm.utils import load_model
 
     model, _ = load_model(folder)
+    model.set_dtype(mx.float32)  # as the reference: what is stored in 16 bits, and what is computed
     logits = model(mx.array(ids.numpy())).astype(mx.float32)
     return torch.from_numpy(np.array(logits))
 

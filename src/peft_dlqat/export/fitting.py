@@ -25,9 +25,9 @@ def check_held(source: Source, rule: Rule, lossy: bool) -> list[str]:
         ValueError: naming what cannot be held and what to change, unless `lossy`.
     """
     problems: dict[str, list[str]] = {}
-    for name, grid in source.grids.items():
-        if problem := rule.problem(grid):
-            problems.setdefault(problem, []).append(name)
+    for entry in source.entries:
+        if entry.grid is not None and (problem := rule.problem(entry.grid, entry.in_features)):
+            problems.setdefault(problem, []).append(entry.name)
     lines = [f"{problem} ({len(names)} weights: {names[0]}, ...)" for problem, names in problems.items()]
     if lines and not lossy:
         raise ValueError("; ".join(lines) + ", train on such a grid, or pass lossy=True to round again.")
@@ -104,7 +104,7 @@ def _without_dead_scales(weight: QuantizedWeight) -> QuantizedWeight:
 def fitting_grid(entry: Entry, rule: Rule) -> Grid | None:
     """The grid on which `fitted` gives an adapted weight; None where the format holds none like it."""
     assert entry.grid is not None
-    return _held_or_nearest(entry.grid, rule, entry.shape[0] if entry.transposed else entry.shape[1])
+    return _held_or_nearest(entry.grid, rule, entry.in_features)
 
 
 def _held_or_nearest(grid: Grid, rule: Rule, in_features: int) -> Grid | None:

@@ -62,7 +62,7 @@ def tensors(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
 def _quantization_config(source: Source, packed: dict[str, Grid]) -> dict[str, Any]:
     def settings(module: str) -> dict[str, Any]:
         grid = packed[module]
-        in_features = int(next(e.shape[1] for e in source.entries if e.name == f"{module}.weight"))
+        in_features = next(e.in_features for e in source.entries if e.name == f"{module}.weight")
         size = -1 if grid.group_size == in_features else grid.group_size
         return {"bits": grid.bits, "group_size": size, "sym": grid.zero_point == "none"}
 

@@ -44,6 +44,11 @@ class Entry:
     grid: Grid | None = None
     transposed: bool = False
 
+    @property
+    def in_features(self) -> int:
+        """Inputs of a linear layer's weight."""
+        return self.shape[0] if self.transposed else self.shape[-1]
+
 
 class Source:
     """The tensors of a base model with one adapter.
@@ -83,11 +88,6 @@ class Source:
     def names(self) -> list[str]:
         """Names of all entries."""
         return [entry.name for entry in self.entries]
-
-    @property
-    def grids(self) -> dict[str, Grid]:
-        """The grids of the adapted weights, by tensor name."""
-        return {entry.name: entry.grid for entry in self.entries if entry.grid is not None}
 
     @property
     def dtype(self) -> torch.dtype:

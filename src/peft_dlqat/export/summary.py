@@ -20,7 +20,9 @@ def summarise(source: Source, rule: Rule, options: Options, losses: list[str]) -
         if entry.grid is not None and entry.name not in options.kept_dense:
             written = fitting_grid(entry, rule)
             assert written is not None
-            grids[describe(entry.grid), rule.storage(written)[0]] += 1
+            # A dense weight is stored in the dtype that was asked for.
+            stored = rule.storage(written)[0] if rule.name != "dense" else str(options.dtype).removeprefix("torch.")
+            grids[describe(entry.grid), stored] += 1
     if options.kept_dense:
         losses = [*losses, f"{len(options.kept_dense)} weights are kept dense: {', '.join(options.kept_dense[:3])}"]
     return Manifest(

@@ -48,14 +48,15 @@ class Rule(ABC):
         scale_bits = torch.finfo(self.scale_dtype(grid)).bits
         return 0.0 if grid.group_size == -1 else (scale_bits + zero_bits) / grid.group_size
 
-    def problem(self, grid: Grid) -> str:
-        """Why the grid cannot be held and what to change, or ""."""
+    def problem(self, grid: Grid, in_features: int | None = None) -> str:
+        """Why the grid cannot be held and what to change, or ""; in_features is the layer's, where one is meant."""
         if self.holds(grid):
             return ""
         remedies = [
-            " and ".join(f"{name}={value!r}" for name, value in change.items()) for change in _remedies(grid, self)
+            " and ".join(f"{name}={value!r}" for name, value in change.items())
+            for change in _remedies(grid, self, in_features)
         ]
-        remedy = f"use {' or '.join(remedies)}" if remedies else "choose another format"
+        remedy = f"use {' or '.join(remedies)}" if remedies else "choose another format, or leave the layer out"
         return f"{self.name} cannot hold {describe(grid)} exactly; {remedy}"
 
 
@@ -71,13 +72,13 @@ def _dtype_name(grid: Grid) -> str:
     return str(grid.scale_dtype).removeprefix("torch.")
 
 
-def _remedies(grid: Grid, rule: Rule) -> Iterator[dict[str, Any]]:
+def _remedies(grid: Grid, rule: Rule, in_features: int | None) -> Iterator[dict[str, Any]]:
     """The smallest changes of settings that make a grid one that is held: of one setting, else of two and so on."""
     near = sorted(range(2, 9), key=lambda bits: (abs(bits - grid.bits), bits))
     choices: dict[str, tuple[Any, ...]] = {
         "zero_point": ("integer", "none", "float"),
         "scale_dtype": tuple(SCALE_DTYPES),
-        "group_size": (32, 64, 128),
+        "group_size": tuple(size for size in (32, 64, 128) if in_features is None or in_features % size == 0),
         "bits": tuple(near),
     }
 
