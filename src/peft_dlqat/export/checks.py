@@ -42,11 +42,10 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return _DTYPES.get(name)
 
 
-def embeddings_of(embeddings: str | None, dtype: torch.dtype) -> str:
-    """The dtype of embeddings and output head that a user has written, or that of the other dense tensors."""
+def check_embeddings(embeddings: str | None) -> None:
+    """Refuse a dtype of embeddings and output head that GGUF is not written with."""
     if embeddings is not None and embeddings not in _EMBEDDINGS:
         raise ValueError(f"embeddings={embeddings!r} must be one of {', '.join(map(repr, _EMBEDDINGS))}.")
-    return embeddings or str(dtype).removeprefix("torch.")
 
 
 def check_base(source: Source) -> None:

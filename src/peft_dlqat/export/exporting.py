@@ -13,7 +13,7 @@ from torch import nn
 
 from . import compressed_tensors, dense, gguf, gptq, mlx
 from .card import write_card
-from .checks import check_base, dtype_of, embeddings_of, rule_of, warn_if_unfinished
+from .checks import check_base, check_embeddings, dtype_of, rule_of, warn_if_unfinished
 from .fitting import check_held
 from .folder import check_free, companion_folder, copy_companions, whole_or_nothing
 from .manifest import save_reference
@@ -92,13 +92,14 @@ def export_model(
     if push_to_hub and not repo_id:
         raise ValueError("push_to_hub=True needs repo_id='you/name'.")
     chosen = dtype_of(dtype)
+    check_embeddings(embeddings)
     source = open_source(model_or_adapter, base, adapter_name)
     check_base(source)
     losses = check_held(source, rule, lossy)
     warn_if_unfinished(source)
     options = Options(
         dtype=chosen or source.dtype,
-        embeddings=embeddings_of(embeddings, chosen or source.dtype),
+        embeddings=embeddings or str(chosen or source.dtype).removeprefix("torch."),
         lossy=lossy,
         max_shard_size=max_shard_size,
     )

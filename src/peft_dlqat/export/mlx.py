@@ -35,12 +35,22 @@ def write(source: Source, folder: Path, options: Options) -> None:
             files.add(f"{module}.{name}", tensor)
     files.close()
     first = next(iter(settings.values()), None)
-    sections: dict[str, Any] = {}
+    sections = _rope(source)
     if first is not None:
         others = {name: own for name, own in settings.items() if own != first}
         # mlx-lm leaves a layer alone that has no scales in the files.
-        sections = {"quantization": {**first, **others}}
+        sections["quantization"] = {**first, **others}
     write_config(source, folder, options.dtype, **sections)
+
+
+def _rope(source: Source) -> dict[str, Any]:
+    """RoPE's settings where all of mlx-lm's models look for them: few know transformers 5's `rope_parameters`."""
+    rope = getattr(source.config, "rope_parameters", None) or {}
+    if "rope_theta" not in rope:  # none, or by kind of layer
+        return {}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    plain = rope.get("rope_type", "default") == "default"
+    return {"rope_theta": rope["rope_theta"]} | ({} if plain else {"rope_scaling": scaling})
 
 
 def tensors(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
