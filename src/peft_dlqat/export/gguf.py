@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +31,25 @@ def write(source: Source, folder: Path, options: Options) -> None:
 
     arch = architecture(source.config)
     names = arch.tensor_names(source)
-    writer = gguf.GGUFWriter(path=None, arch=arch.name)
     planned = {entry.name: _plan(entry, source, options) for entry in source.entries}
-    write_metadata(writer, source.config, arch, Path(source.base).name or arch.name)
-    writer.add_file_type(_file_type(planned))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    options.notes += write_vocab(writer, folder, source.config)
-    options.notes += arch.notes(source.config)
-    factors = rope_factors(source.config)
-    if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    for entry in source.entries:
-        _announce(writer, names[entry.name], entry, planned[entry.name])
-    writer.write_header_to_file(folder / FILE)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors)
-    for data in _data(source, arch, planned, options):
-        writer.write_tensor_data(data)
-    writer.close()
+    with closing(gguf.GGUFWriter(path=None, arch=arch.name)) as writer:
+        write_metadata(writer, source.config, arch, Path(source.base).name or arch.name)
+        writer.add_file_type(_file_type(planned))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        options.notes += write_vocab(writer, folder, source.config)
+        options.notes += arch.notes(source.config)
+        factors = rope_factors(source.config)
+        if factors is not None:
+            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+        for entry in source.entries:
+            _announce(writer, names[entry.name], entry, planned[entry.name])
+        writer.write_header_to_file(folder / FILE)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        for data in _data(source, arch, planned, options):
+            writer.write_tensor_data(data)
     write_config(source, folder, options.dtype)
 
 
