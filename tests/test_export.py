@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import perturb
 from export_models import adapted, base_model, merged_logits, save_base
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from peft_dlqat import Grid, export_model, verify_export
 from peft_dlqat.export.manifest import load_manifest, load_reference
 from peft_dlqat.formats import RULES
+from peft_dlqat.layer import adapter_layers
 
 FORMATS = ("compressed-tensors", "gguf", "mlx", "dense")
 PACKAGES = {"compressed-tensors": "compressed_tensors", "gguf": "gguf", "mlx": "mlx_lm", "dense": "torch"}
@@ -302,3 +305,27 @@ def test_an_injected_adapter_without_peft_model(tmp_path):
     ids, reference = load_reference(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, reference)
+
+
+def words_to_codes(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes [n, ...] of a dense little-endian bit stream down the first dimension [n * bits / 32, ...]."""
+    stream = np.unpackbits(words.t().contiguous().numpy().view(np.uint8), axis=-1, bitorder="little")
+    codes = (stream.reshape(words.shape[1], -1, bits) << np.arange(bits)).sum(-1)
+    return torch.from_numpy(codes).t()
+
+
+@pytest.mark.parametrize("setting", grids("gptq", (32, 128, -1)), ids=as_id)
+def test_gptq_files_decode_to_the_trained_weights(setting, tmp_path):
+    """By the format's own rule, w = scale * (code - (stored zero + 1)); its engine runs in `make test-engines`."""
+    model = adapted(**setting)
+    export_model(model, tmp_path / "out", "gptq", verify=False)
+    files = load_file(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["bits"] == setting["bits"] and config["sym"] is (setting["zero_point"] == "none")
+    bits = config["bits"]
+    for name, layer in adapter_layers(model.get_base_model())[1].items():
+        codes = words_to_codes(files[f"{name}.qweight"], bits)
+        zeros = (words_to_codes(files[f"{name}.qzeros"].t().contiguous(), bits).t() + 1) % 2**bits
+        group = files[f"{name}.g_idx"].long()
+        weight = files[f"{name}.scales"].float()[group] * (codes - zeros[group])
+        assert torch.equal(weight.t(), layer.quantized_weight().dequantize())
