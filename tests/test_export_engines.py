@@ -55,5 +55,5 @@ def test_llama_cpp_knows_the_architecture(kind, tmp_path):
 @pytest.mark.parametrize("setting", grids("gptq", (32, 128, -1)), ids=as_id)
 def test_gptqmodel_finds_the_trained_model(setting, tmp_path):
     pytest.importorskip("gptqmodel")
-    export_model(adapted(**setting), tmp_path / "out", "gptq", verify=False)
+    export_model(adapted("embedded", **setting), tmp_path / "out", "gptq", verify=False)  # it wants a tokenizer
     assert figures(tmp_path / "out", "gptqmodel").kl <= GPTQ_KL

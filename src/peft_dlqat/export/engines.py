@@ -87,8 +87,9 @@ def _mlx(folder: Path, format: str, ids: torch.Tensor) -> torch.Tensor:
 def _gptqmodel(folder: Path, format: str, ids: torch.Tensor) -> torch.Tensor:
     from gptqmodel import BACKEND, GPTQModel
 
-    model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH)
-    return model.model.eval()(input_ids=ids, use_cache=False).logits.float()
+    # float16 fits the scales as they are; its torch kernel then computes in the dtype of its input.
+    model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
+    return model.model.float().eval()(input_ids=ids, use_cache=False).logits.float()
 
 
 ENGINES: dict[str, Engine] = {

@@ -73,6 +73,9 @@ def _quantization_config(source: Source, packed: dict[str, Grid]) -> dict[str, A
         f"+:^{re.escape(module)}$": own for module, own in every.items() if own != common
     }
     dynamic |= {f"-:^{re.escape(name)}$": {} for name in source.linears if name not in packed}
+    # gptqmodel refuses zero points in version 1 but for those of its own convention, which these follow: it looks for its
+    # name among the producers.
+    convention = [] if all(own["sym"] for own in every.values()) else ["gptqmodel:0.9.0"]
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -81,5 +84,5 @@ def _quantization_config(source: Source, packed: dict[str, Grid]) -> dict[str, A
         "lm_head": source.head in packed,
         "pack_dtype": "int32",
         "dynamic": dynamic,
-        "meta": {"quantizer": ["peft-dlqat"]},
+        "meta": {"quantizer": ["peft-dlqat", *convention]},
     }
