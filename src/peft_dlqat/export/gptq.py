@@ -73,8 +73,8 @@ def _quantization_config(source: Source, packed: dict[str, Grid]) -> dict[str, A
         f"+:^{re.escape(module)}$": own for module, own in every.items() if own != common
     }
     dynamic |= {f"-:^{re.escape(name)}$": {} for name in source.linears if name not in packed}
-    # gptqmodel refuses zero points in version 1 but for those of its own convention, which these follow: it looks for its
-    # name among the producers.
+    # gptqmodel refuses zero points in version 1 but for those of its own convention, which these follow: it looks for
+    # its name among the producers.
     convention = [] if all(own["sym"] for own in every.values()) else ["gptqmodel:0.9.0"]
     return {
         "quant_method": "gptq",
