@@ -28,11 +28,12 @@ CHECK_OURS = if [ -e "$(VENV)" ] && [ ! -e "$(VENV)/.made-by-make" ]; then \
 .DELETE_ON_ERROR:
 # The targets share one environment, and two pips must not write to it at once.
 .NOTPARALLEL:
-.PHONY: help demo test quality bench-quality clean
+.PHONY: help demo test test-engines quality bench-quality clean
 
 help:
 	@echo "make demo     fine-tune a small model with DL-QAT on this machine (ARGS= goes to examples/finetune.py)"
 	@echo "make test     run the tests (TESTS= chooses which, ARGS= goes to pytest, WORKERS= sets the processes)"
+	@echo "make test-engines  exported models in llama.cpp and gptqmodel, each built into an environment of its own (ENGINES=)"
 	@echo "make quality  ruff, mypy and the tests of the code's structure and documentation"
 	@echo "make bench-quality  every method and peer on the same work; hours (ARGS= goes to benchmarks/methods/run.py)"
 	@echo "make clean    remove $(VENV), caches and build files; outputs/ stays"
@@ -45,6 +46,30 @@ demo: $(VENV)/.stamp-demo
 # Offline: no test may depend on a download.
 test: $(VENV)/.stamp-test
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS) $(ARGS)
+
+# The engines that take minutes to build or want another torch: not part of `make test`. ENGINES=llama for one of them.
+# With BLAS, llama.cpp multiplies in float32: make test-engines CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS".
+ENGINES ?= llama gptq
+ENGINE_PACKAGES_llama = llama-cpp-python gguf
+# It asks for a torch with CUDA; what else it needs is named, and its own list left out.
+ENGINE_PACKAGES_gptq = accelerate device-smi dill logbar maturin pillow protobuf tokenicer safetensors threadpoolctl \
+    torchao pypcre defuser setuptools wheel
+ENGINE_NO_DEPS_gptq = gptqmodel
+
+test-engines: $(addprefix .engine-,$(ENGINES))
+
+.PHONY: $(addprefix .engine-,$(ENGINES))
+$(addprefix .engine-,$(ENGINES)): .engine-%: $(VENV)-%/.stamp
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DLQAT_BLAS=$(findstring GGML_BLAS=ON,$(CMAKE_ARGS)) \
+	    $(VENV)-$*/bin/python -m pytest -q tests/test_export_engines.py -k $* $(ARGS)
+
+$(VENV)-%/.stamp: setup.cfg
+	rm -rf "$(VENV)-$*"
+	$(PYTHON) -m venv "$(VENV)-$*"
+	$(VENV)-$*/bin/python -m pip install $(TORCH)
+	$(VENV)-$*/bin/python -m pip install -e . pytest $(ENGINE_PACKAGES_$*)
+	$(if $(ENGINE_NO_DEPS_$*),$(VENV)-$*/bin/python -m pip install --no-deps --no-build-isolation $(ENGINE_NO_DEPS_$*))
+	@touch $@
 
 quality: $(VENV)/.stamp-quality
 	$(BIN)/python -m ruff check .

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import re
@@ -14,24 +15,25 @@ import struct
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from conftest import CONFIGS, HIDDEN, VOCAB, lm_batches, perturb, tiny_model, tokens
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from peft_dlqat import DistillationLoss, DLQATConfig, TeacherCache, calibrate
+from peft_dlqat import Calibration, DistillationLoss, DLQATConfig, TeacherCache, calibrate, export_model, verify_export
 from peft_dlqat.layer import DLQATLayer
 
 PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
@@ -595,6 +597,14 @@ CONFIG_CASES = [
     refused_config(method="peqa", magnitude=False)("magnitude=False", "method='peqa'", "leave it at True"),
     refused_config(method="qalora", zero_point="integer")("zero_point='integer'", "method='qalora'", "use 'float'"),
     refused_config(init="gptq")("init='gptq'", "'mse', 'minmax'"),
+    refused_config(export="gguf")("export='gguf'", "list of formats", "['gguf']"),
+    refused_config(export=["ggml"])("export='ggml'", "'compressed-tensors', 'gguf', 'mlx', 'gptq', 'dense'"),
+    refused_config(export=["gguf", "compressed-tensors"], zero_point="float")(
+        "compressed-tensors cannot hold bits=4, group_size=128, zero_point='float'", "use zero_point='integer'"
+    ),
+    refused_config(export=["gguf"], bits=3, group_size=16)("gguf cannot hold", "group_size=16", "use group_size=32"),
+    refused_config(export=["gguf"], scale_dtype="float32")("scale_dtype='float32'", "use scale_dtype='bfloat16'"),
+    refused_config(export=["gguf"], bits_pattern={"down_proj": 8})("bits=8", "use zero_point='none' or bits=7"),
     refused_config(bias="lora_only")("bias='lora_only'", "'none', 'all', 'dlqat_only'"),
     refused_config(use_rslora="yes")("use_rslora='yes'", "True or False"),
     refused_config(init_weights="gaussian")("init_weights='gaussian'", "True or False"),
@@ -659,6 +669,15 @@ def k_quant_config(**kwargs: Any) -> DLQATConfig:
 
 
 LARGE_GROUP = ("group_size=256 is larger than in_features=64", "use at most 64", "-1 for one scale a row")
+
+
+def narrow() -> nn.Module:
+    """A Llama whose in_features are 48, no multiple of 32."""
+    config = CONFIGS["llama"]()
+    config.hidden_size, config.head_dim = 48, 12
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 INJECTING_CASES = [
     injecting(
         "group_size=256 on in_features=64", tiny_model, lambda: small_config(group_size=256), ValueError, *LARGE_GROUP
@@ -686,6 +705,13 @@ INJECTING_CASES = [
         ValueError,
         "bits=4, zero_point='none', group_size=16 of model.layers.0.mlp.down_proj",
         "none of GGUF's K-quants",
+        "export=['gguf'] on in_features=48",
+        narrow,
+        lambda: small_config(group_size=-1, export=["gguf"]),
+        ValueError,
+        "q_proj: gguf cannot hold",
+        "group_size=48",
+        "leave the layer out",
     ),
     Case("Injecting", "a second adapter with group_size=256", second_adapter, ValueError, LARGE_GROUP),
     Case("Injecting", "transformers' add_adapter with group_size=256", transformers_adapter, ValueError, LARGE_GROUP),
@@ -1066,6 +1092,162 @@ DISTILLING_CASES = [
     caching("TeacherCache(max_bytes=0)", "max_bytes=0", "positive integer", "4 GiB", max_bytes=0),
 ]
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exporting
+
+
+def exporting(
+    shown: str,
+    error: type[Exception],
+    *says: str,
+    make: Callable[[], nn.Module] = adapted,
+    format: str = "dense",
+    **kwargs: Any,
+) -> Case:
+    """`export_model` of a live model that is refused, without a trace on disk."""
+
+    def attempt(folder: Path) -> Attempt:
+        model = make()
+        for config in getattr(model, "peft_config", {}).values():  # an uncalibrated adapter warns
+            config.record.setdefault(
+                "calibration", asdict(Calibration(0, "model", "distill", 1.0, 0.5, 0.5, "fitted"))
+            )
+        return Attempt(lambda: export_model(model, folder / "out", format, **kwargs), model)
+
+    return Case("Exporting", shown, attempt, error, says)
+
+
+def occupied(folder: Path) -> Attempt:
+    (folder / "out").mkdir()
+    (folder / "out" / "notes.txt").write_text("mine")
+    model = adapted()
+    return Attempt(lambda: export_model(model, folder / "out", "dense"), model)
+
+
+def other_base(folder: Path) -> Attempt:
+    """An adapter on disk, and a base model of the right shape that it was not trained on."""
+    adapted().save_pretrained(str(folder / "adapter"))
+    base = tiny_model()
+    base.model.layers[0].self_attn.q_proj.weight.data += 0.01
+    base.save_pretrained(folder / "base")
+    return Attempt(lambda: export_model(folder / "adapter", folder / "out", "dense", base=folder / "base"))
+
+
+def without_base(folder: Path) -> Attempt:
+    model = adapted()
+    model.peft_config["default"].base_model_name_or_path = None
+    model.base_model.model.name_or_path = None
+    model.save_pretrained(str(folder / "adapter"))
+    return Attempt(lambda: export_model(folder / "adapter", folder / "out", "dense"))
+
+
+def lora_on_disk(folder: Path) -> Attempt:
+    get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(str(folder / "adapter"))
+    return Attempt(lambda: export_model(folder / "adapter", folder / "out", "dense", base=folder / "base"))
+
+
+def without_package(folder: Path) -> Attempt:
+    model = adapted()
+
+    def call() -> object:
+        find = importlib.util.find_spec
+        with mock.patch("importlib.util.find_spec", lambda name, *rest: None if name == "gguf" else find(name, *rest)):
+            return export_model(model, folder / "out", "gguf")
+
+    return Attempt(call, model)
+
+
+def opt() -> PeftModel:
+    model = get_peft_model(tiny_model("opt"), small_config(task_type="CAUSAL_LM"))
+    perturb(model)
+    return model.eval()
+
+
+def with_tiny_scale() -> PeftModel:
+    """A scale below the smallest float16."""
+    model = adapted()
+    first_layer(model).dlqat_scale["default"][0, 0] = 1e-9
+    return model
+
+
+def both_adapters() -> PeftModel:
+    model = _two_adapters()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+EXPORTING_CASES = [
+    exporting("format='ggml'", ValueError, "format='ggml'", "'gguf'", format="ggml"),
+    exporting("dtype='int8'", ValueError, "dtype='int8'", "'bfloat16'", dtype="int8"),
+    exporting("embeddings='q4_0'", ValueError, "embeddings='q4_0'", "'q8_0'", format="gguf", embeddings="q4_0"),
+    exporting("push_to_hub=True without repo_id", ValueError, "needs repo_id", push_to_hub=True),
+    exporting("base= beside a model", ValueError, "base='somewhere'", "adapter on disk", base="somewhere"),
+    exporting("adapter_name='other'", ValueError, "'other'", "the model has ['default']", adapter_name="other"),
+    exporting("a model without an adapter", ValueError, "no DL-QAT adapter", "get_peft_model", make=tiny_model),
+    exporting("two active adapters", ValueError, "2 adapters are active", "adapter_name", make=both_adapters),
+    exporting(
+        "zero_point='float' to compressed-tensors",
+        ValueError,
+        "compressed-tensors cannot hold bits=4, group_size=32, zero_point='float'",
+        "use zero_point='integer'",
+        "lossy=True",
+        make=lambda: adapted("float"),
+        format="compressed-tensors",
+    ),
+    exporting(
+        "a scale that float16 does not hold, to GGUF",
+        ValueError,
+        "has no exact float16",
+        "scale_dtype='float16'",
+        "lossy=True",
+        make=with_tiny_scale,
+        format="gguf",
+    ),
+    exporting(
+        "an architecture that GGUF is not written for",
+        ValueError,
+        "model_type='opt'",
+        "'llama'",
+        "'compressed-tensors'",
+        make=opt,
+        format="gguf",
+    ),
+    exporting(
+        "a base model that is no transformers model",
+        TypeError,
+        "the base model is a Net",
+        "transformers",
+        make=lambda: get_peft_model(Net(), net_config()),
+    ),
+    Case("Exporting", "an output folder that is not empty", occupied, FileExistsError, ("exists", "overwrite=True")),
+    Case(
+        "Exporting",
+        "another base model than the one trained on",
+        other_base,
+        ValueError,
+        ("are not those that the adapter was trained on", "checksum", "base=..."),
+    ),
+    Case("Exporting", "an adapter that names no base model", without_base, ValueError, ("base model", "base=...")),
+    Case("Exporting", "a LoRA adapter", lora_on_disk, ValueError, ("LORA", "only DL-QAT adapters")),
+    Case(
+        "Exporting",
+        "gguf without its package",
+        without_package,
+        ImportError,
+        ("needs the package gguf", "pip install 'peft-dlqat[gguf]'"),
+    ),
+    Case(
+        "Exporting",
+        "verify_export of a folder of something else",
+        lambda folder: Attempt(lambda: verify_export(folder)),
+        FileNotFoundError,
+        ("dlqat_export.json", "export_model()"),
+    ),
+]
+
 LOADING = list(loading_cases())
 CASES = [
     *CONFIG_CASES,
@@ -1074,6 +1256,7 @@ CASES = [
     *DISTILLING_CASES,
     *(case for *_, case in LOADING),
     *RUNNING_CASES,
+    *EXPORTING_CASES,
 ]
 
 

@@ -13,6 +13,7 @@ import torch
 from bad_input import (
     CALIBRATING_CASES,
     CONFIG_CASES,
+    EXPORTING_CASES,
     INJECTING_CASES,
     LOADING,
     PAGE,
@@ -91,6 +92,12 @@ def test_calibration_is_refused(case, tmp_path):
 @pytest.mark.parametrize("case", as_params(RUNNING_CASES))
 def test_running_or_merging_is_refused(case, tmp_path):
     """A refused forward pass, merge or request for codes leaves the model as it was."""
+    refuse(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", as_params(EXPORTING_CASES))
+def test_export_is_refused(case, tmp_path):
+    """A refused export leaves the model as it was, and nothing on disk."""
     refuse(case, tmp_path)
 
 

@@ -8,7 +8,7 @@ from conftest import perturb, tiny_model, tokens
 from peft import get_peft_model
 
 from peft_dlqat import DLQATConfig, Grid, QuantizedWeight
-from peft_dlqat.export.k_quants import K_QUANT_TYPES
+from peft_dlqat.formats.k_quants import K_QUANT_TYPES
 from peft_dlqat.initialisation import initialise
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.qweight import Quantizer, harden

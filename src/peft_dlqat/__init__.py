@@ -22,6 +22,7 @@ from .distillation import (
     teacher_logits,
 )
 from .evaluation import TASK_SETS, Evaluation, evaluate_model, evaluate_tasks
+from .export import EngineFigures, FormatRow, FormatTable, Verification, export_formats, export_model, verify_export
 from .generate import generate_dataset
 from .grid import Grid
 from .layer import DLQATLayer, DLQATLinear
@@ -51,7 +52,10 @@ __all__ = [
     "DLQATLinear",
     "DLQATModel",
     "DistillationLoss",
+    "EngineFigures",
     "Evaluation",
+    "FormatRow",
+    "FormatTable",
     "Grid",
     "GridReport",
     "LayerReport",
@@ -60,6 +64,7 @@ __all__ = [
     "Recipe",
     "TeacherCache",
     "TopTokens",
+    "Verification",
     "adapters_disabled",
     "calibrate",
     "calibrate_blocks",
@@ -68,8 +73,11 @@ __all__ = [
     "distillation_loss",
     "evaluate_model",
     "evaluate_tasks",
+    "export_formats",
+    "export_model",
     "generate_dataset",
     "grid_report",
     "pack_weights",
     "teacher_logits",
+    "verify_export",
 ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +16,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
 from .card import write_section
+from .formats import RULES
 from .grid import SCALE_DTYPES, ZERO_POINTS, Grid, largest_group
 from .initialisation import INITIALISATIONS
-from .kquant import check_k_quant
+from .kquant import K_QUANTS, check_k_quant
 from .methods import MAGNITUDES, METHODS, Method
 from .ops import GRADIENTS
 from .storage import STORAGES
@@ -116,6 +119,8 @@ class DLQATConfig(PeftConfig):
         gradient: "exact"; "bf16", whose one product that only feeds sums is in bfloat16; or "lowrank": at LoRA's own
             cost, without the clip's mask, for magnitude="row" or False (see `peft_dlqat.ops.lowrank`).
         init: first grid of a layer: "mse" (least squared error over clipped ranges) or "minmax".
+        export: formats that the model is to be exported to ("gguf", "compressed-tensors", "mlx", "gptq", "dense"): a
+            grid that one of them cannot hold exactly is refused now rather than after training.
         init_weights: True starts B at zero, so that a fresh adapter is exactly round-to-nearest; False starts it
             at random, for tests.
         record: what the package did with the adapter (parameter counts, calibration), saved with it. Not for setting.
@@ -173,6 +178,9 @@ class DLQATConfig(PeftConfig):
         default="exact", metadata={"help": "'exact', 'bf16', or 'lowrank' at LoRA's own cost."}
     )
     init: Literal["mse", "minmax"] = field(default="mse", metadata={"help": "First grid of a layer."})
+    export: list[str] | None = field(
+        default=None, metadata={"help": "Formats that must be able to hold the grid exactly."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "Start B at zero; False starts it at random."})
     record: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "What the package did with the adapter; not for setting."}
@@ -227,6 +235,7 @@ class DLQATConfig(PeftConfig):
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform; say which layers to adapt."
             )
+        self.check_export(self.grids())
 
     @classmethod
     def from_pretrained(
@@ -299,6 +308,31 @@ class DLQATConfig(PeftConfig):
         """The grid of a layer of `in_features` inputs, with the largest group that divides them."""
         size = largest_group(in_features, group_size)
         return Grid(bits, size, self.zero_point, SCALE_DTYPES[self.scale_dtype], self.scale_dtype == "k_quant")
+
+    def grids(self) -> list[Grid]:
+        """Every grid that a layer may get by settings and patterns; group_size -1 stands for a row of any length."""
+        widths = dict.fromkeys([self.bits, *self.bits_pattern.values()])
+        sizes = dict.fromkeys([self.group_size, *self.group_size_pattern.values()])
+        dtype, k_quant = SCALE_DTYPES[self.scale_dtype], self.scale_dtype == "k_quant"
+        grids = [Grid(bits, size, self.zero_point, dtype, k_quant) for bits, size in product(widths, sizes)]
+        # Of patterns' combinations, a layer can only get those that are K-quants.
+        return [grid for grid in grids if not k_quant or (grid.bits, grid.zero_point) in K_QUANTS]
+
+    def check_export(self, grids: Iterable[Grid], where: str = "", in_features: int | None = None) -> None:
+        """Refuse grids that a format named in `export` cannot hold exactly.
+
+        Raises:
+            ValueError: naming the format, the grid and what to change.
+        """
+        if self.export is None:
+            return
+        if isinstance(self.export, str) or not isinstance(self.export, list | tuple | set):
+            raise ValueError(f"export={self.export!r} must be a list of formats, such as ['gguf'].")
+        for name in self.export:
+            _check_choice("export", name, RULES)
+        for name, grid in product(self.export, grids):
+            if problem := RULES[name].problem(grid, in_features):
+                raise ValueError(f"export={self.export!r}: {where}{problem}.")
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         """lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA."""

@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .checksum import base_record, weight_checksum
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .grid import largest_group
 from .kquant import check_k_quant
@@ -97,6 +98,7 @@ class DLQATModel(BaseTuner):
                     f"storage={config.storage!r} packs whole bytes, but in_features={in_features} of {name} is no "
                     f"multiple of {8 // STORAGES[config.storage]}; use storage='int8', or exclude_modules."
                 )
+            config.check_export([config.grid(in_features, settings["bits"], asked)], f"{name}: ", in_features)
             if asked not in (-1, used):
                 smaller.setdefault(f"{asked} -> {used}", []).append(name)
         for field in ("bits_pattern", "group_size_pattern"):
@@ -144,7 +146,7 @@ class DLQATModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, on a copy of the config; then counts the parameters, for the model card."""
+        """As PEFT's, on a copy of the config; then counts the parameters and notes which base this is."""
         # The caller's config may make another model too, and must not tell that one that it was calibrated.
         given = self.peft_config[adapter_name]
         # PEFT adds these to the caller's config, but only after the injection: too late for the copy and "all-linear".
@@ -157,6 +159,7 @@ class DLQATModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if "adapter_parameters" not in config.record:  # a loaded adapter was counted when it was made
             config.record.update(_count_parameters(model, adapter_name, config.bias))
+            config.record.update(_base_record(model, adapter_name))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; warns where several adapters become active."""
@@ -285,6 +288,18 @@ def _count_parameters(model: nn.Module, adapter_name: str, bias: str) -> dict[st
         elif not of_adapters:
             counts["base_parameters"] += parameter.numel()
     return counts
+
+
+def _base_record(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """What tells the base model from another one; nothing while its weights are not there."""
+    layers = {
+        name: layer.original_weight()
+        for name, layer in model.named_modules()
+        if isinstance(layer, DLQATLayer) and adapter_name in layer.dlqat_grid
+    }
+    if not layers or any(weight.is_meta for weight in layers.values()):
+        return {}
+    return base_record({name: weight_checksum(weight) for name, weight in layers.items()}, layers.values())
 
 
 def _in_features(module: nn.Module) -> int:

@@ -1,1 +1,15 @@
 """Quantized weights in the formats that engines read, without rounding again."""
+
+from .exporting import export_model
+from .table import FormatRow, FormatTable, export_formats
+from .verify import EngineFigures, Verification, verify_export
+
+__all__ = [
+    "EngineFigures",
+    "FormatRow",
+    "FormatTable",
+    "Verification",
+    "export_formats",
+    "export_model",
+    "verify_export",
+]

@@ -22,6 +22,7 @@ import torch
 from ..grid import Grid
 from ..kquant import K_QUANTS, SUPER_BLOCK, KQuant, from_super_scales
 from ..qweight import QuantizedWeight
+from .blocks import BlockType
 
 Array = np.ndarray
 
@@ -115,10 +116,16 @@ class KQuantType:
     def holds(self, grid: Grid) -> bool:
         """Whether every weight on the grid is exact in this type, as long as its scales are exact in float16."""
         if grid.k_quant:
-            return grid.super_block == self.quant
+            return grid.super_block == self.quant and grid.group_size == self.quant.group_size
         zeros = ("none",) if self.quant.zero_point == "none" else ("none", "integer", "float")
-        whole_blocks = grid.group_size % SUPER_BLOCK == 0 and grid.scale_dtype != torch.float32
-        return whole_blocks and grid.bits <= self.quant.bits and grid.zero_point in zeros
+        # A group of -1 stands for a row, whose length is not known yet.
+        whole_blocks = grid.group_size == -1 or grid.group_size % SUPER_BLOCK == 0
+        return (
+            whole_blocks
+            and grid.scale_dtype != torch.float32
+            and grid.bits <= self.quant.bits
+            and grid.zero_point in zeros
+        )
 
     def pack(self, weight: QuantizedWeight) -> Array:
         """The tensor's bytes, uint8 [out, in / 256 * bytes of a block], as `gguf.GGUFWriter.add_tensor` takes them.
@@ -203,3 +210,13 @@ _PACKERS: dict[str, Callable[..., Array]] = {
     "Q6_K": pack_q6_k,
 }
 K_QUANT_TYPES = {quant.name: KQuantType(quant, _PACKERS[quant.name]) for quant in K_QUANTS.values()}
+K_QUANT_BLOCKS = tuple(
+    BlockType(
+        name,
+        SUPER_BLOCK,
+        kind.bits_per_weight,
+        kind.holds,
+        lambda codes, scale, zero, grid, kind=kind: kind.pack(QuantizedWeight(codes, scale, zero, grid)),  # type: ignore[misc]
+    )
+    for name, kind in K_QUANT_TYPES.items()
+)

@@ -1,0 +1,137 @@
+"""The exported model's card (README.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..formats import Rule
+from ..methods import METHODS
+from .manifest import MANIFEST, Manifest
+from .source import Source
+
+_LOAD = {
+    "compressed-tensors": [
+        "```python",
+        "from transformers import AutoModelForCausalLM  # and pip install compressed-tensors",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")',
+        "```",
+        "",
+        "or `vllm serve THIS_REPOSITORY`.",
+    ],
+    "gguf": ["```bash", "llama-cli -hf THIS_REPOSITORY", "```"],
+    "mlx": ["```bash", "mlx_lm.generate --model THIS_REPOSITORY --prompt ...", "```"],
+    "gptq": [
+        "```python",
+        "from gptqmodel import GPTQModel",
+        "",
+        'model = GPTQModel.load("THIS_REPOSITORY")',
+        "```",
+    ],
+    "dense": [
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")',
+        "```",
+    ],
+}
+_LIBRARY = {"gguf": "gguf", "mlx": "mlx"}
+# Of the base model's metadata, what holds for the exported one too.
+_KEPT = ("license", "license_name", "license_link", "language", "datasets")
+
+
+def write_card(folder: Path, source: Source, rule: Rule, manifest: Manifest, beside: Path | None) -> None:
+    """Write README.md: base model, data, grids, how to load it, and what the engines found.
+
+    Args:
+        folder: the exported folder, all its other files written.
+        source: the model.
+        rule: the format.
+        manifest: what was written and found.
+        beside: the base model's folder, whose card names licence, language and data.
+    """
+    kept = _base_metadata(beside)
+    on_hub = bool(manifest.base) and not Path(source.base).is_dir()
+    data = ModelCardData(
+        base_model=manifest.base if on_hub else None,
+        base_model_relation="quantized" if on_hub else None,
+        library_name=_LIBRARY.get(rule.name, "transformers"),
+        pipeline_tag="text-generation",
+        tags=["dlqat", "quantization-aware-training", rule.name],
+        **kept,
+    )
+    text = "\n".join(_lines(folder, source, rule, manifest))
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
+
+
+def _base_metadata(beside: Path | None) -> dict[str, Any]:
+    if beside is None or not (beside / "README.md").is_file():
+        return {}
+    try:
+        found = ModelCard.load(beside / "README.md", ignore_metadata_errors=True).data.to_dict()
+    except ValueError:  # a card whose metadata is no YAML is no reason to fail
+        return {}
+    return {key: found[key] for key in _KEPT if key in found}
+
+
+def _lines(folder: Path, source: Source, rule: Rule, manifest: Manifest) -> list[str]:
+    config = source.adapter
+    method = METHODS[config.method]
+    base = manifest.base or "its base model"
+    size = sum(path.stat().st_size for pattern in ("*.safetensors", "*.gguf") for path in folder.glob(pattern))
+    weights = sum(_count(entry.shape) for entry in source.entries)
+    lines = [
+        f"# {config.bits}-bit {base} ({rule.name})",
+        "",
+        f"Fine-tuned from {base} inside a low-bit quantizer "
+        f"([{method.title}](https://arxiv.org/abs/{method.arxiv})) with `peft-dlqat`. "
+        + (
+            "The weights are the trained ones to the bit."
+            if manifest.exact
+            else "What was rounded again is said below."
+        ),
+        "",
+        *_LOAD[rule.name],
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {row['weights']} weights | {row['grid']}, stored as {row['stored']} |" for row in manifest.grids),
+        f"| size | {size / 1e6:,.1f} MB, {8 * size / weights:.2f} bits a parameter; in bfloat16 "
+        f"{2 * weights / 1e6:,.1f} MB |",
+        f"| scales | {config.scale_dtype} in training |",
+    ]
+    for title, names in (
+        ("dense linear layers", manifest.dense_linears),
+        ("trained in full", manifest.modules_to_save),
+    ):
+        if names:
+            lines.append(f"| {title} | {', '.join(names)} |")
+    lines += [f"| lossy | {line} |" for line in manifest.lossy]
+    if manifest.rounded:
+        lines.append(f"| rounded to their dtype | {len(manifest.rounded)} dense tensors |")
+    if calibration := config.record.get("calibration"):
+        lines.append(f"| calibration | {calibration['steps']} steps, {calibration['objective']} |")
+    lines += ["", *(f"Note: {note}.\n" for note in manifest.notes)]
+    if manifest.figures:
+        lines += [
+            f"Against the trained model in float32, on the prompts in this repository (`verify_export`, {MANIFEST}):",
+            "",
+            "| engine | largest difference of a logit | KL, nats a token | top-1 |",
+            "|---|---|---|---|",
+            *(
+                f"| {row['engine']} | {row['max_difference']:.3g} | {row['kl']:.3g} | {row['top1']:.1%} |"
+                for row in manifest.figures
+            ),
+        ]
+    return lines
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,128 @@
+"""The files of an exported folder: whole or not there, tensors in shards, and what the base model has beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+
+# What a model's folder holds beside weights and config that another engine may need.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def check_free(out_dir: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        FileExistsError: if it exists and is not an empty folder, unless `overwrite`.
+    """
+    if overwrite or not (out_dir.exists() or out_dir.is_symlink()):
+        return
+    if not out_dir.is_dir() or any(out_dir.iterdir()):
+        raise FileExistsError(
+            f"out_dir={str(out_dir)!r} exists and is not empty; name a new folder, or pass overwrite=True."
+        )
+
+
+@contextmanager
+def whole_or_nothing(out_dir: Path) -> Iterator[Path]:
+    """A folder to write into, that takes the place of `out_dir` at the end; after an exception it is gone.
+
+    It lies beside `out_dir`, on the same disk, so that the last step is a rename.
+    """
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as room:
+        made = Path(room) / "new"
+        made.mkdir()
+        yield made
+        if out_dir.exists():
+            os.rename(out_dir, Path(room) / "old")
+        os.rename(made, out_dir)
+
+
+class TensorFiles:
+    """Safetensors files in a folder, written as tensors come; `close` names them as transformers expects."""
+
+    def __init__(self, folder: Path, max_shard_size: int) -> None:
+        self._folder, self._limit = folder, max_shard_size
+        self._held: dict[str, torch.Tensor] = {}
+        self._size = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Hold one tensor, and write those held when they are many."""
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._size + size > self._limit:
+            self._write()
+        self._held[name] = tensor.contiguous()
+        self._size += size
+        self._total += size
+
+    def close(self) -> None:
+        """Write the rest, and the index if there are several files."""
+        if self._held:
+            self._write()
+        count = len(self._shards)
+        weight_map = {}
+        for number, (path, names) in enumerate(self._shards, 1):
+            final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            path.rename(self._folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            write_json(self._folder / "model.safetensors.index.json", index)
+
+    def _write(self) -> None:
+        path = self._folder / f"shard-{len(self._shards)}"
+        save_file(self._held, path, metadata={"format": "pt"})
+        self._shards.append((path, list(self._held)))
+        self._held, self._size = {}, 0
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def companion_folder(base: str) -> Path | None:
+    """The base model's folder, a hub id's files downloaded; None where there is neither."""
+    if not base:
+        return None
+    if Path(base).is_dir():
+        return Path(base)
+    try:
+        return Path(snapshot_download(base, allow_patterns=[*COMPANIONS, "config.json", "README.md"]))
+    except Exception:  # no connection, no such repository: the caller says what is missing
+        return None
+
+
+def copy_companions(source: Path, folder: Path) -> list[str]:
+    """Copy tokenizer, chat template, generation config and licence; returns the files' names."""
+    found = sorted({path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
+    for path in found:
+        shutil.copyfile(path, folder / path.name)
+    return [path.name for path in found]

@@ -1,0 +1,108 @@
+"""dlqat_export.json: what an exported folder holds, and the logits that an engine must find in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .folder import write_json
+
+MANIFEST = "dlqat_export.json"
+# In a folder of its own: engines read every safetensors file that lies beside config.json.
+REFERENCE = "dlqat_export/reference.safetensors"
+_PACKAGES = ("peft-dlqat", "torch", "transformers", "peft", "compressed-tensors", "gguf", "mlx")
+
+
+@dataclass
+class Manifest:
+    """What an export is.
+
+    Attributes:
+        format: name of the format.
+        base: folder name or hub id of the base model.
+        base_checksum: checksum of the adapted layers' original weights.
+        grids: number of weights on each grid, and how it is stored.
+        exact: whether the artefact holds the trained weights and every other tensor to the bit.
+        lossy: what was rounded again on request.
+        rounded: dense tensors that the chosen dtype has rounded.
+        dense_linears: linear layers that are not quantized.
+        modules_to_save: modules that were trained in full, and stay dense.
+        notes: what else the user should know.
+        versions: of the packages that made it.
+        files: sha256 of each file.
+        figures: what `verify_export` found when it was made, by engine.
+    """
+
+    format: str
+    base: str
+    base_checksum: str
+    grids: list[dict[str, Any]]
+    exact: bool
+    lossy: list[str] = field(default_factory=list)
+    rounded: list[str] = field(default_factory=list)
+    dense_linears: list[str] = field(default_factory=list)
+    modules_to_save: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    figures: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Write it, with the checksums of all files that lie there."""
+        self.versions = _versions()
+        self.files = {
+            str(path.relative_to(folder)): sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in (MANIFEST, "README.md")
+        }
+        write_json(folder / MANIFEST, asdict(self))
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read it.
+
+    Raises:
+        FileNotFoundError: if the folder was not written by `export_model`.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {MANIFEST}; only folders written by export_model() can be verified.")
+    return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def save_reference(folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> None:
+    """Write the reference prompts [prompts, tokens] and their logits [prompts, tokens, vocabulary]."""
+    (folder / REFERENCE).parent.mkdir()
+    save_file({"input_ids": ids, "logits": logits.contiguous()}, folder / REFERENCE)
+
+
+def load_reference(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference prompts and their logits."""
+    tensors = load_file(folder / REFERENCE)
+    return tensors["input_ids"], tensors["logits"]
+
+
+def sha256(path: Path) -> str:
+    """A file's checksum."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(2**24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

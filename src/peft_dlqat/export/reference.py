@@ -1,0 +1,87 @@
+"""The logits that an artefact must give: the merged model's in float32, one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from ..calibration.decoder import NoDecoderLayers, capture, decoder_layers, hidden_states
+from ..checkpoint import empty_model
+from ..qweight import QuantizedWeight
+from .source import Entry, Source
+
+PROMPTS, TOKENS = 4, 16
+
+
+def prompt_ids(config: PretrainedConfig, special: set[int]) -> torch.Tensor:
+    """Reference prompts: random token ids [PROMPTS, TOKENS], the same for the same vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    allowed = torch.tensor([token for token in range(config.get_text_config().vocab_size) if token not in special])
+    return allowed[torch.randint(len(allowed), (PROMPTS, TOKENS), generator=generator)]
+
+
+@torch.no_grad()
+def reference_logits(source: Source, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [prompts, tokens, vocabulary] of the merged model, all its weights and arithmetic in float32.
+
+    Args:
+        source: the model.
+        ids: token ids [prompts, tokens].
+    """
+    model: Any = empty_model(source.config, torch.float32, type(source.model)).eval()
+    try:
+        layers = list(decoder_layers(source.model, source.adapter_name))
+    except NoDecoderLayers:
+        layers = []
+    inside = {name: [n for n in source.names if n.startswith(f"{name}.")] for name in layers}
+    outside = set(source.names) - {name for names in inside.values() for name in names}
+    _load(model, source, outside)
+    if not layers:
+        return model(input_ids=ids, use_cache=False).logits.float()
+    blocks = [model.get_submodule(name) for name in layers]
+    with hidden_states(None) as hidden:
+        (calls,) = capture(model, blocks, [{"input_ids": ids}], hidden)
+        state = hidden.student[0]
+    for (args, kwargs), block, names in zip(calls, blocks, inside.values(), strict=True):
+        _load(model, source, set(names))
+        state = block(state, *args, **kwargs)
+        block.to("meta")
+    with _replaced_by(blocks, state):
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def _load(model: nn.Module, source: Source, names: set[str]) -> None:
+    for entry, value in source.read(names):
+        put(model, entry, value)
+    model.tie_weights()  # type: ignore[operator]
+
+
+def put(model: nn.Module, entry: Entry, value: torch.Tensor | QuantizedWeight) -> None:
+    """Give a model on the meta device one of its tensors, in float32."""
+    if isinstance(value, QuantizedWeight):
+        value = value.dequantize()
+        value = value.t().contiguous() if entry.transposed else value
+    path, _, leaf = entry.name.rpartition(".")
+    module: Any = model.get_submodule(path)
+    value = value.float() if value.is_floating_point() else value
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[leaf] = value
+
+
+@contextmanager
+def _replaced_by(blocks: list[nn.Module], state: torch.Tensor) -> Iterator[None]:
+    """Inside the block, the decoder layers return what the last of them has returned."""
+    for block in blocks:
+        block.forward = lambda *_, **__: state
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

@@ -1,0 +1,52 @@
+"""What an export says of itself: its manifest, and the lines that are printed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from ..formats import Rule, describe
+from .fitting import fitting_grid
+from .manifest import Manifest
+from .options import Options
+from .source import Source
+from .verify import Verification
+
+
+def summarise(source: Source, rule: Rule, options: Options, losses: list[str]) -> Manifest:
+    """The manifest of what has been written."""
+    grids: Counter[tuple[str, str]] = Counter()
+    for entry in source.entries:
+        if entry.grid is not None and entry.name not in options.kept_dense:
+            written = fitting_grid(entry, rule)
+            assert written is not None
+            # A dense weight is stored in the dtype that was asked for.
+            stored = rule.storage(written)[0] if rule.name != "dense" else str(options.dtype).removeprefix("torch.")
+            grids[describe(entry.grid), stored] += 1
+    if options.kept_dense:
+        losses = [*losses, f"{len(options.kept_dense)} weights are kept dense: {', '.join(options.kept_dense[:3])}"]
+    return Manifest(
+        format=rule.name,
+        base=Path(source.base).name if Path(source.base).is_dir() else source.base,
+        base_checksum=source.base_checksum,
+        grids=[{"grid": grid, "stored": stored, "weights": count} for (grid, stored), count in grids.items()],
+        exact=not options.rounded and not losses,
+        lossy=losses,
+        rounded=options.rounded,
+        dense_linears=source.untouched_linears,
+        modules_to_save=source.modules_to_save,
+        notes=options.notes,
+    )
+
+
+def report(manifest: Manifest, verification: Verification | None) -> list[str]:
+    """What the user is told: how weights are stored, what is lossy or dense, and what the engines found."""
+    lines = [f"{row['weights']} weights as {row['stored']} ({row['grid']})" for row in manifest.grids]
+    lines += [f"lossy: {line}" for line in manifest.lossy]
+    if manifest.rounded:
+        lines.append(f"{len(manifest.rounded)} dense tensors rounded: {', '.join(manifest.rounded[:3])}, ...")
+    for what, names in (("linear layers", manifest.dense_linears), ("modules_to_save", manifest.modules_to_save)):
+        if names:
+            lines.append(f"kept dense, {what}: {', '.join(names)}")
+    lines += manifest.notes
+    return lines if verification is None else [*lines, str(verification)]

@@ -1,0 +1,98 @@
+"""Small models of the shapes that engines know, with a trained adapter, for the tests of exports."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import perturb
+from peft import PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from peft_dlqat import Calibration, DLQATConfig
+
+EMBEDDED = Path(__file__).parents[1] / "examples" / "embedded" / "model"
+VOCAB, HIDDEN = 96, 256  # a multiple of 256, the block of GGUF's smallest types
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**_SHAPE),
+    "tied": lambda: LlamaConfig(**{**_SHAPE, "tie_word_embeddings": True}),
+    "mistral": lambda: MistralConfig(**_SHAPE),
+    "qwen2": lambda: Qwen2Config(**_SHAPE),
+    "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=64),
+    "gemma": lambda: GemmaConfig(**_SHAPE, head_dim=64),
+    "phi": lambda: PhiConfig(**_SHAPE, partial_rotary_factor=0.5),
+    "phi3": lambda: Phi3Config(**_SHAPE, pad_token_id=0),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
+}
+
+
+@cache
+def _base(kind: str) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def base_model(kind: str = "llama") -> PreTrainedModel:
+    """A random model in float32; "embedded" for the pretrained one of examples/."""
+    if kind == "embedded":
+        return AutoModelForCausalLM.from_pretrained(EMBEDDED).eval()
+    return copy.deepcopy(_base(kind))
+
+
+def adapted(kind: str = "llama", trained: bool = True, dtype: torch.dtype | None = None, **settings: Any) -> PeftModel:
+    """The model with an adapter that has been moved, as training would, and says that it was calibrated."""
+    config = DLQATConfig(**{"init": "minmax", "task_type": "CAUSAL_LM", "group_size": 32, **settings})
+    model = get_peft_model(base_model(kind).to(dtype), config)
+    if trained:
+        perturb(model)
+        calibration = Calibration(
+            1, "model", "distill", loss_before=1.0, loss_fitted=0.6, loss_after=0.5, kept="after"
+        )
+        model.peft_config["default"].record["calibration"] = asdict(calibration)
+    return model.eval()
+
+
+@torch.no_grad()
+def merged_logits(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the merged model in float32; leaves the model as it was."""
+    merged = copy.deepcopy(model).float().merge_and_unload()
+    return merged(input_ids=ids, use_cache=False).logits
+
+
+def save_base(kind: str, folder: Path, **settings: Any) -> Path:
+    """The base model of `adapted` on disk."""
+    base_model(kind).save_pretrained(folder, **settings)
+    return folder

@@ -1,0 +1,105 @@
+"""What `verify_export` is worth: it catches an artefact that is a little off, by each engine that is installed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from export_models import adapted
+from transformers.utils import logging as transformers_logging
+
+from peft_dlqat import export_model, verify_export
+from peft_dlqat.export import compressed_tensors, dense, gguf, gptq, mlx
+from peft_dlqat.export.gguf_model import Architecture
+from peft_dlqat.qweight import QuantizedWeight
+
+WRITERS = {"compressed-tensors": compressed_tensors, "gguf": gguf, "mlx": mlx, "dense": dense, "gptq": gptq}
+PACKAGES = {"compressed-tensors": "compressed_tensors", "gguf": "gguf", "mlx": "mlx_lm", "dense": "torch"}
+SPOILED = "model.layers.1.mlp.up_proj.weight"
+
+
+def scale_off_by_one_percent(weight: QuantizedWeight) -> QuantizedWeight:
+    # In the dtype of the file: a bfloat16 has no value 1% away, but one 0.8% away.
+    return replace(weight, scale=(1.01 * weight.scale).bfloat16().float())
+
+
+def zeros_off_by_one(weight: QuantizedWeight) -> QuantizedWeight:
+    return replace(weight, zero=(weight.zero + 1).clamp(max=weight.grid.qmax))
+
+
+def rows_swapped(weight: QuantizedWeight) -> QuantizedWeight:
+    order = torch.arange(weight.codes.shape[0])
+    order[[5, 6]] = order[[6, 5]]
+    return replace(weight, codes=weight.codes[order])
+
+
+CONTROLS = {
+    "scale": (scale_off_by_one_percent, "integer"),
+    "zeros": (zeros_off_by_one, "integer"),
+    "rows": (rows_swapped, "none"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet_transformers():
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    yield
+    transformers_logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("format", PACKAGES)
+def test_a_spoiled_weight_is_caught(format, control, tmp_path, monkeypatch):
+    """One layer of fourteen is off; checksums are those of the spoiled file, so that only the logits can tell."""
+    pytest.importorskip(PACKAGES[format])
+    spoil, zero_point = CONTROLS[control]
+    writer = WRITERS[format]
+    fitted = writer.fitted
+
+    def spoiled(*args):
+        for entry, value in fitted(*args):
+            yield entry, spoil(value) if entry.name == SPOILED else value
+
+    model = adapted(bits=3, zero_point=zero_point)
+    assert export_model(model, tmp_path / "sound", format).ok
+    monkeypatch.setattr(writer, "fitted", spoiled)
+    with pytest.raises(RuntimeError, match=r"the exported model is not the trained one(.|\n)*DIFFERS"):
+        export_model(model, tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+    export_model(model, tmp_path / "out", format, verify=False)
+    found = verify_export(tmp_path / "out")
+    assert not found.ok and not found.changed_files
+    assert all(not row.agrees and row.kl > 1e-9 for row in found.figures) and found.figures
+
+
+def test_rows_of_q_and_k_that_are_not_permuted_are_caught(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(Architecture, "row_order", lambda *_: slice(None))
+    with pytest.raises(RuntimeError, match="DIFFERS"):
+        export_model(adapted(bits=4), tmp_path / "out", "gguf")
+    export_model(adapted(bits=4), tmp_path / "out", "gguf", verify=False)
+    found = verify_export(tmp_path / "out")
+    assert not found.ok and found.figures[0].kl > 1e-6
+
+
+def test_changed_files_are_named(tmp_path):
+    export_model(adapted(bits=4), tmp_path / "out", "dense")
+    with (tmp_path / "out" / "model.safetensors").open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"\x00\x01")
+    (tmp_path / "out" / "generation_config.json").unlink()
+    found = verify_export(tmp_path / "out")
+    assert not found.ok
+    assert set(found.changed_files) == {"model.safetensors", "generation_config.json"}
+    assert "changed since it was written: model.safetensors" in str(found)
+
+
+def test_nothing_compared_is_not_ok(tmp_path):
+    """GPTQ's engine is not among those of the test environment."""
+    from peft_dlqat.export.engines import ENGINES
+
+    found = export_model(adapted(bits=4), tmp_path / "out", "gptq")
+    if not ENGINES["gptqmodel"].installed:
+        assert not found.ok and "nothing was compared" in str(found)

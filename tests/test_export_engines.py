@@ -1,0 +1,59 @@
+"""Exported models in the engines that `make test-engines` builds: llama.cpp and gptqmodel."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+from export_models import adapted
+
+from peft_dlqat import Grid, export_model, verify_export
+from peft_dlqat.formats import RULES
+
+# llama.cpp rounds activations to 8 bits where it multiplies with quantized weights; built with BLAS, it computes
+# products of many tokens in float32.
+LLAMA_KL = 1e-8 if os.environ.get("DLQAT_BLAS") else 1e-3
+GPTQ_KL = 1e-6
+
+
+def grids(name: str, sizes: tuple[int, ...]) -> list[dict[str, object]]:
+    settings = [
+        {"bits": bits, "group_size": size, "zero_point": zero_point}
+        for bits, size, zero_point in itertools.product((2, 3, 4, 8), sizes, ("none", "integer", "float"))
+    ]
+    return [setting for setting in settings if RULES[name].holds(Grid(**setting, scale_dtype=torch.bfloat16))]
+
+
+def as_id(setting: dict[str, object]) -> str:
+    return "-".join(str(value) for value in setting.values())
+
+
+def figures(folder, engine):
+    (found,) = verify_export(folder, engines=[engine]).figures
+    print(found)
+    return found
+
+
+@pytest.mark.parametrize("setting", grids("gguf", (32, 256)), ids=as_id)
+def test_llama_cpp_finds_the_trained_model(setting, tmp_path):
+    pytest.importorskip("llama_cpp")
+    export_model(adapted(**setting), tmp_path / "out", "gguf", verify=False)
+    found = figures(tmp_path / "out", "llama-cpp-python")
+    assert found.kl <= LLAMA_KL and found.agrees
+
+
+@pytest.mark.parametrize("kind", ["tied", "mistral", "qwen2", "qwen3", "gpt2", "embedded", "gemma", "phi", "phi3"])
+def test_llama_cpp_knows_the_architecture(kind, tmp_path):
+    pytest.importorskip("llama_cpp")
+    export_model(adapted(kind, bits=4), tmp_path / "out", "gguf", verify=False)
+    assert figures(tmp_path / "out", "llama-cpp-python").kl <= LLAMA_KL
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("setting", grids("gptq", (32, 128, -1)), ids=as_id)
+def test_gptqmodel_finds_the_trained_model(setting, tmp_path):
+    pytest.importorskip("gptqmodel")
+    export_model(adapted("embedded", **setting), tmp_path / "out", "gptq", verify=False)  # it wants a tokenizer
+    assert figures(tmp_path / "out", "gptqmodel").kl <= GPTQ_KL

@@ -1,0 +1,180 @@
+"""The exported folder: all of it or nothing, with what belongs beside the weights, and what it says of itself."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import re
+import shutil
+import warnings
+
+import pytest
+import torch
+from export_models import EMBEDDED, adapted
+from huggingface_hub import ModelCard
+
+from peft_dlqat import DLQATConfig, Grid, export_formats, export_model
+from peft_dlqat.export import exporting, folder
+from peft_dlqat.export.manifest import load_manifest, sha256
+from peft_dlqat.export.source import Source
+from peft_dlqat.formats import BLOCK_TYPES, RULES
+
+
+@pytest.mark.parametrize("format", ["dense", "gguf", "compressed-tensors"])
+def test_a_full_disk_leaves_nothing(format, tmp_path, monkeypatch):
+    """The error comes after half of the files have been written."""
+    pytest.importorskip({"gguf": "gguf", "compressed-tensors": "compressed_tensors"}.get(format, "torch"))
+
+    def full(*_args, **_kwargs):
+        assert any(tmp_path.rglob("config.json")), "nothing had been written yet"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(exporting, "save_reference", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_model(adapted(bits=4), tmp_path / "out", format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_the_folder_to_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_model(adapted(bits=4), tmp_path / "out", "dense", overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "notes.txt"]
+    monkeypatch.undo()
+    export_model(adapted(bits=4), tmp_path / "out", "dense", overwrite=True, verify=False)
+    assert not (tmp_path / "out" / "notes.txt").exists() and (tmp_path / "out" / "config.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_is_used(tmp_path):
+    (tmp_path / "out").mkdir()
+    export_model(adapted(bits=4), tmp_path / "out", "dense", verify=False)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_an_untrained_adapter_warns(tmp_path):
+    with pytest.warns(UserWarning, match=r"never trained .* rounded to nearest"):
+        export_model(adapted(trained=False, bits=4), tmp_path / "out", "dense", verify=False)
+
+
+def test_an_uncalibrated_adapter_warns(tmp_path):
+    model = adapted(bits=4)
+    del model.peft_config["default"].record["calibration"]
+    with pytest.warns(UserWarning, match=r"never calibrated.*init='minmax'"):
+        export_model(model, tmp_path / "out", "dense", verify=False)
+
+
+def test_a_trained_one_does_not_warn(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        export_model(adapted(bits=4), tmp_path / "out", "dense", verify=False)
+
+
+def test_tokenizer_generation_config_and_licence_travel(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(EMBEDDED, base)
+    (base / "LICENSE.txt").write_text("Do as you like.")
+    adapted("embedded", bits=3).save_pretrained(tmp_path / "adapter")
+    export_model(tmp_path / "adapter", tmp_path / "out", "dense", base=base, dtype="bfloat16")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE.txt"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_the_card_names_base_grid_licence_and_figures(tmp_path):
+    export_model(adapted("embedded", bits=3), tmp_path / "out", "dense", dtype="bfloat16")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license_name == "psf-2.0" and "dlqat" in card.data.tags
+    for text in ("3-bit", "bits=3, group_size=32", "bits a parameter", "| transformers |", "calibration | 1 steps"):
+        assert text in card.text, text
+
+
+def test_the_manifest_says_what_is_there(tmp_path):
+    model = adapted(bits=3, target_modules=["q_proj"])
+    export_model(model, tmp_path / "out", "dense")
+    content = json.loads((tmp_path / "out" / "dlqat_export.json").read_text())
+    assert content["format"] == "dense" and content["exact"] and content["versions"]["torch"]
+    assert content["grids"] == [
+        {
+            "grid": "bits=3, group_size=32, zero_point='integer', scale_dtype='bfloat16'",
+            "stored": "float32",
+            "weights": 2,
+        }
+    ]
+    assert content["base_checksum"] == model.peft_config["default"].record["base"]["checksum"]
+    assert len(content["dense_linears"]) == 12
+    listed = content["files"]
+    for path in (tmp_path / "out").rglob("*"):
+        name = str(path.relative_to(tmp_path / "out"))
+        if path.is_file() and name not in ("dlqat_export.json", "README.md"):
+            assert listed.pop(name) == sha256(path)
+    assert not listed
+    assert load_manifest(tmp_path / "out").figures[0]["max_difference"] == 0.0
+
+
+def test_it_is_pushed_whole(tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append(("create", repo_id, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr(exporting, "HfApi", Api)
+    export_model(
+        adapted(bits=4), tmp_path / "out", "dense", verify=False, push_to_hub=True, repo_id="you/model", private=True
+    )
+    assert calls[0] == ("create", "you/model", True, True)
+    assert {"README.md", "config.json", "dlqat_export.json", "model.safetensors"} <= set(calls[1][2])
+
+
+def test_the_checksum_is_the_same_in_any_exact_dtype_and_on_disk(tmp_path):
+    model = adapted("embedded", bits=3)
+    record = model.peft_config["default"].record["base"]
+    assert record["dtype"] == "bfloat16"
+    assert Source(model, None).base_checksum == record["checksum"]
+    assert Source(model.float(), None).base_checksum == record["checksum"]
+
+
+def test_the_table_of_formats():
+    table = export_formats(DLQATConfig(bits=3, zero_point="float", bits_pattern={"down_proj": 4}))
+    rows = {(row.format, row.grid[:6]): row for row in table.rows}
+    assert len(rows) == 2 * len(RULES)
+    assert rows["gguf", "bits=3"].stored == "Q4_1" and rows["gguf", "bits=3"].bits_per_weight == 5.0
+    assert rows["mlx", "bits=4"].bits_per_weight == 4.25
+    assert "use zero_point='integer'" in rows["compressed-tensors", "bits=3"].problem
+    assert "Q4_1" in str(table) and "not exactly" in str(table)
+
+
+def test_block_types_and_remedies_agree_with_the_rules():
+    """Whatever a remedy says is held; whatever is said to be held, some type holds."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for bits, size, zero, dtype in itertools.product(
+        range(2, 9), (16, 32, 80, 256, -1), ("none", "integer", "float"), dtypes
+    ):
+        grid = Grid(bits, size, zero, dtype)
+        for rule in RULES.values():
+            problem = rule.problem(grid)
+            assert bool(problem) is not rule.holds(grid)
+            if not problem:
+                assert rule.storage(grid)[1] >= bits
+                continue
+            for remedy in problem.partition("; use ")[2].split(" or "):
+                changes = dict(re.findall(r"(\w+)='?(\w+)'?", remedy))
+                assert changes, problem
+                fixed = Grid(
+                    int(changes.get("bits", bits)),
+                    int(changes.get("group_size", size)),
+                    changes.get("zero_point", zero),
+                    getattr(torch, changes["scale_dtype"]) if "scale_dtype" in changes else dtype,
+                )
+                assert rule.holds(fixed), problem
+    assert min(BLOCK_TYPES, key=lambda entry: entry.bits_per_weight).name == "TQ2_0"
