@@ -196,11 +196,3 @@ class QuantizedWeight:
     def dequantize(self) -> torch.Tensor:
         """w_hat, float32 [out, in]."""
         return dequantize(self.grid.group(self.codes).float(), self.scale, self.zero, self.grid)
-
-
-def harden(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float) -> QuantizedWeight:
-    """Turn the latent weight into codes for good; arguments as `unrounded_codes`."""
-    codes = torch.empty((quantizer.B.shape[0], quantizer.A.shape[1]), dtype=torch.int8, device=weight.device)
-    for rows, piece, own in pieces(weight, quantizer):
-        codes[rows] = round_codes(unrounded_codes(piece, own, grid, scaling), grid).flatten(-2).to(torch.int8)
-    return QuantizedWeight(codes, *ship(quantizer.scale, quantizer.zero, grid), grid)
