@@ -19,18 +19,19 @@ from . import reference
 
 def implementation(weight: torch.Tensor, quantizer: Quantizer, grid: Grid) -> ModuleType:
     """The module whose `codes`, `quantized` and `weight_grads` work on this weight; see `reference` for what they do."""
-    # AMD's GPUs are "cuda" to torch, too; the kernels have not been tried there.
-    if weight.device.type == "cuda" and torch.version.cuda is not None:
-        gpu = _gpu()
-        if gpu is not None and gpu.supports(weight, quantizer, grid):
-            return gpu
-    return reference
+    gpu = _gpu() if _on_nvidia(weight) else None
+    return gpu if gpu is not None and gpu.supports(weight, quantizer, grid) else reference
 
 
 def harden(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float) -> QuantizedWeight:
     """Turn the latent weight into codes for good; arguments as `unrounded_codes`."""
     codes = implementation(weight, quantizer, grid).codes(weight, quantizer, grid, scaling)
     return QuantizedWeight(codes, *ship(quantizer.scale, quantizer.zero, grid), grid)
+
+
+def _on_nvidia(weight: torch.Tensor) -> bool:
+    # AMD's GPUs are "cuda" to torch, too; the kernels have not been tried there.
+    return weight.device.type == "cuda" and torch.version.cuda is not None
 
 
 @cache

@@ -12,11 +12,8 @@ from ..qweight import Quantizer, ship, shipped_zero, store
 from ..storage import as_rows
 from . import kernels
 
-# A tile's shape, and how many tiles one program of `weight_grads` goes through.
-_ROWS, _COLUMNS, _TILES = 32, 128, 4
-_MAX_RANKS = 64  # of a block: the sums for A are kept in registers
-# Float32 sums on the matrix units: each factor in three parts of tf32. No code depends on them.
-_PRECISION = "tf32x3"
+_ROWS, _COLUMNS = 32, 128  # of a tile
+_WARPS = 8
 
 
 def supports(weight: torch.Tensor, quantizer: Quantizer, grid: Grid) -> bool:
@@ -51,40 +48,27 @@ def quantized(
 def weight_grads(
     g: torch.Tensor, wanted: set[str], weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float
 ) -> dict[str, torch.Tensor]:
-    """As the reference's; g stays as it is."""
-    A, B = quantizer.A, quantizer.B
-    (n_out, n_in), r = _shape(quantizer), A.shape[0]
+    """As the reference's; dL/dA and dL/dB are products in the dtype of g, as LoRA's are."""
     scale, zero = ship(quantizer.scale, quantizer.zero, grid)
     slope = scale if quantizer.update_in_grid_units else scale / quantizer.step
-    arguments, constants = _arguments(weight, quantizer, grid, scaling)
-    tiles = triton.cdiv(n_in, constants["COLUMNS"])
-    strips = triton.cdiv(n_out, _ROWS * _TILES)
-    ranks = min(_MAX_RANKS, max(16, triton.next_power_of_2(r)))
     factors = bool(wanted & {"A", "B"})
-    n_groups = n_in // grid.group_size
-    n_sums = max(n_groups, tiles)
-
-    def new(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=weight.device)
-
-    sums = new(4, n_out, n_sums)
-    # Sums of each tile, added up below: atomic additions would come in another order every time.
-    grad_A, grad_B = (new(strips, r, n_in), new(tiles, n_out, r)) if factors else (sums, sums)
+    arguments, constants = _arguments(weight, quantizer, grid, scaling)
+    n_out, n_groups = quantizer.scale.shape
+    tiles = (triton.cdiv(g.shape[1], constants["COLUMNS"]), triton.cdiv(n_out, _ROWS))
+    n_sums = max(n_groups, tiles[0])
+    sums = torch.empty((4, n_out, n_sums), dtype=torch.float32, device=weight.device)
+    g = g.contiguous()
     with torch.cuda.device_of(weight):
-        kernels.weight_grads[(tiles, strips, triton.cdiv(r, ranks) if factors else 1)](
-            g=g.contiguous(),
+        kernels.weight_grads[tiles](
+            g=g,
             zero=_or_any(zero, arguments["step"]),
-            to_latent=slope.float().contiguous(),
+            slope=slope.float().contiguous(),
             sums=sums,
-            grad_A=grad_A,
-            grad_B=grad_B,
             n_sums=n_sums,
             **arguments,
             **constants,
             FACTORS=factors,
-            PRECISION=_PRECISION,
-            TILES=_TILES,
-            RANKS=ranks,
+            num_warps=_WARPS,
             enable_fp_fusion=False,
         )
     of_all, of_clipped, of_codes, of_latent = sums.unflatten(-1, (n_groups, -1)).sum(-1)
@@ -101,9 +85,9 @@ def weight_grads(
     if "step" in wanted:
         grads["step"] = of_latent * (-scale / quantizer.step)
     if "A" in wanted:
-        grads["A"] = (scaling * grad_A.sum(0)).to(A.dtype)
+        grads["A"] = (quantizer.B.to(g.dtype).t() @ g).to(quantizer.A.dtype) * scaling
     if "B" in wanted:
-        grads["B"] = (scaling * grad_B.sum(0)).to(B.dtype)
+        grads["B"] = (g @ quantizer.A.to(g.dtype).t()).to(quantizer.B.dtype) * scaling
     return grads
 
 
@@ -124,6 +108,7 @@ def _quantize(
             **arguments,
             **constants,
             CODES_ONLY=result.dtype == torch.int8,
+            num_warps=_WARPS,
             enable_fp_fusion=False,
         )
     return result

@@ -78,10 +78,8 @@ def weight_grads(
     step,
     shift,
     zero,
-    to_latent,
+    slope,
     sums,
-    grad_A,
-    grad_B,
     n_out,
     n_in,
     r,
@@ -96,68 +94,48 @@ def weight_grads(
     IN_GRID_UNITS: tl.constexpr,
     STORED_BITS: tl.constexpr,
     FACTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TILES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr,
-    RANKS: tl.constexpr,
 ):
-    """Reduce g = dL/dw_hat [n_out, n_in] of TILES tiles, one below the other, to sums over groups and over ranks.
+    """Reduce one tile of g = dL/dw_hat [n_out, n_in] to sums over groups.
 
-    Writes, each number once, so that the result does not depend on the order in which tiles come:
-        sums [4, n_out, n_sums]: of g, of g where clipped, of g times the code counted from its zero, and of g inside
-            times the latent weight in steps; n_sums is n_groups, or more where a group spans several tiles.
-        grad_A [strips, r, n_in]: B.T @ h, of the strip's rows, with h = g * inside * to_latent; where FACTORS.
-        grad_B [tiles in a row, n_out, r]: h @ A.T, of the tile's columns; where FACTORS.
+    Writes to `sums` [4, n_out, n_sums] those of g, of g where clipped, of g times the code counted from its zero, and
+    of g inside times the latent weight in steps. n_sums is n_groups, or more where a group spans several tiles: no
+    number is written twice, so that nothing depends on the order in which tiles come.
 
-    The third axis of the launch is that of blocks of RANKS ranks.
+    With FACTORS it leaves g * inside * slope in place of g, of which dL/dA and dL/dB are products.
     """
     column = tl.program_id(0) * COLUMNS
+    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = column + tl.arange(0, COLUMNS)
-    ranks = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
-    group = column // group_size
+    mask = (rows[:, None] < n_out) & (columns[None, :] < n_in)
+    where = g + rows[:, None] * n_in + columns[None, :]
+    slopes = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+    slopes = tl.reshape(slopes, (ROWS, GROUPS, COLUMNS // GROUPS))
+    steps = _of_groups(step, rows, n_out, column // group_size, n_groups, GROUPS)
+    shifts = _of_groups(shift, rows, n_out, column // group_size, n_groups, GROUPS)
+    unrounded, latent = _unrounded(
+        weight, A, B, steps, shifts, rows, column, n_out, n_in, r, row_stride, column_stride, scaling,
+        BITS, ZERO_POINT, IN_GRID_UNITS, STORED_BITS, ROWS, COLUMNS, GROUPS,
+    )  # fmt: skip
+    clipped = _clip(unrounded, BITS)
+    counted = _round(clipped)
+    inside = tl.where(clipped == unrounded, slopes, 0.0)
+    if ZERO_POINT == "integer":
+        counted = counted - _of_groups(zero, rows, n_out, column // group_size, n_groups, GROUPS)
+        latent = latent - shifts
+    own_sums = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    mask_sums = (rows[:, None] < n_out) & (own_sums[None, :] < n_sums)
+    where_sums = sums + rows[:, None] * n_sums + own_sums[None, :]
+    of_a_kind = (rows[:, None] * 0 + n_out) * n_sums
+    tl.store(where_sums, tl.sum(slopes, 2), mask=mask_sums)
+    tl.store(where_sums + of_a_kind, tl.sum(slopes - inside, 2), mask=mask_sums)
+    tl.store(where_sums + 2 * of_a_kind, tl.sum(slopes * counted, 2), mask=mask_sums)
+    tl.store(where_sums + 3 * of_a_kind, tl.sum(inside * latent, 2), mask=mask_sums)
     if FACTORS:
-        mask_A = (ranks[:, None] < r) & (columns[None, :] < n_in)
-        where_A = ranks[:, None] * n_in + columns[None, :]
-        own_A = tl.load(A + where_A, mask=mask_A, other=0.0)
-        sum_A = tl.zeros((RANKS, COLUMNS), tl.float32)
-    for tile in range(TILES):
-        rows = ((tl.program_id(1) * TILES + tile) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        mask = (rows[:, None] < n_out) & (columns[None, :] < n_in)
-        slopes = tl.load(g + rows[:, None] * n_in + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        slopes = tl.reshape(slopes, (ROWS, GROUPS, COLUMNS // GROUPS))
-        steps = _of_groups(step, rows, n_out, group, n_groups, GROUPS)
-        shifts = _of_groups(shift, rows, n_out, group, n_groups, GROUPS)
-        unrounded, latent = _unrounded(
-            weight, A, B, steps, shifts, rows, column, n_out, n_in, r, row_stride, column_stride, scaling,
-            BITS, ZERO_POINT, IN_GRID_UNITS, STORED_BITS, ROWS, COLUMNS, GROUPS,
-        )  # fmt: skip
-        clipped = _clip(unrounded, BITS)
-        counted = _round(clipped)
-        inside = tl.where(clipped == unrounded, slopes, 0.0)
-        if ZERO_POINT == "integer":
-            counted = counted - _of_groups(zero, rows, n_out, group, n_groups, GROUPS)
-            latent = latent - shifts
-        if tl.program_id(2) == 0:
-            own_sums = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-            mask_sums = (rows[:, None] < n_out) & (own_sums[None, :] < n_sums)
-            where = sums + rows[:, None] * n_sums + own_sums[None, :]
-            of_kind = (rows[:, None] * 0 + n_out) * n_sums
-            tl.store(where, tl.sum(slopes, 2), mask=mask_sums)
-            tl.store(where + of_kind, tl.sum(slopes - inside, 2), mask=mask_sums)
-            tl.store(where + 2 * of_kind, tl.sum(slopes * counted, 2), mask=mask_sums)
-            tl.store(where + 3 * of_kind, tl.sum(inside * latent, 2), mask=mask_sums)
-        if FACTORS:
-            h = tl.reshape(inside * _of_groups(to_latent, rows, n_out, group, n_groups, GROUPS), (ROWS, COLUMNS))
-            mask_B = (rows[:, None] < n_out) & (ranks[None, :] < r)
-            own_B = tl.load(B + rows[:, None] * r + ranks[None, :], mask=mask_B, other=0.0)
-            sum_A = tl.dot(tl.trans(own_B), h, sum_A, input_precision=PRECISION)
-            sum_B = tl.dot(h, tl.trans(own_A), input_precision=PRECISION)
-            where_B = (tl.program_id(0).to(tl.int64) * n_out + rows[:, None]) * r + ranks[None, :]
-            tl.store(grad_B + where_B, sum_B, mask=mask_B)
-    if FACTORS:
-        tl.store(grad_A + tl.program_id(1).to(tl.int64) * r * n_in + where_A, sum_A, mask=mask_A)
+        inside *= _of_groups(slope, rows, n_out, column // group_size, n_groups, GROUPS)
+        tl.store(where, tl.reshape(inside, (ROWS, COLUMNS)).to(g.dtype.element_ty), mask=mask)
 
 
 @triton.jit
