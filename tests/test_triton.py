@@ -21,8 +21,9 @@ from peft_dlqat.initialisation import initialise
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.ops import dispatch, fake_quantize_linear, harden, reference
 from peft_dlqat.qweight import Quantizer, store, unrounded_codes
+from peft_dlqat.storage import STORAGES
 
-pytest.importorskip("triton")
+interpreter = pytest.importorskip("triton.runtime.interpreter")
 gpu = pytest.importorskip("peft_dlqat.ops.gpu")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,6 +34,15 @@ SHAPES = [(48, 16), (96, 32), (64, 64), (512, 256), (60, 60), (5, 5)]
 @pytest.fixture(autouse=True)
 def _everything_on_triton(monkeypatch):
     monkeypatch.setattr(dispatch, "_on_nvidia", lambda weight: True)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(interpreter, "_convert_float", convert_float)
+
+
+def convert_float(values, from_type, to_type, rounding, original=interpreter._convert_float):
+    """The interpreter cuts float32 off to bfloat16, where compiled code rounds it."""
+    if str(from_type) == "fp32" and str(to_type) == "bf16":
+        return torch.from_numpy(values.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
+    return original(values, from_type, to_type, rounding)
 
 
 @contextmanager
@@ -87,6 +97,7 @@ def test_value_and_every_gradient(zero_point, bits, n_in, group_size, in_grid_un
 def test_packed_weights(zero_point, bits, stored_bits, in_grid_units):
     grid = Grid(bits, 16, zero_point, torch.bfloat16)
     args = place(problem(grid, out=40, n_in=48))
+    args["step"].requires_grad_(False)
     quantizer = quantizer_of(args, in_grid_units, stored_bits)
     packed = store(args["weight"], quantizer, grid, stored_bits)
     y = fake_quantize_linear(args["x"], args["bias"], packed, quantizer, grid, 0.5)
@@ -170,7 +181,8 @@ def test_without_a_low_rank_update():
 def test_the_lowrank_gradient():
     grid = Grid(3, 32, "integer", torch.bfloat16)
     args = place(problem(grid))
-    args["scale"] = (1.5 * args["step"].detach()).requires_grad_(True)
+    args["step"], args["shift"] = args["step"].detach(), args["shift"].detach()
+    args["scale"] = (1.5 * args["step"]).requires_grad_(True)
     found = gradients(run(args, grid, gradient="lowrank"), args, ("x", "A", "B", "scale"))
     with by_reference():
         expected = gradients(run(args, grid, gradient="lowrank"), args, ("x", "A", "B", "scale"))
@@ -185,14 +197,14 @@ def test_a_broken_update_shows():
     assert run(args, grid).isnan().any(0).any(0).nonzero().flatten().tolist() == [3]
 
 
-@pytest.mark.parametrize("storage", ["full", "int8", "int4"])
+@pytest.mark.parametrize("storage", ["full", "int4"])
 def test_a_merged_model_gives_the_same_bits(storage):
     config = DLQATConfig(bits=3, group_size=32, storage=storage, task_type="CAUSAL_LM")
     model = get_peft_model(tiny_model(dtype=torch.bfloat16).to(DEVICE), config).eval()
     perturb(model)
     if storage != "full":
         for layer in adapter_layers(model)[1].values():
-            layer.pack("default", {"int8": 8, "int4": 4}[storage])
+            layer.pack("default", STORAGES[storage])
     ids = tokens(2, 8).to(DEVICE)
     with torch.no_grad():
         expected = model(ids).logits

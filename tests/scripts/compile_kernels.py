@@ -2,8 +2,8 @@
 
     python tests/scripts/compile_kernels.py [--arch 90]
 
-Prints a line for each compiled kernel: its name, and bytes of machine code, registers and spilled bytes of a thread.
-The interpreter, in which the tests run the kernels, takes much that the compiler does not.
+Prints a line for each compiled kernel: bytes of machine code and, of a thread, registers, bytes spilled to the stack,
+and fused multiply-adds. The interpreter, in which tests run the kernels, takes much that the compiler does not.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Compiled:
         return self
 
     def __call__(self, enable_fp_fusion: bool, num_warps: int = 4, **arguments: Any) -> None:
+        tile = dict(arguments)
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
         attributes = {}
@@ -70,10 +71,15 @@ class Compiled:
                 [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
             ).stdout
         registers, stack = (re.search(rf"{what}:(\d+)", usage)[1] for what in ("REG", "STACK"))
-        fused = len(re.findall(r"fma\.rn\.f32", found.asm["ptx"]))
+        ptx = found.asm["ptx"]
+        # Of a thread: the low-rank update has one for each of its weights.
+        fused = len(re.findall(r"fma\.rn(\.ftz)?\.f32", ptx))
+        expected = tile["ROWS"] * tile["COLUMNS"] // (32 * num_warps)
+        if re.search(r"div\.(full|approx)", ptx) or re.search(r"cvt\.rz\.b?f16", ptx):
+            raise SystemExit(f"{self.kernel.__name__} divides or rounds otherwise than torch")
         print(
-            f"{self.kernel.__name__}: {len(code)} bytes, {registers} registers, {stack} bytes of stack, "
-            f"{found.metadata.shared} bytes shared, {fused} fma"
+            f"{self.kernel.__name__}: {len(code)} bytes, {registers} registers, {stack} bytes of stack, {fused} fused "
+            f"of {expected}, {found.metadata.shared} bytes shared"
         )
 
 
