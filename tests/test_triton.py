@@ -149,7 +149,9 @@ def test_a_transposed_weight_gives_the_same_bits(zero_point):
     w_hat = gpu.quantized(args["weight"], quantizer, grid, 1.0, torch.bfloat16)
     other = gpu.quantized(transposed, quantizer, grid, 1.0, torch.bfloat16, fan_in_fan_out=True)
     assert torch.equal(w_hat, other) and other.t().is_contiguous()
-    assert torch.equal(harden(transposed.t(), quantizer, grid, 1.0).codes, gpu.codes(args["weight"], quantizer, grid, 1.0))
+    assert torch.equal(
+        harden(transposed.t(), quantizer, grid, 1.0).codes, gpu.codes(args["weight"], quantizer, grid, 1.0)
+    )
     y, z = run(args, grid), run({**args, "weight": transposed}, grid, fan_in_fan_out=True)
     assert_close(gradients(z, args), gradients(y, args), 1e-5)
 

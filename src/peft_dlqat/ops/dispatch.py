@@ -18,7 +18,7 @@ from . import reference
 
 
 def implementation(weight: torch.Tensor, quantizer: Quantizer, grid: Grid) -> ModuleType:
-    """The module whose `codes`, `quantized` and `weight_grads` work on this weight; see `reference` for what they do."""
+    """The module whose `codes`, `quantized` and `weight_grads` are for this weight; `reference` says what they do."""
     gpu = _gpu() if _on_nvidia(weight) else None
     return gpu if gpu is not None and gpu.supports(weight, quantizer, grid) else reference
 

@@ -1,4 +1,4 @@
-"""Triton kernels: a tile of the weight at a time, from what is stored to what is wanted, without a temporary in memory.
+"""Triton kernels: a tile of the weight at a time, from what is stored to what is wanted, with no temporary in memory.
 
 Every kernel has a tile [ROWS, COLUMNS] of the weight as [ROWS, GROUPS, COLUMNS / GROUPS]: several whole groups, or a
 part of one. The arithmetic is float32, and its order is written out:
