@@ -1,7 +1,7 @@
 """One layer, and a whole model, on an NVIDIA GPU in bfloat16, against PEFT's LoRA on the same base.
 
-    python benchmarks/speed/gpu.py layer [--tokens 512 2048 8192]     forward and backward, shapes of a LLaMA of 7 B
-    python benchmarks/speed/gpu.py model [--size 7B 13B]              steps of 1024 tokens, gradient checkpointing, AdamW
+    python benchmarks/speed/gpu.py layer [--tokens 512 2048 8192]   forward and backward, shapes of a LLaMA of 7 B
+    python benchmarks/speed/gpu.py model [--size 7B 13B]            steps of 1024 tokens, gradient checkpointing, AdamW
 
 `layer`: contenders take turns in one process (A B C, C B A, ...), and each is set against LoRA in its round. `model`:
 they take turns as processes, each with the whole card, so that tokens a second and peak memory are its own.
