@@ -62,7 +62,7 @@ class Quantizer:
 def pieces(weight: torch.Tensor, quantizer: Quantizer) -> Iterator[tuple[slice, torch.Tensor, Quantizer]]:
     """Some rows of the weight [out, in] at a time, and the quantizer of these.
 
-    All codes that torch computes come by these pieces: a matrix product may round differently in other shapes, and then
+    Codes that torch computes come by these pieces: a matrix product may round differently in other shapes, and then
     a latent weight on the edge between two codes would fall to one in training and to the other at merge.
     """
     count = max(1, (_PIECE if weight.device.type == "cpu" else _PIECE_ON_GPU) // quantizer.A.shape[1])
