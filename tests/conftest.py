@@ -12,6 +12,11 @@ from functools import cache
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter, which is chosen for good when Triton is imported, whoever does it first.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,

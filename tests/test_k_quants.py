@@ -11,7 +11,8 @@ from peft_dlqat import DLQATConfig, Grid, QuantizedWeight
 from peft_dlqat.formats.k_quants import K_QUANT_TYPES
 from peft_dlqat.initialisation import initialise
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.qweight import Quantizer, harden
+from peft_dlqat.ops import harden
+from peft_dlqat.qweight import Quantizer
 
 gguf = pytest.importorskip("gguf")
 

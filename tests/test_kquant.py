@@ -13,7 +13,8 @@ from peft_dlqat import DLQATConfig, Grid, calibrate, create_dlqat_optimizer
 from peft_dlqat.initialisation import initialise
 from peft_dlqat.kquant import K_QUANTS, SMALLEST_SCALE, SUPER_BLOCK, from_super_scales, super_scales
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.qweight import Quantizer, harden, round_to_nearest
+from peft_dlqat.ops import harden
+from peft_dlqat.qweight import Quantizer, round_to_nearest
 
 QUANTS = list(K_QUANTS.values())
 each_quant = pytest.mark.parametrize("quant", QUANTS, ids=lambda quant: quant.name)

@@ -8,7 +8,8 @@ import torch
 from peft_dlqat import Grid
 from peft_dlqat.grid import largest_group
 from peft_dlqat.initialisation import initialise
-from peft_dlqat.qweight import Quantizer, harden
+from peft_dlqat.ops import harden
+from peft_dlqat.qweight import Quantizer
 
 GRIDS = [
     Grid(bits, group, zero_point, dtype)

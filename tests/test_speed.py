@@ -32,8 +32,8 @@ def test_an_op_that_is_off_is_not_timed(tmp_path):
     sabotage = (
         "import sys; sys.path.insert(0, sys.argv[1]); import layer, torch\nfrom peft_dlqat.ops import reference\n"
     )
-    sabotage += "true = reference._weight_grads\n"
-    sabotage += "reference._weight_grads = lambda *a: {k: 1.01 * v for k, v in true(*a).items()}\n"
+    sabotage += "true = reference.weight_grads\n"
+    sabotage += "reference.weight_grads = lambda *a: {k: 1.01 * v for k, v in true(*a).items()}\n"
     sabotage += "layer.check('DL-QAT', layer.ours(layer.Work(8, 256, 256)), layer.Work(8, 256, 256))"
     result = subprocess.run([sys.executable, "-c", sabotage, SPEED], capture_output=True, text=True)
     assert result.returncode == 1 and "DL-QAT is not timed: dlqat_A is off by" in result.stderr
@@ -56,3 +56,32 @@ def test_the_page_holds_the_results():
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     for name, text in table.tables().items():
         assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in page, f"run python {SPEED / 'table.py'}"
+
+
+@pytest.mark.slow
+def test_the_gpus_script_runs_without_one(tmp_path):
+    run("gpu.py", "layer", "--quick", "--rounds", "2", "--results", str(tmp_path / "layer.json"))
+    rows = json.loads((tmp_path / "layer.json").read_text())["rows"]["256 x 512"]["64 tokens"]
+    assert rows["LoRA"]["time_ratio"]["median"] == 1 and len(rows) == 7
+    assert rows["DL-QAT, int4 storage"]["bytes_of_layer"] < rows["DL-QAT"]["bytes_of_layer"]
+    output = run("gpu.py", "model", "--size", "quick", "--only", "DL-QAT, int4 storage", "--steps", "1")
+    assert json.loads(output.splitlines()[-1])["tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_the_gpus_script_refuses_an_op_that_is_off():
+    sabotage = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import gpu\nfrom unittest import mock\n"
+        "from peft_dlqat.ops import dispatch, reference\n"
+        "class Off:\n"
+        "    codes, quantized = reference.codes, reference.quantized\n"
+        "    def weight_grads(*a): return {k: 1.1 * v for k, v in reference.weight_grads(*a).items()}\n"
+        "model = gpu.adapted('DL-QAT', gpu.OneLayer(256, 512), ['lin'])\n"
+        "chosen = lambda weight, *_: Off if dispatch._on_nvidia(weight) else reference\n"
+        "dispatch._on_nvidia = lambda weight: True\n"
+        "from peft_dlqat.ops import linear\n"
+        "linear.implementation = chosen\n"
+        "gpu.check('DL-QAT', model)\n"
+    )
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", sabotage, SPEED], capture_output=True, text=True)
+    assert result.returncode == 1 and "is not timed: dlqat_A.default is off by 1.0e-01" in result.stderr

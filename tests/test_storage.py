@@ -16,8 +16,8 @@ from peft_dlqat import DLQATConfig, Grid, adapters_disabled, calibrate, pack_wei
 from peft_dlqat import layer as layer_module
 from peft_dlqat.initialisation import initialise
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.ops import fake_quantize_linear
-from peft_dlqat.qweight import Quantizer, decode_weight, harden, in_grid_units, round_codes, store
+from peft_dlqat.ops import fake_quantize_linear, harden
+from peft_dlqat.qweight import Quantizer, decode_weight, in_grid_units, round_codes, store
 from peft_dlqat.storage import STORAGES, decode, encode
 
 HOLDS = [(bits, name) for bits in (2, 3, 4, 8) for name, width in STORAGES.items() if width >= bits]

@@ -23,8 +23,8 @@ from torch import nn
 from .grid import SCALE_DTYPES, ZERO_POINTS, Grid
 from .initialisation import initialise
 from .methods import METHODS, AdapterState, Method
-from .ops import fake_quantize_linear
-from .qweight import QuantizedWeight, Quantizer, decode_weight, harden, store
+from .ops import fake_quantize_linear, harden
+from .qweight import QuantizedWeight, Quantizer, decode_weight, store
 from .storage import as_rows
 
 

@@ -62,7 +62,7 @@ class Quantizer:
 def pieces(weight: torch.Tensor, quantizer: Quantizer) -> Iterator[tuple[slice, torch.Tensor, Quantizer]]:
     """Some rows of the weight [out, in] at a time, and the quantizer of these.
 
-    Everybody who computes codes goes by these pieces: a matrix product may round differently in other shapes, and then
+    Codes that torch computes come by these pieces: a matrix product may round differently in other shapes, and then
     a latent weight on the edge between two codes would fall to one in training and to the other at merge.
     """
     count = max(1, (_PIECE if weight.device.type == "cpu" else _PIECE_ON_GPU) // quantizer.A.shape[1])
@@ -196,11 +196,3 @@ class QuantizedWeight:
     def dequantize(self) -> torch.Tensor:
         """w_hat, float32 [out, in]."""
         return dequantize(self.grid.group(self.codes).float(), self.scale, self.zero, self.grid)
-
-
-def harden(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float) -> QuantizedWeight:
-    """Turn the latent weight into codes for good; arguments as `unrounded_codes`."""
-    codes = torch.empty((quantizer.B.shape[0], quantizer.A.shape[1]), dtype=torch.int8, device=weight.device)
-    for rows, piece, own in pieces(weight, quantizer):
-        codes[rows] = round_codes(unrounded_codes(piece, own, grid, scaling), grid).flatten(-2).to(torch.int8)
-    return QuantizedWeight(codes, *ship(quantizer.scale, quantizer.zero, grid), grid)

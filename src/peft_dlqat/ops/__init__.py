@@ -12,7 +12,8 @@ import torch
 
 from ..grid import Grid
 from ..qweight import Quantizer
-from . import lowrank, reference
+from . import linear, lowrank
+from .dispatch import harden
 
 _ARGUMENTS = ("x", "bias", "weight", "A", "B", "step", "shift", "scale", "zero")
 GRADIENTS = ("exact", "bf16", "lowrank")
@@ -42,7 +43,7 @@ def _fake_quantize_linear(
 ) -> torch.Tensor:
     grid = Grid(bits, group_size, zero_point, scale_dtype, k_quant)  # type: ignore[arg-type]
     quantizer = Quantizer(A, B, step, shift, scale, zero, update_in_grid_units, stored_bits)
-    return reference.forward(x, bias, weight, quantizer, grid, scaling, fan_in_fan_out)
+    return linear.forward(x, bias, weight, quantizer, grid, scaling, fan_in_fan_out)
 
 
 @_fake_quantize_linear.register_fake
@@ -83,7 +84,7 @@ def _fake_quantize_linear_backward(
         if gradient == "lowrank":
             grads = lowrank.backward(grad, wanted, x, y, bias, weight, quantizer, grid, scaling, fan_in_fan_out)
         else:
-            grads = reference.backward(grad, wanted, x, weight, quantizer, grid, scaling, fan_in_fan_out, gradient)
+            grads = linear.backward(grad, wanted, x, weight, quantizer, grid, scaling, fan_in_fan_out, gradient)
     return [grads[name] for name in _ARGUMENTS if name in wanted]
 
 
@@ -161,4 +162,4 @@ def fake_quantize_linear(
     )
 
 
-__all__ = ["GRADIENTS", "fake_quantize_linear"]
+__all__ = ["GRADIENTS", "fake_quantize_linear", "harden"]

@@ -15,7 +15,7 @@ import torch
 
 from ..grid import Grid
 from ..qweight import Quantizer
-from .reference import quantized
+from .dispatch import implementation
 
 
 def backward(
@@ -30,7 +30,7 @@ def backward(
     scaling: float,
     fan_in_fan_out: bool,
 ) -> dict[str, torch.Tensor]:
-    """As the reference's; `quantizer.scale / quantizer.step` must be the same for all groups of a row.
+    """As `linear.backward`; `quantizer.scale / quantizer.step` must be the same for all groups of a row.
 
     The gradient of a row's m comes as one of its scales, shared out so that a common factor of them, and of nothing
     else, gets dL/dm.
@@ -38,7 +38,9 @@ def backward(
     grads: dict[str, torch.Tensor] = {}
     flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     if "x" in needs:
-        w_hat = quantized(weight, quantizer, grid, scaling, grad.dtype, fan_in_fan_out)
+        w_hat = implementation(weight, quantizer, grid).quantized(
+            weight, quantizer, grid, scaling, grad.dtype, fan_in_fan_out
+        )
         grads["x"] = (flat_grad @ w_hat).view_as(x)
     if "bias" in needs:
         grads["bias"] = flat_grad.sum(0)

@@ -1,4 +1,4 @@
-"""The fused op in plain torch: the oracle for every faster kernel, and the default.
+"""The weight's arithmetic in plain torch: the oracle for every faster kernel, and the default.
 
 Forward, with W = W0 + scaling * BA in groups (see `qweight`):
 
@@ -18,74 +18,24 @@ with each sum over a group. Where step and scale are one s, the two add up to LS
 those of shift and zero to LSQ+'s (arXiv 2004.09576, eq. 6); where scale = m * s, m gets DL-QAT's. With the update in
 units of the grid, dL/dA and dL/dB lack the division by step, and dL/dstep has W0's own share of u.
 
-The weight is computed again in backward, so nothing of its size is kept from forward, and in pieces of some rows, so
-that beside w_hat itself no temporary is of its size. Rows have nothing to do with each other, but for adding up in
-dL/dA. `gradient="bf16"` only computes g in bfloat16, where a CPU is twice as fast: sums of it are all that is used.
+Rows have nothing to do with each other, but for adding up in dL/dA: everything can be had in pieces of some rows.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ..grid import Grid
 from ..qweight import Quantizer, dequantize, in_grid_units, pieces, round_codes, ship, shipped_zero, unrounded_codes
 from ..storage import as_rows
 
-# Arguments whose gradients come from that of the weight.
-_OF_WEIGHT = ("A", "B", "step", "shift", "scale", "zero")
 
-
-def forward(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight: torch.Tensor,
-    quantizer: Quantizer,
-    grid: Grid,
-    scaling: float,
-    fan_in_fan_out: bool,
-) -> torch.Tensor:
-    """y [..., out] from x [..., in]; the arguments are those of `fake_quantize_linear`."""
-    w_hat = quantized(weight, quantizer, grid, scaling, x.dtype, fan_in_fan_out)
-    # The same call as the base layer's own forward, so that a merged layer gives the same bits.
-    if fan_in_fan_out:
-        flat = x.reshape(-1, x.shape[-1])
-        product = flat @ w_hat.t().contiguous() if bias is None else torch.addmm(bias, flat, w_hat.t().contiguous())
-        return product.view(*x.shape[:-1], w_hat.shape[0])
-    return F.linear(x, w_hat, bias)
-
-
-def backward(
-    grad: torch.Tensor,
-    needs: set[str],
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    quantizer: Quantizer,
-    grid: Grid,
-    scaling: float,
-    fan_in_fan_out: bool,
-    gradient: str,
-) -> dict[str, torch.Tensor]:
-    """Gradients of the arguments that `needs` names; `grad` is dL/dy [..., out]."""
-    grads: dict[str, torch.Tensor] = {}
-    flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    if "x" in needs:
-        w_hat = quantized(weight, quantizer, grid, scaling, grad.dtype, fan_in_fan_out)
-        grads["x"] = (flat_grad @ w_hat).view_as(x)
-    if "bias" in needs:
-        grads["bias"] = flat_grad.sum(0)
-    wanted = {name for name in _OF_WEIGHT if name in needs}
-    if wanted:
-        if gradient == "bf16":
-            flat_x, flat_grad = flat_x.bfloat16(), flat_grad.bfloat16()
-        parts = [
-            _weight_grads(flat_grad[:, rows].t() @ flat_x, wanted, piece, own, grid, scaling)
-            for rows, piece, own in pieces(as_rows(weight, fan_in_fan_out), quantizer)
-        ]
-        for name in wanted:
-            own_parts = [part[name] for part in parts]
-            grads[name] = torch.stack(own_parts).sum(0) if name == "A" else torch.cat(own_parts)
-    return grads
+def codes(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float) -> torch.Tensor:
+    """Codes, int8 [out, in]; the weight has outputs as rows."""
+    result = torch.empty((quantizer.B.shape[0], quantizer.A.shape[1]), dtype=torch.int8, device=weight.device)
+    for rows, piece, own in pieces(weight, quantizer):
+        result[rows] = round_codes(unrounded_codes(piece, own, grid, scaling), grid).flatten(-2).to(torch.int8)
+    return result
 
 
 def quantized(
@@ -104,7 +54,7 @@ def quantized(
     return w_hat
 
 
-def _weight_grads(
+def weight_grads(
     g: torch.Tensor, wanted: set[str], weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float
 ) -> dict[str, torch.Tensor]:
     """From g = dL/dw_hat of some rows (used up): the gradients of these rows' tensors, and their part of A's."""
