@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_dlqat.calibration.blocks
 import peft_dlqat.calibration.streaming
+import peft_dlqat.checkpoint
 from peft_dlqat import DLQATConfig, distillation_loss, teacher_logits
 from peft_dlqat.calibration.blocks import calibrate_blocks
 from peft_dlqat.calibration.decoder import NoDecoderLayers
@@ -408,7 +409,7 @@ def test_a_hub_id_is_looked_up_and_named_as_the_base(tmp_path, monkeypatch):
         asked.append((name, revision))
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr(peft_dlqat.calibration.streaming, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(peft_dlqat.checkpoint, "snapshot_download", snapshot_download)
     from_disk("somebody/model", tmp_path / "out", adapter=config(revision="v1"))
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert asked == [("somebody/model", "v1")] and saved["base_model_name_or_path"] == "somebody/model"

@@ -25,6 +25,7 @@ from .evaluation import TASK_SETS, Evaluation, evaluate_model, evaluate_tasks
 from .generate import generate_dataset
 from .grid import Grid
 from .layer import DLQATLayer, DLQATLinear
+from .loading import load_packed
 from .model import DLQATModel
 from .optimizer import create_dlqat_optimizer
 from .packing import pack_weights
@@ -70,6 +71,7 @@ __all__ = [
     "evaluate_tasks",
     "generate_dataset",
     "grid_report",
+    "load_packed",
     "pack_weights",
     "teacher_logits",
 ]

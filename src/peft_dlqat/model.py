@@ -79,6 +79,7 @@ class DLQATModel(BaseTuner):
             if name and not name.startswith(inside) and _is_target(config, name)
         }
         smaller: dict[str, list[str]] = {}
+        _check_untied(config, model, targets)
         for name, module in targets.items():
             _check_target(name, module)
             asked, in_features = _layer_settings(config, name)["group_size"], _in_features(module)
@@ -268,6 +269,23 @@ def _check_target(name: str, module: nn.Module) -> None:
             f"the weight of {name} holds NaN or infinity, which no grid can hold; repair the base model "
             "or leave the module out by exclude_modules."
         )
+
+
+def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Refuse to pack a weight that another module uses as it is."""
+    if config.storage == "full":
+        return
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for name, module in targets.items():
+        weight = module.get_base_layer().weight if isinstance(module, DLQATLayer) else module.weight
+        others = [user for user in users.get(id(weight), []) if not user.startswith(f"{name}.")]
+        if others:
+            raise ValueError(
+                f"storage={config.storage!r} packs the weight of {name}, but {others[0]} is the same tensor; use "
+                "exclude_modules, or storage='full'."
+            )
 
 
 def _count_parameters(model: nn.Module, adapter_name: str, bias: str) -> dict[str, int]:

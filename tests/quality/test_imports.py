@@ -25,6 +25,8 @@ ORDER = [
     "state",
     "model",
     "packing",
+    "checkpoint",
+    "loading",
     "register",
     "report",
     "recipe",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -11,18 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model
-from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..checkpoint import Weights, fetch, initialise_layer, skeleton
 from ..config import DLQATConfig
 from ..distillation import evaluating
 from ..layer import DLQATLayer, adapter_layers
-from ..model import _check_target
 from .blocks import BlockError, Fit, calibrate_block, record
 from .decoder import capture, decoder_layers, hidden_states
 from .grid_state import random_state_kept
@@ -81,12 +76,12 @@ def calibrate_blocks_from_disk(
             f"modules_to_save={config.modules_to_save!r} and bias={config.bias!r}: training other parts of the base "
             "needs the model in memory; leave them out, or load the model and use calibrate_blocks()."
         )
-    folder = Path(model_id)
-    if not folder.is_dir():
-        files = ["*.safetensors", "*.safetensors.index.json", "config.json"]
-        folder = Path(snapshot_download(str(model_id), revision=config.revision, allow_patterns=files))
-    model, weights = _skeleton(folder, str(model_id), copy.deepcopy(config), dtype)
-    inner = model.get_base_model()
+    folder = fetch(model_id, config.revision)
+    inner = skeleton(folder, str(model_id), dtype)
+    weights = Weights(folder, inner)
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = str(model_id)
+    model = get_peft_model(inner, config, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
     blocks = decoder_layers(inner, _ADAPTER)
     _check_inside(inner, blocks)
 
@@ -101,7 +96,9 @@ def calibrate_blocks_from_disk(
         for index, (name, block) in enumerate(bar):
             own = [tensor for tensor in weights.names if tensor.startswith(f"{name}.")]
             weights.load(inner, own)
-            _initialise(model, name, block)
+            for part, layer in block.named_modules(prefix=name):
+                if isinstance(layer, DLQATLayer):
+                    initialise_layer(model, _ADAPTER, part, layer)
             with random_state_kept():
                 error = calibrate_block(
                     f"base_model.model.{name}", block, [call[index] for call in calls], hidden, fit
@@ -113,95 +110,6 @@ def calibrate_blocks_from_disk(
     model.peft_config[_ADAPTER].record["calibration"] = record(errors, fit)  # type: ignore[attr-defined]
     _save(model, output)
     return errors
-
-
-class _Weights:
-    """A checkpoint's tensors, loaded into a model on the meta device and released again.
-
-    `names` are those of the model's tensors, before any adapter was injected, in the order of its state dict.
-    """
-
-    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
-        index = folder / "model.safetensors.index.json"
-        files = {"model.safetensors"}
-        if index.is_file():
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing_files = sorted(name for name in files if not (folder / name).is_file())
-        if missing_files:
-            raise FileNotFoundError(
-                f"{folder} has no {missing_files[0]}; save the model with save_pretrained(), which writes safetensors."
-            )
-        shapes: dict[str, list[int]] = {}
-        self._file: dict[str, Path] = {}
-        for file in sorted(files):
-            with safe_open(folder / file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118  it is no dict
-                    entry = tensors.get_slice(key)
-                    # Codes of a quantized checkpoint are no weights.
-                    if entry.get_dtype() in ("F64", "F32", "F16", "BF16"):
-                        self._file[key], shapes[key] = folder / file, entry.get_shape()
-        state = model.state_dict(keep_vars=True)
-        self.names = list(state)
-        self._key = {name: _key(name, state, shapes, model.base_model_prefix) for name in state}
-        missing = sorted(name for name, key in self._key.items() if key is None)
-        if missing:
-            raise ValueError(
-                f"the files in {folder} lack {len(missing)} of the model's {len(state)} floating-point tensors, or "
-                f"have them in another shape: {', '.join(missing[:5])}. Load the model with from_pretrained(), which "
-                "may rename or convert them, and save it with save_pretrained(); weights that are quantized already "
-                "cannot be used."
-            )
-
-    def load(self, model: nn.Module, names: list[str]) -> None:
-        """Read tensors into a model, in the dtype that it has them in."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._file[self._key[name]], []).append(name)  # type: ignore[index]
-        for file, own in by_file.items():
-            with safe_open(file, framework="pt") as tensors:
-                for name in own:
-                    _replace(model, name, lambda old, key=self._key[name]: tensors.get_tensor(key).to(old.dtype))
-
-    def release(self, model: nn.Module, names: list[str]) -> None:
-        """Put tensors back to the meta device."""
-        for name in names:
-            _replace(model, name, lambda old: old.to("meta"))
-
-
-def _key(name: str, state: dict[str, Any], shapes: dict[str, list[int]], prefix: str) -> str | None:
-    """A tensor's key in the checkpoint: its own, with or without the model's prefix, or that of one tied to it."""
-    tied = [other for other, tensor in state.items() if tensor is state[name] and other != name]
-    for known in (name, *tied):
-        for key in (known, known.removeprefix(f"{prefix}."), f"{prefix}.{known}"):
-            if shapes.get(key) == list(state[name].shape):
-                return key
-    return None
-
-
-def _replace(model: nn.Module, name: str, new: Any) -> None:
-    """Put new(old) in the place of a base tensor, that may have moved into an adapter layer."""
-    path, _, leaf = name.rpartition(".")
-    module: Any = model.get_submodule(path)
-    if isinstance(module, DLQATLayer):
-        module = module.get_base_layer()
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(new(module._parameters[leaf].data), requires_grad=False)
-    else:
-        module._buffers[leaf] = new(module._buffers[leaf])
-
-
-def _skeleton(
-    folder: Path, model_id: str, config: DLQATConfig, dtype: torch.dtype | None
-) -> tuple[PeftModel, _Weights]:
-    """The model with its adapters, parameters on the meta device, buffers real; and where its weights are."""
-    model_config = AutoConfig.from_pretrained(folder)
-    with random_state_kept(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype or model_config.dtype or torch.float32)
-    model.tie_weights()
-    model.name_or_path = model_id  # what the adapter's config will name as its base
-    weights = _Weights(folder, model)
-    config.base_model_name_or_path = model_id
-    return get_peft_model(model, config, adapter_name=_ADAPTER, low_cpu_mem_usage=True), weights
 
 
 def _check_inside(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
@@ -219,15 +127,6 @@ def _head(model: Any) -> set[str]:
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
     return {f"{name}.weight", f"{name}.bias"}
-
-
-def _initialise(model: PeftModel, prefix: str, block: nn.Module) -> None:
-    """Make the adapters of a layer anew, now that its weights are there, as injection does: same order, same draws."""
-    config: Any = model.peft_config[_ADAPTER]
-    for name, layer in block.named_modules(prefix=prefix):
-        if isinstance(layer, DLQATLayer):
-            _check_target(name, layer)
-            model.base_model._create_and_replace(config, _ADAPTER, layer, "", block, current_key=name)
 
 
 def _save(model: PeftModel, output: Path) -> None:

@@ -1,0 +1,166 @@
+"""A causal language model whose weights stay in its files: a skeleton on the meta device, filled tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from .layer import DLQATLayer
+from .model import _check_target
+
+
+def fetch(model_id: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model in safetensors: the given one, or a hub id's, downloaded."""
+    folder = Path(model_id)
+    if folder.is_dir():
+        return folder
+    files = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+    return Path(snapshot_download(str(model_id), revision=revision, allow_patterns=files))
+
+
+def skeleton(folder: Path, model_id: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model in eval mode, its parameters on the meta device and its buffers real.
+
+    Args:
+        folder: with the model's config.json.
+        model_id: what an adapter's config will name as its base.
+        dtype: of the parameters; defaults to the one that the model's config names.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+    model.tie_weights()
+    model.name_or_path = model_id
+    with suppress(OSError):  # has none
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+class Weights:
+    """A checkpoint's tensors, loaded into a model on the meta device and released again.
+
+    `names` are those of the model's tensors, before any adapter was injected, in the order of its state dict.
+
+    Args:
+        folder: with model.safetensors, or with shards and their index.
+        model: the model as `skeleton` makes it, without adapters.
+
+    Raises:
+        FileNotFoundError: if the model is not stored as safetensors.
+        ValueError: if a tensor of the model is not in the files.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+        index = folder / "model.safetensors.index.json"
+        files = {"model.safetensors"}
+        if index.is_file():
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing_files = sorted(name for name in files if not (folder / name).is_file())
+        if missing_files:
+            raise FileNotFoundError(
+                f"{folder} has no {missing_files[0]}; save the model with save_pretrained(), which writes safetensors."
+            )
+        shapes: dict[str, list[int]] = {}
+        self._file: dict[str, Path] = {}
+        for file in sorted(files):
+            with safe_open(folder / file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118  it is no dict
+                    entry = tensors.get_slice(key)
+                    # Codes of a quantized checkpoint are no weights.
+                    if entry.get_dtype() in ("F64", "F32", "F16", "BF16"):
+                        self._file[key], shapes[key] = folder / file, entry.get_shape()
+        state = model.state_dict(keep_vars=True)
+        self.names = list(state)
+        # By name, the first of those that are tied to it.
+        self.first = {name: next(other for other in state if state[other] is state[name]) for name in state}
+        self._key = {name: _key(name, state, shapes, model.base_model_prefix) for name in state}
+        missing = sorted(name for name, key in self._key.items() if key is None)
+        if missing:
+            raise ValueError(
+                f"the files in {folder} lack {len(missing)} of the model's {len(state)} floating-point tensors, or "
+                f"have them in another shape: {', '.join(missing[:5])}. Load the model with from_pretrained(), which "
+                "may rename or convert them, and save it with save_pretrained(); weights that are quantized already "
+                "cannot be used."
+            )
+
+    def load(self, model: nn.Module, names: list[str], device: torch.device | str = "cpu") -> None:
+        """Read tensors into a model, in the dtype that it has them in."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._file[self._key[name]], []).append(name)  # type: ignore[index]
+        for file, own in by_file.items():
+            with safe_open(file, framework="pt") as tensors:
+                for name in own:
+                    # A copy: what is read otherwise stays a part of the file, that another process may write.
+                    _replace(
+                        model,
+                        name,
+                        lambda old, key=self._key[name]: tensors.get_tensor(key).to(device, old.dtype, copy=True),
+                    )
+
+    def release(self, model: nn.Module, names: list[str]) -> None:
+        """Put tensors back to the meta device."""
+        for name in names:
+            _replace(model, name, lambda old: old.to("meta"))
+
+
+def initialise_layer(model: Any, adapter_name: str, name: str, layer: DLQATLayer) -> None:
+    """Make a layer's adapter anew, now that its weight is there, as injection does: same order, same draws.
+
+    Args:
+        model: the model as PEFT wraps it.
+        adapter_name: the adapter.
+        name: the layer's module name in the base model.
+        layer: the layer.
+
+    Raises:
+        ValueError: if the weight is not finite.
+    """
+    _check_target(name, layer)
+    model.base_model._create_and_replace(
+        model.peft_config[adapter_name], adapter_name, layer, "", layer, current_key=name
+    )
+
+
+def holder(model: nn.Module, name: str) -> tuple[Any, str]:
+    """The module that holds a base tensor now, whatever PEFT has wrapped around it, and the tensor's own name."""
+    *path, leaf = name.split(".")
+    module: Any = model
+    for part in (*path, None):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        if isinstance(module, DLQATLayer):
+            module = module.get_base_layer()
+        if part is not None:
+            module = module.get_submodule(part)
+    return module, leaf
+
+
+def _key(name: str, state: dict[str, Any], shapes: dict[str, list[int]], prefix: str) -> str | None:
+    """A tensor's key in the checkpoint: its own, with or without the model's prefix, or that of one tied to it."""
+    tied = [other for other, tensor in state.items() if tensor is state[name] and other != name]
+    for known in (name, *tied):
+        for key in (known, known.removeprefix(f"{prefix}."), f"{prefix}.{known}"):
+            if shapes.get(key) == list(state[name].shape):
+                return key
+    return None
+
+
+def _replace(model: nn.Module, name: str, new: Any) -> None:
+    """Put new(old) in the place of a base tensor."""
+    module, leaf = holder(model, name)
+    old = module._parameters.get(leaf)
+    if old is not None:
+        module._parameters[leaf] = nn.Parameter(new(old.data), requires_grad=old.requires_grad)
+    else:
+        module._buffers[leaf] = new(module._buffers[leaf])
