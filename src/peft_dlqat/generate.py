@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from .distillation.teacher import adapters_disabled, evaluating
+from .placement import device_of
 
 # So many tokens after the first are the likeliest ones, as a random first token needs some context to make sense of.
 _GREEDY_TOKENS = (3, 5)
@@ -84,7 +85,7 @@ def generate_dataset(
     vocabulary = min(config.vocab_size, len(tokenizer)) if tokenizer is not None else config.vocab_size
     first_tokens = torch.tensor([token for token in range(vocabulary) if token not in special])
     settings = _settings(length - shortest + 1, temperature, ends)
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows: list[list[int]] = []
     bar = tqdm(total=n, desc="generating", disable=not progress)
     with bar, torch.random.fork_rng(devices=range(torch.cuda.device_count())), evaluating(model):

@@ -12,7 +12,7 @@ from torch import nn
 
 from .checkpoint import Weights, fetch, holder, initialise_layer, skeleton
 from .config import DLQATConfig
-from .layer import DLQATLayer, adapter_layers
+from .layer import adapter_layers
 from .packing import pack_weights
 from .storage import STORAGES
 
@@ -83,7 +83,9 @@ def load_packed(
     weights.load(inner, [name for name in weights.names if name not in of_layers and _is_first(weights, inner, name)])
     for name, layer in layers.items():
         own = [f"{name}.weight", f"{name}.bias"]
-        weights.load(inner, [part for part in own if part in weights.names and _is_first(weights, inner, part)], device)
+        weights.load(
+            inner, [part for part in own if part in weights.names and _is_first(weights, inner, part)], device
+        )
         if new:
             initialise_layer(model, adapter_name, name, layer)
         layer._move_adapter_to_device_of_base_layer(adapter_name)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .grid import largest_group
 from .layer import DLQATLayer, DLQATLinear, check_float_weight
+from .placement import at_hand, check_here, full_shape
 from .state import check_state
 from .storage import STORAGES
 
@@ -263,12 +264,13 @@ def _check_target(name: str, module: nn.Module) -> None:
             f"target module {name} is a {type(layer).__module__}.{type(layer).__name__}, no linear layer; only "
             "torch.nn.Linear and transformers' Conv1D can be adapted: narrow target_modules or use exclude_modules."
         )
-    weight: Any = module.original_weight() if isinstance(module, DLQATLayer) else layer.weight
-    if not weight.is_meta and not torch.isfinite(weight).all():
-        raise ValueError(
-            f"the weight of {name} holds NaN or infinity, which no grid can hold; repair the base model "
-            "or leave the module out by exclude_modules."
-        )
+    with at_hand(layer):
+        weight: Any = module.original_weight() if isinstance(module, DLQATLayer) else layer.weight
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            raise ValueError(
+                f"the weight of {name} holds NaN or infinity, which no grid can hold; repair the base model "
+                "or leave the module out by exclude_modules."
+            )
 
 
 def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
@@ -279,7 +281,9 @@ def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.M
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
     for name, module in targets.items():
-        weight = module.get_base_layer().weight if isinstance(module, DLQATLayer) else module.weight
+        layer: Any = module.get_base_layer() if isinstance(module, DLQATLayer) else module
+        weight = layer.weight
+        check_here(layer, "pack")
         others = [user for user in users.get(id(weight), []) if not user.startswith(f"{name}.")]
         if others:
             raise ValueError(
@@ -303,7 +307,7 @@ def _count_parameters(model: nn.Module, adapter_name: str, bias: str) -> dict[st
 
 def _in_features(module: nn.Module) -> int:
     """Inputs of a linear layer, a Conv1D or an adapter layer."""
-    return module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features  # type: ignore[return-value]
+    return full_shape(module.weight)[0] if isinstance(module, Conv1D) else module.in_features  # type: ignore[return-value]
 
 
 def _layer_settings(config: DLQATConfig, key: str) -> dict[str, Any]:

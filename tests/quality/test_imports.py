@@ -21,6 +21,7 @@ ORDER = [
     "card",
     "config",
     "push",
+    "placement",
     "layer",
     "state",
     "model",

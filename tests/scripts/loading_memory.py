@@ -1,6 +1,6 @@
 """Peak memory of `load_packed` on a random model: prints the full model's bytes, the result's, and the peak's.
 
-    python loading_memory.py FOLDER
+python loading_memory.py FOLDER
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..distillation import adapters_disabled, evaluating
 from ..layer import DLQATLayer, adapter_layers
+from ..placement import device_of
 from .activations import InputMoments, fit_to_inputs
 from .decoder import Call, Hidden, HiddenStates, capture, decoder_layers, hidden_states
 from .grid_state import (
@@ -222,7 +223,7 @@ def _descend(
 
 def _run(block: nn.Module, state: torch.Tensor, call: Call) -> torch.Tensor:
     args, kwargs = call
-    return block(state.to(next(block.parameters()).device), *args, **kwargs)
+    return block(state.to(device_of(block)), *args, **kwargs)
 
 
 @torch.no_grad()

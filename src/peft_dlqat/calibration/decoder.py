@@ -14,6 +14,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..layer import DLQATLayer
+from ..placement import device_of
 from .data import to_device
 
 # A layer's arguments beside the hidden states: positional, by keyword.
@@ -120,7 +121,7 @@ def capture(
         ValueError: if there are no batches, or one is no dict.
     """
     calls: list[list[Call]] = []
-    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    device = device_of(model)
     for batch in batches:
         arguments = {key: value for key, value in to_device(batch, device).items() if key != "labels"}
         seen: list[tuple[torch.Tensor, Call]] = []

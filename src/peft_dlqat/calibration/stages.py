@@ -12,6 +12,7 @@ from torch import nn
 
 from ..layer import adapter_layers
 from ..packing import pack_weights
+from ..placement import device_of
 from ..recipe import RECIPE
 from .activations import fit_to_inputs, input_moments
 from .blocks import calibrate_blocks
@@ -135,7 +136,7 @@ def calibrate(
         by = "model"
     grid = [tensor for layer in layers.values() for tensor in grid_tensors(layer, adapter_name)]
     # Blocks take what batches there are, once; steps on the model as many as they need.
-    device = next(model.parameters()).device
+    device = device_of(model)
     batches = cycle(dataloader, steps if by == "model" else 0, device)
 
     with random_state_kept(), only_grid_trains(model, grid) as initial:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..distillation import evaluating, teacher_logits
 from ..distillation.divergence import by_chunks, cross_entropy, token_divergence
+from ..placement import device_of
 from .merging import dlqat_layers, temporarily_merged, temporarily_original
 
 
@@ -80,7 +81,7 @@ def evaluate_model(
         for each in (model,) if teacher is None else (model, teacher):
             stack.enter_context(evaluating(each))
             stack.enter_context(temporarily_merged(each))
-        for batch in _batches(batches, _device(model)):
+        for batch in _batches(batches, device_of(model)):
             inputs, labels = _inputs_and_labels(batch)
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
             counts = targets != -100  # as in `distillation_loss`
@@ -91,7 +92,7 @@ def evaluate_model(
                 with temporarily_original(model):
                     of_teacher = teacher_logits(model, inputs)
             elif teacher is not None:
-                of_teacher = _logits(teacher, send_to_device(inputs, _device(teacher)), labels).to(logits.device)
+                of_teacher = _logits(teacher, send_to_device(inputs, device_of(teacher)), labels).to(logits.device)
             else:
                 continue
             _check_vocabularies(logits, of_teacher)
@@ -107,10 +108,6 @@ def evaluate_model(
         agreement=agreements / tokens if compared else None,
         tokens=tokens,
     )
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _check_teacher(layers: list[Any], teacher: nn.Module | None) -> None:

@@ -1,0 +1,91 @@
+"""Base weights that something else has taken away: accelerate's offload, DeepSpeed's ZeRO-3, FSDP2.
+
+A DL-QAT layer reads the base layer's weight and never calls the base layer, on whose call their hooks wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from accelerate.utils import align_module_device, has_offloaded_params
+from peft.utils.integrations import check_deepspeed_zero3_enabled
+from torch import nn
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a device_map keeps the module's own tensors on the CPU or disk, and they are not here now."""
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return has_offloaded_params(module) and any(tensor.is_meta for tensor in tensors)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a model computes: the device of its first tensor that is not offloaded."""
+    return next(parameter.device for parameter in module.parameters() if not parameter.is_meta)
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 spreads the parameter over processes."""
+    return hasattr(parameter, "ds_shape")
+
+
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The parameter's shape when all of it is here."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def check_here(layer: nn.Module, action: str) -> None:
+    """Refuse to replace a weight that is elsewhere: what is written here would be lost.
+
+    Raises:
+        ValueError: if it is offloaded, or partitioned by ZeRO-3.
+    """
+    partitioned = any(is_partitioned(parameter) for parameter in layer.parameters())
+    if is_offloaded(layer) or partitioned:
+        where = "partitioned by DeepSpeed ZeRO-3" if partitioned else "offloaded to the CPU or disk by a device_map"
+        raise ValueError(
+            f"cannot {action} a {type(layer).__name__} whose weight is {where}; use storage='full', or load_packed(), "
+            "and merge the saved adapter into a base model that is loaded whole."
+        )
+
+
+@contextmanager
+def at_hand(module: nn.Module) -> Iterator[None]:
+    """Inside the block all tensors of a module are here and whole, to be read.
+
+    Raises:
+        ValueError: if FSDP2 shards one, outside of the forward pass of the unit that it belongs to.
+    """
+    with ExitStack() as stack:
+        for part in module.modules():
+            if is_offloaded(part):
+                stack.enter_context(align_module_device(part))
+        partitioned = [parameter for parameter in module.parameters() if is_partitioned(parameter)]
+        if partitioned:
+            import deepspeed
+
+            stack.enter_context(deepspeed.zero.GatheredParameters(partitioned))
+        for parameter in module.parameters():
+            if isinstance(parameter, _dtensor()):
+                raise ValueError(
+                    f"a weight {list(parameter.shape)} is sharded by FSDP2, so that this process has only a part of "
+                    "it; calibrate, pack, merge or export before the model is sharded, or load the saved adapter "
+                    "into a whole one."
+                )
+        yield
+
+
+def tell_zero3(module: nn.Module) -> None:
+    """Have ZeRO-3 gather all parameters below a module whenever it calls the module itself."""
+    if check_deepspeed_zero3_enabled():
+        import deepspeed
+
+        for parameter in module.parameters():
+            deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def _dtensor() -> type:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor
