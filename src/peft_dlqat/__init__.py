@@ -26,6 +26,7 @@ from .generate import generate_dataset
 from .grid import Grid
 from .layer import DLQATLayer, DLQATLinear
 from .loading import load_packed
+from .memory import MemoryEstimate, estimate_memory
 from .model import DLQATModel
 from .optimizer import create_dlqat_optimizer
 from .packing import pack_weights
@@ -56,6 +57,7 @@ __all__ = [
     "Grid",
     "GridReport",
     "LayerReport",
+    "MemoryEstimate",
     "NoDecoderLayers",
     "QuantizedWeight",
     "Recipe",
@@ -67,6 +69,7 @@ __all__ = [
     "calibrate_blocks_from_disk",
     "create_dlqat_optimizer",
     "distillation_loss",
+    "estimate_memory",
     "evaluate_model",
     "evaluate_tasks",
     "generate_dataset",

@@ -136,10 +136,11 @@ class DLQATModel(BaseTuner):
         if isinstance(target, DLQATLayer):
             target.update_layer(adapter_name, **kwargs)
             return
-        new_module = DLQATLinear(target, adapter_name, fan_in_fan_out=isinstance(target, Conv1D), **kwargs)
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)
-        self._replace_module(parent, target_name, new_module, target)
+        with at_hand(target):  # PEFT moves the adapter to where the weight is
+            new_module = DLQATLinear(target, adapter_name, fan_in_fan_out=isinstance(target, Conv1D), **kwargs)
+            if adapter_name not in self.active_adapters:
+                new_module.requires_grad_(False)
+            self._replace_module(parent, target_name, new_module, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, on a copy of the config; then counts the parameters, for the model card."""

@@ -28,6 +28,7 @@ ORDER = [
     "packing",
     "checkpoint",
     "loading",
+    "memory",
     "register",
     "report",
     "recipe",
