@@ -427,7 +427,7 @@ class DLQATLinear(nn.Module, DLQATLayer):
         """y [..., out] from x [..., in]; the dtype is the base layer's own."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if hasattr(self.get_base_layer(), "_hf_hook"):  # device_map may have taken tensors away
+        if hasattr(self.get_base_layer(), "_hf_hook"):  # type: ignore[operator]  # device_map may have taken tensors away
             with at_hand(self):
                 return self._output(x, *args, **kwargs)
         return self._output(x, *args, **kwargs)

@@ -1,12 +1,13 @@
 """How much memory a training step takes, found without allocating it.
 
-What stays is counted on the meta device. What comes and goes is found by running a step of the model with fewer decoder
-layers on tensors without data, and adding up what is alive after each operation: by layers all of it is linear.
+What stays is counted on the meta device. What comes and goes is found by running a step of the model with few decoder
+layers on tensors without data, and adding up what is alive after each operation: all of it is linear in the layers.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -116,18 +117,24 @@ def estimate_memory(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
     model_config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
-    static = _static(_on_meta(config, model_config, dtype), optimizer)
     runs = []
-    for layers in (_FEW, _FEW + 1):
-        small = copy.deepcopy(model_config)
-        small.num_hidden_layers = layers
-        if getattr(small, "layer_types", None):
-            small.layer_types = small.layer_types[:layers]
-        few = _on_meta(config, small, dtype)
-        runs.append(_step(few, batch_size, sequence_length, gradient_checkpointing, device))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the model itself will warn
+        static = _static(_on_meta(config, model_config, dtype), optimizer)
+        for layers in (_FEW, _FEW + 1):
+            few = _on_meta(config, _shortened(model_config, layers), dtype)
+            runs.append(_step(few, batch_size, sequence_length, gradient_checkpointing, device))
     more = model_config.num_hidden_layers - _FEW
     dynamic = {name: runs[0][name] + more * (runs[1][name] - runs[0][name]) for name in runs[0]}
     return MemoryEstimate(**static, **dynamic)
+
+
+def _shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    short = copy.deepcopy(config)
+    short.num_hidden_layers, short.use_cache = layers, False
+    if getattr(short, "layer_types", None):
+        short.layer_types = short.layer_types[:layers]
+    return short
 
 
 def _on_meta(config: DLQATConfig, model_config: PretrainedConfig, dtype: torch.dtype) -> PeftModel:
