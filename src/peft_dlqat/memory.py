@@ -27,8 +27,9 @@ from .qweight import piece_rows
 
 # Bytes of optimiser state a trained number, beside the number and its gradient.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}
-# Bytes of temporaries a weight of the piece of rows that the op works on, at most: float32 codes and the like.
-_PIECE_BYTES = 20
+# Bytes a weight of the piece of rows that the reference op works on: float32 codes and the like on the way to w_hat,
+# and, without w_hat, to the weight's gradients, dL/dw_hat itself not counted.
+_CODES_BYTES, _GRADIENTS_BYTES = 9, 17
 # Decoder layers of the two models whose difference is one layer.
 _FEW = 2
 
@@ -240,8 +241,13 @@ class _Alive(TorchDispatchMode):
             return 0
         backward = "backward" in func.name()
         names = [argument.name for argument in func._schema.arguments]
-        x, A, B = (args[names.index(name)] for name in ("x", "A", "B"))
-        rows = min(len(B), piece_rows(A.shape[1], self._device))
-        w_hat = B.shape[0] * A.shape[1] * x.element_size()
-        output = x.numel() * x.element_size() if backward else x.numel() // A.shape[1] * len(B) * x.element_size()
-        return output + w_hat + rows * A.shape[1] * _PIECE_BYTES
+        x, A, B, gradient = (args[names.index(name)] for name in ("x", "A", "B", "gradient"))
+        size, in_features, out_features = x.element_size(), A.shape[1], len(B)
+        piece = min(out_features, piece_rows(in_features, self._device)) * in_features
+        # What is made of w_hat is not there yet while w_hat is made.
+        w_hat = out_features * in_features * size
+        made = x.numel() * size if backward else x.numel() // in_features * out_features * size
+        inside = w_hat + max(_CODES_BYTES * piece, made)
+        if backward and gradient != "lowrank":
+            inside = max(inside, made + (_GRADIENTS_BYTES + size) * piece)
+        return inside

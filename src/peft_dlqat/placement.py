@@ -61,8 +61,8 @@ def at_hand(module: nn.Module) -> Iterator[None]:
         for part in module.modules():
             if is_offloaded(part):
                 stack.enter_context(align_module_device(part))
-        partitioned = [parameter for parameter in module.parameters() if is_partitioned(parameter)]
-        if partitioned:
+        partitioned = [p for p in module.parameters() if is_partitioned(p) and p.shape != p.ds_shape]
+        if partitioned:  # and not gathered already
             import deepspeed
 
             stack.enter_context(deepspeed.zero.GatheredParameters(partitioned))
