@@ -16,7 +16,7 @@ pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parent / "scripts" / "zero3_training.py"
-TIME_LIMIT = 900  # DeepSpeed compiles its communication on first use
+TIME_LIMIT = 300
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
@@ -41,14 +41,14 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             output, _ = process.communicate()
             pytest.fail(f"not done within {TIME_LIMIT} s:\n{output[-5000:]}")
         assert process.returncode == 0, output[-5000:]
-        if not before:
-            single = torch.load(tmp_path / "0.pt")
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    for rank in ranks:
-        assert rank["numbers"] < 0.55 * single["numbers"]
-        assert rank["grid"].keys() == single["grid"].keys()
-        assert all(torch.equal(tensor, single["grid"][name]) for name, tensor in rank["grid"].items())
-        for name, tensor in single["adapter"].items():
-            assert (rank["adapter"][name] - tensor).norm() <= 1e-4 * tensor.norm().clamp(min=1e-6), name
-    means = [(first + second) / 2 for first, second in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
-    assert means == pytest.approx(single["losses"], rel=1e-4) and means[0] != means[-1]
+    for storage in ("full", "int8"):
+        single = torch.load(tmp_path / f"{storage}-single.pt")
+        ranks = [torch.load(tmp_path / f"{storage}-{rank}.pt") for rank in (0, 1)]
+        for rank in ranks:
+            assert rank["numbers"] < 0.55 * single["numbers"]
+            assert rank["grid"].keys() == single["grid"].keys()
+            assert all(torch.equal(tensor, single["grid"][name]) for name, tensor in rank["grid"].items())
+            for name, tensor in single["adapter"].items():
+                assert (rank["adapter"][name] - tensor).norm() <= 1e-4 * tensor.norm().clamp(min=1e-6), name
+        means = [(first + second) / 2 for first, second in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
+        assert means == pytest.approx(single["losses"], rel=1e-4) and means[0] != means[-1]

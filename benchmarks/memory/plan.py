@@ -7,16 +7,12 @@ Sizes are in GiB. A card counts with what is left of it beside 1 GiB for the CUD
 
 from __future__ import annotations
 
-import logging
-import warnings
-from functools import cache
-
 import torch
 from transformers import LlamaConfig
 from transformers.utils import logging as transformers_logging
 
 from peft_dlqat import DLQATConfig, estimate_memory
-from peft_dlqat.memory import MemoryEstimate
+from peft_dlqat.memory import step_parts
 
 MODELS = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -36,48 +32,58 @@ RESERVED = 1
 GIB = 2**30
 
 
-@cache
-def estimate(model: str, storage: str, batch: int, length: int) -> MemoryEstimate:
-    """r = 16, groups of 128, AdamW, bfloat16, gradient checkpointing."""
-    config = DLQATConfig(bits=2 if storage == "int2" else 3, r=16, storage=storage, task_type="CAUSAL_LM")
-    return estimate_memory(config, LlamaConfig(vocab_size=32000, **MODELS[model]), batch, length)
+# Between these batches memory is taken for linear. It is convex, so this errs upwards.
+BATCHES = (1, 2, 4, 16, 64, 256)
 
 
-def largest_batch(one: MemoryEstimate, two: MemoryEstimate, card: float) -> int:
-    """Of a step whose memory grows by as much with each sequence as from the first to the second."""
-    room = (card - RESERVED) * GIB - one.total
-    return 0 if room < 0 else 1 + int(room // (two.total - one.total))
+def config(storage: str) -> DLQATConfig:
+    return DLQATConfig(bits=2 if storage == "int2" else 3, r=16, storage=storage, task_type="CAUSAL_LM")
+
+
+def shapes(model: str) -> LlamaConfig:
+    return LlamaConfig(vocab_size=32000, **MODELS[model])
+
+
+def step_bytes(model: str, length: int) -> list[int]:
+    """What a step takes beside what stays, by batch; the storage has no part in it."""
+    parts = [step_parts(config("full"), shapes(model), batch, length) for batch in BATCHES]
+    return [part["activations"] + max(part["head"], part["temporaries"]) for part in parts]
+
+
+def largest_batch(steps: list[int], room: float) -> int:
+    """The largest batch whose step fits into `room` bytes."""
+    if steps[0] > room:
+        return 0
+    fits = max(index for index, step in enumerate(steps) if step <= room)
+    low = min(fits, len(steps) - 2)
+    slope = (steps[low + 1] - steps[low]) / (BATCHES[low + 1] - BATCHES[low])
+    return int(BATCHES[low] + (room - steps[low]) / slope)
 
 
 def main() -> None:
     """Print both tables."""
-    warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     parts = ["frozen", "grid", "rest", "adapter", "gradients", "optimizer", "activations", "head", "temporaries"]
     print("One sequence of 1024 tokens, GiB:\n")
     print(f"| model | storage | {' | '.join(parts)} | total |")
     print(f"|---|---|{'---:|' * (len(parts) + 1)}")
-    first = {}
+    static = {}
     for model in MODELS:
         for storage in STORAGES:
-            first[model, storage] = found = estimate(model, storage, 1, LENGTHS[0])
+            found = estimate_memory(config(storage), shapes(model), 1, LENGTHS[0])
+            static[model, storage] = found.static
             sizes = " | ".join(f"{getattr(found, part) / GIB:.2f}" for part in parts)
             print(f"| {model} | {storage} | {sizes} | {found.total / GIB:.1f} |")
     print(f"\nThe largest batch by sequence length ({' / '.join(map(str, LENGTHS))} tokens):\n")
     print(f"| model | storage | {' | '.join(f'{card} GB' for card in CARDS)} |")
     print(f"|---|---|{'---|' * len(CARDS)}")
     for model in MODELS:
-        # The storage has no part in what grows with the batch.
-        steps = [tuple(estimate(model, STORAGES[0], batch, length) for batch in (1, 2)) for length in LENGTHS]
+        steps = [step_bytes(model, length) for length in LENGTHS]
         for storage in STORAGES:
-            saved = steps[0][0].total - first[model, storage].total
-            cells = []
-            for card in CARDS:
-                fits = [largest_batch(one, two, card + saved / GIB) for one, two in steps]
-                cells.append(" / ".join(str(batch) if batch else "-" for batch in fits))
-            print(f"| {model} | {storage} | {' | '.join(cells)} |")
+            rooms = [(card - RESERVED) * GIB - static[model, storage] for card in CARDS]
+            cells = [[largest_batch(by_batch, room) or "-" for by_batch in steps] for room in rooms]
+            print(f"| {model} | {storage} | {' | '.join(' / '.join(map(str, cell)) for cell in cells)} |")
 
 
 if __name__ == "__main__":

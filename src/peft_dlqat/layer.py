@@ -24,7 +24,7 @@ from .grid import SCALE_DTYPES, ZERO_POINTS, Grid
 from .initialisation import initialise
 from .methods import METHODS, AdapterState, Method
 from .ops import fake_quantize_linear
-from .placement import at_hand, check_here, full_shape, tell_zero3
+from .placement import at_hand, check_here, full_shape, gather_with, is_partitioned
 from .qweight import QuantizedWeight, Quantizer, decode_weight, harden, store
 from .storage import as_rows
 
@@ -154,7 +154,6 @@ class DLQATLayer(BaseTunerLayer):
                 nn.init.kaiming_uniform_(factors[adapter_name], a=math.sqrt(5))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-        tell_zero3(self)  # type: ignore[arg-type]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's, but no dtype changes: a loaded adapter stays, to the bit, what was saved."""
@@ -427,7 +426,10 @@ class DLQATLinear(nn.Module, DLQATLayer):
         """y [..., out] from x [..., in]; the dtype is the base layer's own."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if hasattr(self.get_base_layer(), "_hf_hook"):  # type: ignore[operator]  # device_map may have taken tensors away
+        base_layer: Any = self.get_base_layer()  # type: ignore[operator]
+        if is_partitioned(base_layer.weight):
+            gather_with(self)
+        if hasattr(base_layer, "_hf_hook"):  # device_map may have taken tensors away
             with at_hand(self):
                 return self._output(x, *args, **kwargs)
         return self._output(x, *args, **kwargs)

@@ -118,16 +118,33 @@ def estimate_memory(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
     model_config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
-    runs = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model itself will warn
         static = _static(_on_meta(config, model_config, dtype), optimizer)
+    return MemoryEstimate(
+        **static,
+        **step_parts(config, model_config, batch_size, sequence_length, gradient_checkpointing, dtype, device),
+    )
+
+
+def step_parts(
+    config: DLQATConfig,
+    model_config: PretrainedConfig,
+    batch_size: int,
+    sequence_length: int,
+    gradient_checkpointing: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+) -> dict[str, int]:
+    """The `activations`, `head` and `temporaries` of [`estimate_memory`], whose arguments these are."""
+    runs = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         for layers in (_FEW, _FEW + 1):
             few = _on_meta(config, _shortened(model_config, layers), dtype)
             runs.append(_step(few, batch_size, sequence_length, gradient_checkpointing, device))
     more = model_config.num_hidden_layers - _FEW
-    dynamic = {name: runs[0][name] + more * (runs[1][name] - runs[0][name]) for name in runs[0]}
-    return MemoryEstimate(**static, **dynamic)
+    return {name: runs[0][name] + more * (runs[1][name] - runs[0][name]) for name in runs[0]}
 
 
 def _shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:

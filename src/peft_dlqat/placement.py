@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
-from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import nn
 
 
@@ -76,13 +75,14 @@ def at_hand(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def tell_zero3(module: nn.Module) -> None:
-    """Have ZeRO-3 gather all parameters below a module whenever it calls the module itself."""
-    if check_deepspeed_zero3_enabled():
-        import deepspeed
+def gather_with(module: nn.Module) -> None:
+    """Gather what ZeRO-3 has partitioned below a module, and have it do so from now on when the module is called."""
+    for parameter in module.parameters():
+        if is_partitioned(parameter) and parameter.shape != parameter.ds_shape:
+            import deepspeed
 
-        for parameter in module.parameters():
             deepspeed.zero.register_external_parameter(module, parameter)
+            parameter.all_gather()
 
 
 def _dtensor() -> type:

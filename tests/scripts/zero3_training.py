@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node 2 zero3_training.py FOLDER
 
-The base model is partitioned as it is loaded, before the adapter is made. Every process writes what it ended with to
-FOLDER, `RANK.pt`.
+With full storage the base model is partitioned as it is loaded, before the adapter is made; a packed one by
+`deepspeed.initialize`. Every process writes what it ended with to FOLDER, `STORAGE-RANK.pt`; a single one, without
+torchrun, `STORAGE-single.pt`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from peft_dlqat import DLQATConfig
+from peft_dlqat import DLQATConfig, load_packed
+
+STORAGES = ("full", "int8")
 
 DEEPSPEED = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
@@ -32,11 +35,20 @@ DEEPSPEED = {
 }
 
 
-def make_model(folder: Path) -> nn.Module:
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+def make_model(folder: Path, storage: str) -> nn.Module:
+    config = DLQATConfig(
+        bits=3, group_size=16, r=4, scale_dtype="float32", storage=storage, task_type="CAUSAL_LM", init="minmax"
+    )
     torch.manual_seed(0)
-    config = DLQATConfig(bits=3, group_size=16, r=4, scale_dtype="float32", task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
+    if storage == "full":
+        # While it lives, from_pretrained partitions the model.
+        keep = HfDeepSpeedConfig(DEEPSPEED) if world_size() > 1 else None
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        torch.manual_seed(0)
+        model = get_peft_model(base, config)
+        del keep
+    else:
+        model = load_packed(folder / "base", config)
     model.peft_config["default"].record["calibration"] = {}  # this is no test of calibration
     return model.train()
 
@@ -45,8 +57,8 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def train(folder: Path) -> dict[str, Any]:
-    model = make_model(folder)
+def train(folder: Path, storage: str) -> dict[str, Any]:
+    model = make_model(folder, storage)
     optimizer = torch.optim.SGD(trained(model).values(), lr=0.05)
     run: Any = model
     if world_size() > 1:
@@ -74,12 +86,15 @@ def train(folder: Path) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
+    if world_size() == 1:
+        for storage in STORAGES:
+            torch.save(train(folder, storage), folder / f"{storage}-single.pt")
+        return
     # Its own collectives by shared memory would have to be compiled first; gloo will do.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed("gloo")
-    keep = HfDeepSpeedConfig(DEEPSPEED)  # makes from_pretrained partition the model
-    torch.save(train(folder), folder / f"{rank()}.pt")
-    del keep
+    for storage in STORAGES:
+        torch.save(train(folder, storage), folder / f"{storage}-{rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
