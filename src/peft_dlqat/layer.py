@@ -177,7 +177,7 @@ class DLQATLayer(BaseTunerLayer):
     def original_weight(self) -> torch.Tensor:
         """W0 [out, in], merged or not; of a packed one what is left of it."""
         weight = self.frozen_weight()
-        if weight.is_floating_point():
+        if not self.packed:
             return weight
         name = next(iter(self.dlqat_grid))
         return decode_weight(weight, self.quantizer(name), self.dlqat_grid[name]).to(self.weight_dtype)
@@ -185,6 +185,8 @@ class DLQATLayer(BaseTunerLayer):
     @property
     def packed(self) -> bool:
         """Whether W0 is kept in few bits."""
+        if not hasattr(self, "_dtype_of_packed"):  # others have integers for weights too
+            return False
         weight = self.get_base_layer().weight if self._unmerged_weight is None else self._unmerged_weight
         return not weight.is_floating_point()
 
