@@ -25,6 +25,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import disk_offload
 from conftest import CONFIGS, HIDDEN, VOCAB, lm_batches, perturb, tiny_model, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
@@ -33,7 +34,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from peft_dlqat import Calibration, DistillationLoss, DLQATConfig, TeacherCache, calibrate, export_model, verify_export
+from peft_dlqat import (
+    Calibration,
+    DistillationLoss,
+    DLQATConfig,
+    TeacherCache,
+    calibrate,
+    estimate_memory,
+    export_model,
+    load_packed,
+    verify_export,
+)
 from peft_dlqat.layer import DLQATLayer
 
 PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
@@ -1248,6 +1259,56 @@ EXPORTING_CASES = [
     ),
 ]
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory and many devices
+
+
+def large(shown: str, call: Callable[[Path], object], error: type[Exception], *says: str) -> Case:
+    """A call without a model in memory, on a base model's folder, that is refused."""
+
+    def attempt(folder: Path) -> Attempt:
+        tiny_model().save_pretrained(folder / "base")
+        return Attempt(lambda: call(folder))
+
+    return Case("Memory and many devices", shown, attempt, error, says)
+
+
+def pack_offloaded(folder: Path) -> Attempt:
+    base = disk_offload(tiny_model(), folder / "offload", execution_device=torch.device("cpu"))
+    return Attempt(lambda: get_peft_model(base, small_config(storage="int8")))
+
+
+def lora_packed(folder: Path) -> object:
+    get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder / "adapter")
+    return load_packed(folder / "base", folder / "adapter")
+
+
+def estimated(**changes: Any) -> Callable[[Path], object]:
+    arguments = {"batch_size": 1, "sequence_length": 8, **changes}
+    return lambda folder: estimate_memory(small_config(), str(folder / "base"), **arguments)
+
+
+LARGE_CASES = [
+    large(
+        "load_packed with storage='full'",
+        lambda folder: load_packed(folder / "base", small_config()),
+        ValueError,
+        "storage='full' packs nothing",
+        "storage='int8'",
+    ),
+    large("load_packed with a LoRA adapter", lora_packed, TypeError, "LORA adapter", "DL-QAT"),
+    large("estimate_memory(batch_size=0)", estimated(batch_size=0), ValueError, "batch_size=0", "positive integer"),
+    large("estimate_memory(optimizer='lion')", estimated(optimizer="lion"), ValueError, "'lion'", "'adamw'", "'sgd'"),
+    Case(
+        "Memory and many devices",
+        "storage='int8' on a base model that is offloaded to disk",
+        pack_offloaded,
+        ValueError,
+        ("cannot pack", "offloaded to the CPU or disk", "load_packed"),
+    ),
+]
+
 LOADING = list(loading_cases())
 CASES = [
     *CONFIG_CASES,
@@ -1257,6 +1318,7 @@ CASES = [
     *(case for *_, case in LOADING),
     *RUNNING_CASES,
     *EXPORTING_CASES,
+    *LARGE_CASES,
 ]
 
 

@@ -208,3 +208,50 @@ def test_an_adapter_that_was_never_packed_belongs_to_the_full_weight(tmp_path):
 def test_impossible_configs(kwargs, message):
     with pytest.raises(ValueError, match=message):
         DLQATConfig(**kwargs)
+
+
+PACKED = [
+    {"storage": "full", "gradient": "lowrank", "magnitude": "row"},
+    {"storage": "int8", "gradient": "exact"},
+    {"storage": "int4", "gradient": "lowrank", "magnitude": "row"},
+    {"storage": "int4", "gradient": "bf16", "zero_point": "float"},
+]
+
+
+def packed(**changes):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), config(**changes))
+    perturb(model)
+    pack_weights(model)
+    model.peft_config["default"].record["calibration"] = {}  # this is no test of calibration
+    return model.train()
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("changes", PACKED)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(changes, use_reentrant):
+    model, other = packed(**changes), packed(**changes)
+    other.enable_input_require_grads()
+    other.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for each in (model, other):
+        each(**lm_batches(1)[0]).loss.backward()
+    expected, found = gradients(model), gradients(other)
+    assert all(torch.equal(found[name], grad) for name, grad in expected.items())
+
+
+@pytest.mark.parametrize("changes", PACKED)
+def test_torch_compile_gives_the_same_gradients_without_graph_breaks(changes):
+    torch._dynamo.reset()
+    model, other = packed(**changes), packed(**changes)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    outputs = [run(input_ids=tokens()).logits for run in (model, compiled)]
+    assert torch.allclose(*outputs, rtol=1e-4, atol=1e-5)
+    for output in outputs:
+        output.square().mean().backward()
+    expected, found = gradients(model), gradients(other)
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm() <= 1e-3 * grad.norm(), name

@@ -26,6 +26,8 @@ from .export import EngineFigures, FormatRow, FormatTable, Verification, export_
 from .generate import generate_dataset
 from .grid import Grid
 from .layer import DLQATLayer, DLQATLinear
+from .loading import load_packed
+from .memory import MemoryEstimate, estimate_memory
 from .model import DLQATModel
 from .optimizer import create_dlqat_optimizer
 from .packing import pack_weights
@@ -59,6 +61,7 @@ __all__ = [
     "Grid",
     "GridReport",
     "LayerReport",
+    "MemoryEstimate",
     "NoDecoderLayers",
     "QuantizedWeight",
     "Recipe",
@@ -71,12 +74,14 @@ __all__ = [
     "calibrate_blocks_from_disk",
     "create_dlqat_optimizer",
     "distillation_loss",
+    "estimate_memory",
     "evaluate_model",
     "evaluate_tasks",
     "export_formats",
     "export_model",
     "generate_dataset",
     "grid_report",
+    "load_packed",
     "pack_weights",
     "teacher_logits",
     "verify_export",

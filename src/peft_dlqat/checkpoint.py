@@ -1,21 +1,24 @@
-"""A model on disk of which some weights are in memory at a time."""
+"""A causal language model whose weights stay in its files: a skeleton on the meta device, filled tensor by tensor."""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from .layer import DLQATLayer
+from .model import _check_target
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
+_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 
 
 def weights_folder(model_id: str | Path, revision: str | None = None) -> Path:
@@ -23,7 +26,7 @@ def weights_folder(model_id: str | Path, revision: str | None = None) -> Path:
     folder = Path(model_id)
     if folder.is_dir():
         return folder
-    return Path(snapshot_download(str(model_id), revision=revision, allow_patterns=list(WEIGHT_FILES)))
+    return Path(snapshot_download(str(model_id), revision=revision, allow_patterns=_FILES))
 
 
 def empty_model(
@@ -43,14 +46,36 @@ def empty_model(
     return model
 
 
+def skeleton(folder: Path, model_id: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The empty model of a folder, in eval mode, with its generation config.
+
+    Args:
+        folder: with the model's config.json.
+        model_id: what an adapter's config will name as its base.
+        dtype: of the parameters; defaults to the one that the model's config names.
+    """
+    model = empty_model(AutoConfig.from_pretrained(folder), dtype)
+    model.name_or_path = model_id
+    with suppress(OSError):  # has none
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
 class Checkpoint:
     """A checkpoint's tensors, loaded into a model on the meta device and released again.
 
     `names` are those of the model's tensors, before any adapter was injected, in the order of its state dict.
+
+    Args:
+        folder: with model.safetensors, or with shards and their index.
+        model: the empty model, without adapters.
+
+    Raises:
+        FileNotFoundError: if the model is not stored as safetensors.
+        ValueError: if a tensor of the model is not in the files.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
-        self.folder = folder
         index = folder / "model.safetensors.index.json"
         files = {"model.safetensors"}
         if index.is_file():
@@ -71,6 +96,8 @@ class Checkpoint:
                         self._file[key], shapes[key] = folder / file, entry.get_shape()
         state = model.state_dict(keep_vars=True)
         self.names = list(state)
+        # By name, the first of those that are tied to it.
+        self.first = {name: next(other for other in state if state[other] is state[name]) for name in state}
         self._key = {name: _key(name, state, shapes, model.base_model_prefix) for name in state}
         missing = sorted(name for name, key in self._key.items() if key is None)
         if missing:
@@ -81,7 +108,7 @@ class Checkpoint:
                 "cannot be used."
             )
 
-    def load(self, model: nn.Module, names: list[str]) -> None:
+    def load(self, model: nn.Module, names: list[str], device: torch.device | str = "cpu") -> None:
         """Read tensors into a model, in the dtype that it has them in."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -89,7 +116,12 @@ class Checkpoint:
         for file, own in by_file.items():
             with safe_open(file, framework="pt") as tensors:
                 for name in own:
-                    replace_tensor(model, name, lambda old, key=self._key[name]: tensors.get_tensor(key).to(old.dtype))
+                    # A copy: what is read otherwise stays a part of the file, that another process may write.
+                    replace_tensor(
+                        model,
+                        name,
+                        lambda old, key=self._key[name]: tensors.get_tensor(key).to(device, old.dtype, copy=True),
+                    )
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, as the file has it."""
@@ -104,6 +136,38 @@ class Checkpoint:
             replace_tensor(model, name, lambda old: old.to("meta"))
 
 
+def initialise_layer(model: Any, adapter_name: str, name: str, layer: DLQATLayer) -> None:
+    """Make a layer's adapter anew, now that its weight is there, as injection does: same order, same draws.
+
+    Args:
+        model: the model as PEFT wraps it.
+        adapter_name: the adapter.
+        name: the layer's module name in the base model.
+        layer: the layer.
+
+    Raises:
+        ValueError: if the weight is not finite.
+    """
+    _check_target(name, layer)
+    model.base_model._create_and_replace(
+        model.peft_config[adapter_name], adapter_name, layer, "", layer, current_key=name
+    )
+
+
+def holder(model: nn.Module, name: str) -> tuple[Any, str]:
+    """The module that holds a base tensor now, whatever PEFT has wrapped around it, and the tensor's own name."""
+    *path, leaf = name.split(".")
+    module: Any = model
+    for part in (*path, None):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        if isinstance(module, DLQATLayer):
+            module = module.get_base_layer()
+        if part is not None:
+            module = module.get_submodule(part)
+    return module, leaf
+
+
 def _key(name: str, state: dict[str, Any], shapes: dict[str, list[int]], prefix: str) -> str | None:
     """A tensor's key in the checkpoint: its own, with or without the model's prefix, or that of one tied to it."""
     tied = [other for other, tensor in state.items() if tensor is state[name] and other != name]
@@ -115,12 +179,10 @@ def _key(name: str, state: dict[str, Any], shapes: dict[str, list[int]], prefix:
 
 
 def replace_tensor(model: nn.Module, name: str, new: Any) -> None:
-    """Put new(old) in the place of a base tensor, that may have moved into an adapter layer."""
-    path, _, leaf = name.rpartition(".")
-    module: Any = model.get_submodule(path)
-    if isinstance(module, DLQATLayer):
-        module = module.get_base_layer()
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(new(module._parameters[leaf].data), requires_grad=False)
+    """Put new(old) in the place of a base tensor."""
+    module, leaf = holder(model, name)
+    old = module._parameters.get(leaf)
+    if old is not None:
+        module._parameters[leaf] = nn.Parameter(new(old.data), requires_grad=old.requires_grad)
     else:
         module._buffers[leaf] = new(module._buffers[leaf])

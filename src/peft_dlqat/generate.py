@@ -10,7 +10,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from .distillation import adapters_disabled, device_of, evaluating
+from .distillation import adapters_disabled, evaluating
+from .placement import device_of
 
 # So many tokens after the first are the likeliest ones, as a random first token needs some context to make sense of.
 _GREEDY_TOKENS = (3, 5)

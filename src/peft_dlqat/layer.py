@@ -24,6 +24,7 @@ from .grid import SCALE_DTYPES, ZERO_POINTS, Grid
 from .initialisation import initialise
 from .methods import METHODS, AdapterState, Method
 from .ops import fake_quantize_linear, harden
+from .placement import at_hand, check_here, full_shape, gather_with, is_partitioned
 from .qweight import QuantizedWeight, Quantizer, decode_weight, store
 from .storage import as_rows
 
@@ -106,7 +107,7 @@ class DLQATLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self._unmerged_weight: torch.Tensor | None = None
-        shape = tuple(self.get_base_layer().weight.shape)
+        shape = full_shape(self.get_base_layer().weight)
         self.out_features, self.in_features = shape[::-1] if fan_in_fan_out else shape
 
     def update_layer(
@@ -166,15 +167,17 @@ class DLQATLayer(BaseTunerLayer):
 
     def frozen_weight(self) -> torch.Tensor:
         """W0 [out, in] as it is kept: in full (a view where the base layer has it transposed), or packed in uint8."""
-        weight = self.get_base_layer().weight.data
-        if self._unmerged_weight is not None:
-            weight = self._unmerged_weight.to(weight.device)  # the model may have moved meanwhile
-        return as_rows(weight, self.fan_in_fan_out)
+        base_layer = self.get_base_layer()
+        with at_hand(base_layer):
+            weight = base_layer.weight.data
+            if self._unmerged_weight is not None:
+                weight = self._unmerged_weight.to(weight.device)  # the model may have moved meanwhile
+            return as_rows(weight, self.fan_in_fan_out)
 
     def original_weight(self) -> torch.Tensor:
         """W0 [out, in], merged or not; of a packed one what is left of it."""
         weight = self.frozen_weight()
-        if weight.is_floating_point():
+        if not self.packed:
             return weight
         name = next(iter(self.dlqat_grid))
         return decode_weight(weight, self.quantizer(name), self.dlqat_grid[name]).to(self.weight_dtype)
@@ -182,7 +185,10 @@ class DLQATLayer(BaseTunerLayer):
     @property
     def packed(self) -> bool:
         """Whether W0 is kept in few bits."""
-        return not self.frozen_weight().is_floating_point()
+        if not hasattr(self, "_dtype_of_packed"):  # others have integers for weights too
+            return False
+        weight = self.get_base_layer().weight if self._unmerged_weight is None else self._unmerged_weight
+        return not weight.is_floating_point()
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -217,6 +223,7 @@ class DLQATLayer(BaseTunerLayer):
                 )
             return
         dtype, weight = self.weight_dtype, self.get_base_layer().weight
+        check_here(self.get_base_layer(), "pack")
         grid = self.dlqat_grid[adapter_name]
         packed = store(self.original_weight(), self.quantizer(adapter_name), grid, stored_bits)
         # Not in the state dict: it only follows the model's dtype.
@@ -266,6 +273,13 @@ class DLQATLayer(BaseTunerLayer):
             for name in self.adapter_layer_names
             if adapter_name in getattr(self, name)
         }
+        for name, tensor in trained.items():
+            if tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"{name} arrives in {str(tensor.dtype).removeprefix('torch.')}, but codes are chosen in float32: "
+                    "FSDP2's mixed precision has rounded it; leave param_dtype (fsdp mixed precision, bf16=True) out, "
+                    "and load the base model in bfloat16."
+                )
         state = AdapterState(
             self.dlqat_grid[adapter_name],
             self.dlqat_scaling[adapter_name],
@@ -346,6 +360,7 @@ class DLQATLayer(BaseTunerLayer):
             return
         base_layer = self.get_base_layer()
         self._check_float_weight()
+        check_here(base_layer, "merge into")
         merged = self.merged_adapters + names
         weight = self._finite_merged_weight(names) if safe_merge else self._merged_weight(merged)
         if self._unmerged_weight is None:
@@ -413,6 +428,15 @@ class DLQATLinear(nn.Module, DLQATLayer):
         """y [..., out] from x [..., in]; the dtype is the base layer's own."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        base_layer: Any = self.get_base_layer()  # type: ignore[operator]
+        if is_partitioned(base_layer.weight):
+            gather_with(self)
+        if hasattr(base_layer, "_hf_hook"):  # device_map may have taken tensors away
+            with at_hand(self):
+                return self._output(x, *args, **kwargs)
+        return self._output(x, *args, **kwargs)
+
+    def _output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
         if not names:
             return self._base_output(x, *args, **kwargs)

@@ -22,6 +22,7 @@ from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .grid import largest_group
 from .kquant import check_k_quant
 from .layer import DLQATLayer, DLQATLinear, check_float_weight
+from .placement import at_hand, check_here, full_shape
 from .state import check_state
 from .storage import STORAGES
 
@@ -81,6 +82,7 @@ class DLQATModel(BaseTuner):
             if name and not name.startswith(inside) and _is_target(config, name)
         }
         smaller: dict[str, list[str]] = {}
+        _check_untied(config, model, targets)
         for name, module in targets.items():
             _check_target(name, module)
             settings, in_features = _layer_settings(config, name), _in_features(module)
@@ -140,10 +142,11 @@ class DLQATModel(BaseTuner):
         if isinstance(target, DLQATLayer):
             target.update_layer(adapter_name, **kwargs)
             return
-        new_module = DLQATLinear(target, adapter_name, fan_in_fan_out=isinstance(target, Conv1D), **kwargs)
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)
-        self._replace_module(parent, target_name, new_module, target)
+        with at_hand(target):  # PEFT moves the adapter to where the weight is
+            new_module = DLQATLinear(target, adapter_name, fan_in_fan_out=isinstance(target, Conv1D), **kwargs)
+            if adapter_name not in self.active_adapters:
+                new_module.requires_grad_(False)
+            self._replace_module(parent, target_name, new_module, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, on a copy of the config; then counts the parameters and notes which base this is."""
@@ -269,12 +272,32 @@ def _check_target(name: str, module: nn.Module) -> None:
             f"target module {name} is a {type(layer).__module__}.{type(layer).__name__}, no linear layer; only "
             "torch.nn.Linear and transformers' Conv1D can be adapted: narrow target_modules or use exclude_modules."
         )
-    weight: Any = module.original_weight() if isinstance(module, DLQATLayer) else layer.weight
-    if not weight.is_meta and not torch.isfinite(weight).all():
-        raise ValueError(
-            f"the weight of {name} holds NaN or infinity, which no grid can hold; repair the base model "
-            "or leave the module out by exclude_modules."
-        )
+    with at_hand(layer):
+        weight: Any = module.original_weight() if isinstance(module, DLQATLayer) else layer.weight
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            raise ValueError(
+                f"the weight of {name} holds NaN or infinity, which no grid can hold; repair the base model "
+                "or leave the module out by exclude_modules."
+            )
+
+
+def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Refuse to pack a weight that another module uses as it is."""
+    if config.storage == "full":
+        return
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for name, module in targets.items():
+        layer: Any = module.get_base_layer() if isinstance(module, DLQATLayer) else module
+        weight = layer.weight
+        check_here(layer, "pack")
+        others = [user for user in users.get(id(weight), []) if not user.startswith(f"{name}.")]
+        if others:
+            raise ValueError(
+                f"storage={config.storage!r} packs the weight of {name}, but {others[0]} is the same tensor; use "
+                "exclude_modules, or storage='full'."
+            )
 
 
 def _count_parameters(model: nn.Module, adapter_name: str, bias: str) -> dict[str, int]:
@@ -304,7 +327,7 @@ def _base_record(model: nn.Module, adapter_name: str) -> dict[str, Any]:
 
 def _in_features(module: nn.Module) -> int:
     """Inputs of a linear layer, a Conv1D or an adapter layer."""
-    return module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features  # type: ignore[return-value]
+    return full_shape(module.weight)[0] if isinstance(module, Conv1D) else module.in_features  # type: ignore[return-value]
 
 
 def _layer_settings(config: DLQATConfig, key: str) -> dict[str, Any]:

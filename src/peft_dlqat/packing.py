@@ -13,9 +13,10 @@ from .storage import STORAGES
 def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
     """Keep the frozen weights of the adapted layers as the config's `storage` says, and let the full ones go.
 
-    [`calibrate`] and [`calibrate_blocks`] call it when they have frozen the grid. Call it yourself to train on the
-    initial grid, or for an adapter that was trained on packed weights, and was loaded: it computes the same to the bit
-    without, but packs anew in each forward pass. Nothing happens with storage="full", and nothing the second time.
+    [`calibrate`] and the callback call it when the grid is frozen. Call it yourself after [`calibrate_blocks`], to
+    train on the initial grid, or for an adapter that was trained on packed weights, and was loaded: it computes the
+    same to the bit without, but packs anew in each forward pass. [`load_packed`] does both without the full model in
+    memory. Nothing happens with storage="full", and nothing the second time.
 
     Args:
         model: a model with one DL-QAT adapter, not merged.

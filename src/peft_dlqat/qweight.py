@@ -59,13 +59,18 @@ class Quantizer:
     stored_bits: int = 0
 
 
+def piece_rows(in_features: int, device_type: str) -> int:
+    """Rows in a piece."""
+    return max(1, (_PIECE if device_type == "cpu" else _PIECE_ON_GPU) // in_features)
+
+
 def pieces(weight: torch.Tensor, quantizer: Quantizer) -> Iterator[tuple[slice, torch.Tensor, Quantizer]]:
     """Some rows of the weight [out, in] at a time, and the quantizer of these.
 
     Codes that torch computes come by these pieces: a matrix product may round differently in other shapes, and then
     a latent weight on the edge between two codes would fall to one in training and to the other at merge.
     """
-    count = max(1, (_PIECE if weight.device.type == "cpu" else _PIECE_ON_GPU) // quantizer.A.shape[1])
+    count = piece_rows(quantizer.A.shape[1], weight.device.type)
     for start in range(0, weight.shape[0], count):
         rows = slice(start, start + count)
         own = {name: value[rows] for name in _BY_ROW if (value := getattr(quantizer, name)) is not None}

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ..distillation import adapters_disabled, evaluating, forward
 from ..initialisation import initialise
 from ..layer import DLQATLayer
+from ..placement import device_of
 from .grid_state import set_grid, several_processes
 
 
@@ -28,10 +29,8 @@ class InputMoments:
 
     def __init__(self, layers: Mapping[str, DLQATLayer]) -> None:
         self._layers = layers
-        self._sums = {
-            name: torch.zeros(layer.in_features, device=layer.weight.device) for name, layer in layers.items()
-        }
-        self._counts = {name: torch.zeros(1, device=layer.weight.device) for name, layer in layers.items()}
+        self._sums = {name: torch.zeros(layer.in_features, device=device_of(layer)) for name, layer in layers.items()}
+        self._counts = {name: torch.zeros(1, device=device_of(layer)) for name, layer in layers.items()}
         self._hooks: list[Any] = []
         self.mask: torch.Tensor | None = None
 

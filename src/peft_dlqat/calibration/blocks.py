@@ -21,9 +21,10 @@ from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..distillation import adapters_disabled, device_of, evaluating
+from ..distillation import adapters_disabled, evaluating
 from ..initialisation import WEIGHTED
 from ..layer import DLQATLayer, adapter_layers
+from ..placement import device_of
 from .activations import InputMoments, fit_to_inputs
 from .decoder import Call, Hidden, HiddenStates, capture, decoder_layers, hidden_states
 from .grid_state import (

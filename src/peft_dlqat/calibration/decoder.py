@@ -14,8 +14,8 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..distillation import device_of
 from ..layer import DLQATLayer
+from ..placement import device_of
 from .data import to_device
 
 # A layer's arguments beside the hidden states: positional, by keyword.

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from ..distillation import device_of
 from ..initialisation import WEIGHTED
 from ..layer import adapter_layers
 from ..packing import pack_weights
+from ..placement import device_of
 from ..recipe import RECIPE
 from .activations import fit_to_inputs, input_moments
 from .blocks import Fit, fit_blocks

@@ -16,14 +16,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
-from ..checkpoint import Checkpoint, empty_model, replace_tensor, weights_folder
+from ..checkpoint import Checkpoint, initialise_layer, skeleton, weights_folder
 from ..checksum import base_record, weight_checksum
 from ..config import DLQATConfig
 from ..distillation import evaluating
 from ..layer import DLQATLayer, adapter_layers
-from ..model import _check_target
 from .blocks import BlockError, Fit, calibrate_block, summary
 from .decoder import capture, decoder_layers, hidden_states
 from .grid_state import random_state_kept, several_processes
@@ -89,8 +87,11 @@ def calibrate_blocks_from_disk(
             "needs the model in memory; leave them out, or load the model and use calibrate_blocks()."
         )
     folder = weights_folder(model_id, config.revision)
-    model, weights = _skeleton(folder, str(model_id), copy.deepcopy(config), dtype)
-    inner = model.get_base_model()
+    inner = skeleton(folder, str(model_id), dtype)
+    weights = Checkpoint(folder, inner)
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = str(model_id)
+    model = get_peft_model(inner, config, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
     blocks = decoder_layers(inner, _ADAPTER)
     _check_inside(inner, blocks)
 
@@ -107,7 +108,10 @@ def calibrate_blocks_from_disk(
         for index, (name, block) in enumerate(bar):
             own = [tensor for tensor in weights.names if tensor.startswith(f"{name}.")]
             weights.load(inner, own)
-            checksums.update(_initialise(model, name, block))
+            for part, layer in block.named_modules(prefix=name):
+                if isinstance(layer, DLQATLayer):
+                    initialise_layer(model, _ADAPTER, part, layer)
+                    checksums[part] = weight_checksum(layer.original_weight())
             with random_state_kept():
                 error = calibrate_block(
                     f"base_model.model.{name}", block, [call[index] for call in calls], hidden, fit
@@ -127,17 +131,6 @@ def calibrate_blocks_from_disk(
     return errors
 
 
-def _skeleton(
-    folder: Path, model_id: str, config: DLQATConfig, dtype: torch.dtype | None
-) -> tuple[PeftModel, Checkpoint]:
-    """The model with its adapters, parameters on the meta device, buffers real; and where its weights are."""
-    model = empty_model(AutoConfig.from_pretrained(folder), dtype)
-    model.name_or_path = model_id  # what the adapter's config will name as its base
-    weights = Checkpoint(folder, model)
-    config.base_model_name_or_path = model_id
-    return get_peft_model(model, config, adapter_name=_ADAPTER, low_cpu_mem_usage=True), weights
-
-
 def _check_inside(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
     inside = tuple(f"{name}." for name in blocks)
     outside = [name for name in adapter_layers(model, _ADAPTER)[1] if not name.startswith(inside)]
@@ -155,22 +148,6 @@ def _head(model: Any) -> set[str]:
     return {f"{name}.weight", f"{name}.bias"}
 
 
-def _initialise(model: PeftModel, prefix: str, block: nn.Module) -> dict[str, str]:
-    """Make the adapters of a layer anew, now that its weights are there, as injection does: same order, same draws.
-
-    Returns:
-        The checksums of its adapted weights, by module name.
-    """
-    config: Any = model.peft_config[_ADAPTER]
-    checksums = {}
-    for name, layer in block.named_modules(prefix=prefix):
-        if isinstance(layer, DLQATLayer):
-            _check_target(name, layer)
-            model.base_model._create_and_replace(config, _ADAPTER, layer, "", block, current_key=name)
-            checksums[name] = weight_checksum(layer.original_weight())
-    return checksums
-
-
 @contextmanager
 def _folder_beside(output: Path) -> Iterator[Path]:
     """A folder to write in before all is renamed to its place: there is a whole adapter or none."""
@@ -184,8 +161,9 @@ def _put_away(model: PeftModel, prefix: str, file: Path) -> Path:
     block = model.get_submodule(prefix)
     state = {name: tensor for name, tensor in block.state_dict().items() if ".dlqat_" in name}
     save_file({f"{prefix}.{name}": tensor for name, tensor in state.items()}, file)
-    for name in state:
-        replace_tensor(block, name, lambda old: old.to("meta"))
+    for name, tensor in state.items():
+        path, _, leaf = name.rpartition(".")
+        block.get_submodule(path)[leaf] = tensor.to("meta")  # type: ignore[index]
     return file
 
 

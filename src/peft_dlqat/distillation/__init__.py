@@ -1,6 +1,6 @@
 from .cache import TeacherCache
 from .divergence import TopTokens
-from .running import adapters_disabled, device_of, evaluating, forward
+from .running import adapters_disabled, evaluating, forward
 from .teacher import counted_positions, distillation_loss, teacher_logits
 from .trainer import DistillationLoss
 
@@ -10,7 +10,6 @@ __all__ = [
     "TopTokens",
     "adapters_disabled",
     "counted_positions",
-    "device_of",
     "distillation_loss",
     "evaluating",
     "forward",

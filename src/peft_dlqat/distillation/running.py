@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -24,12 +23,6 @@ def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     if "use_cache" in inspect.signature(base.forward).parameters:
         batch = {**batch, "use_cache": False}
     return model(**batch)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where batches go: the device of the first parameter that is not offloaded, and so on the meta device."""
-    devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
-    return next(devices, torch.device("cpu"))
 
 
 @contextmanager

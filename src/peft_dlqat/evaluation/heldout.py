@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import nn
 
-from ..distillation import device_of, evaluating, forward, teacher_logits
+from ..distillation import evaluating, forward, teacher_logits
 from ..distillation.divergence import by_chunks, cross_entropy, token_divergence
+from ..placement import device_of
 from .merging import dlqat_layers, temporarily_merged
 
 

@@ -1,0 +1,152 @@
+"""A checkpoint loaded straight into packed weights is the model that the ordinary way gives, in less memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import lm_batches, tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from peft_dlqat import DLQATConfig, calibrate_blocks, calibrate_blocks_from_disk, load_packed, pack_weights
+from peft_dlqat.layer import adapter_layers
+
+SCRIPT = Path(__file__).parent / "scripts" / "loading_memory.py"
+
+
+def config(storage="int8", **kwargs):
+    return DLQATConfig(**{"bits": 3, "group_size": 32, "task_type": "CAUSAL_LM", "storage": storage, **kwargs})
+
+
+def in_full(folder, dtype=None):
+    return AutoModelForCausalLM.from_pretrained(folder, **({} if dtype is None else {"dtype": dtype}))
+
+
+def assert_same(one, other):
+    """All tensors, their kinds, what trains, and what the config says."""
+    for tensors in (lambda model: model.named_parameters(remove_duplicate=False), lambda model: model.named_buffers()):
+        first, second = dict(tensors(one)), dict(tensors(other))
+        assert first.keys() == second.keys()
+        for name, tensor in first.items():
+            assert tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]), name
+            assert tensor.requires_grad == second[name].requires_grad, name
+    assert len(list(one.parameters())) == len(list(other.parameters()))  # the same are tied
+    assert one.training == other.training
+    assert one.peft_config == other.peft_config
+    assert one.generation_config == other.generation_config
+    batch = lm_batches(1)[0]
+    with torch.no_grad():
+        assert torch.equal(one(**batch).logits, other(**batch).logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize(
+    "storage,changes",
+    [
+        ("int8", {"zero_point": "none"}),
+        ("int4", {"zero_point": "float", "init": "minmax", "init_weights": False}),
+        ("int2", {"bits": 2, "bias": "all"}),
+    ],
+)
+def test_new_adapter(kind, storage, changes, tmp_path):
+    tiny_model(kind).save_pretrained(tmp_path, max_shard_size="60KB")
+    torch.manual_seed(0)
+    expected = get_peft_model(in_full(tmp_path), config(storage, **changes))
+    pack_weights(expected)
+    torch.manual_seed(0)
+    given = config(storage, **changes)
+    model = load_packed(tmp_path, given)
+    assert_same(model, expected)
+    assert not given.record and all(layer.packed for layer in adapter_layers(model)[1].values())
+
+
+@pytest.mark.parametrize("changes", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "up_proj"]}])
+def test_new_adapter_in_another_dtype(changes, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    expected = get_peft_model(in_full(tmp_path, torch.bfloat16), config(**changes))
+    pack_weights(expected)
+    torch.manual_seed(0)
+    assert_same(load_packed(str(tmp_path), config(**changes), dtype=torch.bfloat16), expected)
+
+
+def train(model):
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for batch in lm_batches(2):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("kind,changes", [("llama", {"modules_to_save": ["lm_head"]}), ("opt", {"bias": "all"})])
+def test_saved_adapter(kind, changes, is_trainable, tmp_path):
+    tiny_model(kind).save_pretrained(tmp_path / "base")
+    model = get_peft_model(in_full(tmp_path / "base"), config(**changes))
+    pack_weights(model)
+    with pytest.warns(UserWarning, match="never calibrated"):
+        train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = PeftModel.from_pretrained(in_full(tmp_path / "base"), tmp_path / "adapter", is_trainable=is_trainable)
+    pack_weights(expected)
+    assert_same(load_packed(tmp_path / "base", tmp_path / "adapter", is_trainable=is_trainable), expected)
+
+
+def test_adapter_calibrated_from_disk(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    calibrate_blocks_from_disk(
+        tmp_path / "base", config(), lm_batches(), tmp_path / "adapter", steps=2, progress=False
+    )
+    model = load_packed(tmp_path / "base", tmp_path / "adapter", is_trainable=True)
+    torch.manual_seed(0)
+    expected = get_peft_model(in_full(tmp_path / "base"), config())
+    calibrate_blocks(expected, lm_batches(), steps=2, progress=False)
+    pack_weights(expected)
+    loaded, made = model.peft_config["default"], expected.peft_config["default"]
+    assert loaded.record["storage"] == made.record["storage"] == "int8"
+    expected.peft_config = model.peft_config  # a loaded config says that it was loaded
+    assert_same(model, expected)
+    train(model)
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    tiny_model("opt").save_pretrained(tmp_path)
+    model = load_packed(tmp_path, config()).get_base_model()
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+
+
+def test_a_tied_weight_is_not_packed():
+    with pytest.warns(UserWarning, match="tied layer"), pytest.raises(ValueError, match="same tensor"):
+        get_peft_model(tiny_model("opt"), config(target_modules=["lm_head"]))
+
+
+def test_what_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="storage='full' packs nothing"):
+        load_packed(tmp_path / "base", config("full"))
+    get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(TypeError, match="LORA adapter"):
+        load_packed(tmp_path / "base", tmp_path / "lora")
+
+
+@pytest.mark.slow
+def test_the_full_model_is_never_in_memory(tmp_path):
+    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    output = subprocess.run(
+        [sys.executable, str(SCRIPT), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    full, result, peak = (int(number) for number in output.split())
+    print(f"full {full / 1e6:.0f} MB, packed {result / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
+    # Beside what stays: one layer in full, the pieces that it is fitted and packed by, and what libraries allocate.
+    assert peak < result + 0.2 * full < 0.6 * full

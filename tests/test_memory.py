@@ -1,0 +1,130 @@
+"""The estimated memory of a training step is what the allocator really hands out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from peft import get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from peft_dlqat import DLQATConfig, estimate_memory, pack_weights
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
+WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_key_value_heads": 4}
+HEADY = {**SMALL, "vocab_size": 8000, "num_hidden_layers": 3, "tie_word_embeddings": True}
+
+# shapes, config, batch, length, gradient checkpointing and dtype
+CASES = {
+    "full, checkpoints": (SMALL, {}, 2, 128, True, torch.float32),
+    "full": (SMALL, {}, 2, 128, False, torch.float32),
+    "full, one sequence": (SMALL, {}, 1, 128, False, torch.float32),
+    "full, bfloat16": (SMALL, {}, 2, 256, True, torch.bfloat16),
+    "int8, checkpoints": (SMALL, {"storage": "int8"}, 4, 128, True, torch.float32),
+    "int8": (WIDE, {"storage": "int8", "zero_point": "none"}, 1, 64, False, torch.float32),
+    "int4, checkpoints": (WIDE, {"storage": "int4", "zero_point": "float"}, 2, 256, True, torch.float32),
+    "int4, r=64": (SMALL, {"storage": "int4", "r": 64, "modules_to_save": ["lm_head"]}, 2, 128, False, torch.float32),
+    "int4, lowrank": (SMALL, {"storage": "int4", "gradient": "lowrank", "magnitude": "row"}, 2, 128, True,
+                      torch.float32),
+    "large vocabulary": (HEADY, {"storage": "int4"}, 2, 128, True, torch.float32),
+}  # fmt: skip
+
+
+def peak_bytes(call):
+    """The most bytes that the CPU's allocator has handed out at once during a call, above what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_within_a_tenth_of_what_is_measured(case):
+    shapes, changes, batch, length, checkpointing, dtype = CASES[case]
+    model_config = LlamaConfig(**{"vocab_size": 1000, "num_hidden_layers": 4, **shapes})
+    config = DLQATConfig(bits=3, init="minmax", task_type="CAUSAL_LM", **changes)
+    found = estimate_memory(config, model_config, batch, length, checkpointing, dtype, device="cpu")
+    assert (found.head >= found.temporaries) == (case == "large vocabulary")
+
+    model = get_peft_model(AutoModelForCausalLM.from_config(model_config, dtype=dtype), config).train()
+    pack_weights(model)
+    model.peft_config["default"].record["calibration"] = {}  # this is no test of calibration
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(0, 1000, (batch, length))
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+    def step():
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    step()  # what is made once
+    optimizer.step()
+    optimizer.zero_grad()
+    tensors = [*model.parameters(), *model.buffers()]
+    states = [t for state in optimizer.state.values() for t in state.values() if t.numel() > 1]
+    static = sum(tensor.nbytes for tensor in [*tensors, *states])
+    assert found.static == static
+    measured = peak_bytes(step)
+    print(
+        f"measured {measured / 1e6:.2f} MB, estimated {(found.total - static) / 1e6:.2f} MB beside {static / 1e6:.2f}"
+    )
+    # Not only the sum: what is beside the weights, too.
+    assert found.total - static == pytest.approx(measured, rel=0.1)
+
+
+def test_parts_are_what_they_say():
+    model_config = LlamaConfig(**SMALL, vocab_size=1000, num_hidden_layers=3)
+    arguments = model_config, 1, 64
+    full, int8, int4 = (
+        estimate_memory(DLQATConfig(bits=3, storage=storage, task_type="CAUSAL_LM"), *arguments)
+        for storage in ("full", "int8", "int4")
+    )
+    assert full.frozen == 2 * int8.frozen == 4 * int4.frozen
+    assert full.adapter == full.gradients == full.optimizer / 2 == int4.adapter
+    assert (full.grid, full.rest) == (int4.grid, int4.rest)
+    assert str(full).count("GiB") == 10
+    # In double the batch, what depends on it doubles.
+    two = estimate_memory(DLQATConfig(bits=3, task_type="CAUSAL_LM"), model_config, 2, 64)
+    assert two.activations == pytest.approx(2 * full.activations, rel=0.05) and two.static == full.static
+    eight_bits = estimate_memory(DLQATConfig(bits=3, task_type="CAUSAL_LM"), *arguments, optimizer="adamw_8bit")
+    assert full.static - eight_bits.static == 6 * full.adapter // 4
+
+
+def test_a_folder_will_do(tmp_path):
+    tiny_model().config.save_pretrained(tmp_path)
+    config = DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM")
+    assert estimate_memory(config, str(tmp_path), 1, 8) == estimate_memory(config, tiny_model().config, 1, 8)
+    assert not config.record
+
+
+@pytest.mark.parametrize("arguments,message", [((0, 8), "batch_size=0"), ((1, -1), "sequence_length=-1")])
+def test_bad_sizes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(DLQATConfig(task_type="CAUSAL_LM"), tiny_model().config, *arguments)
+
+
+def test_an_unknown_optimizer():
+    with pytest.raises(ValueError, match="optimizer='lion' must be one of"):
+        estimate_memory(DLQATConfig(task_type="CAUSAL_LM"), tiny_model().config, 1, 8, optimizer="lion")
+
+
+@pytest.mark.slow
+def test_the_page_holds_what_the_script_prints():
+    script = ROOT / "benchmarks" / "memory" / "plan.py"
+    output = subprocess.run(
+        [sys.executable, str(script)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert output.returncode == 0, output.stderr[-3000:]
+    assert output.stdout.strip() in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")

@@ -1,0 +1,92 @@
+"""Two processes with a part of the model each train as one does with all of it, and save the whole adapter."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import lm_batches, tiny_model
+from peft import PeftModel, get_peft_model_state_dict
+from scripts.sharded_training import CASES, train
+
+pytestmark = pytest.mark.distributed
+
+SCRIPT = Path(__file__).parent / "scripts" / "sharded_training.py"
+TIME_LIMIT = 300
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder to which two ranks wrote what they ended with."""
+    folder = tmp_path_factory.mktemp("sharded")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    address = ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *address, str(SCRIPT), str(folder)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its own session: the launcher and both ranks
+        output, _ = process.communicate()
+        pytest.fail(f"two processes did not end within {TIME_LIMIT} s:\n{output[-5000:]}")
+    assert process.returncode == 0, output[-5000:]
+    return folder
+
+
+def load(folder: Path, case: str) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{case}-{rank}.pt") for rank in (0, 1)]
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / other.norm().clamp(min=1e-12)).item()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_training_is_that_of_one_process(case: str, two_processes: Path, tmp_path: Path) -> None:
+    ranks, single = load(two_processes, case), train(case, tmp_path)
+    half = CASES[case][1] == torch.bfloat16
+    tolerance = 2e-2 if half else 1e-4
+    # Each rank had its half of every parameter; rows that do not divide by two are padded.
+    for rank in ranks:
+        assert rank["bytes"] < 0.51 * single["whole"]
+    assert ranks[0]["bytes"] + ranks[1]["bytes"] == single["whole"]
+    means = [(first + second) / 2 for first, second in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
+    assert means == pytest.approx(single["losses"], rel=1e-2 if half else 1e-4)
+    assert single["losses"][0] != single["losses"][-1]
+    for rank in ranks:
+        assert rank["gradients"].keys() == single["gradients"].keys()
+        assert max(relative(rank["gradients"][name], grad) for name, grad in single["gradients"].items()) < tolerance
+        moved = {name: relative(tensor, single["adapter"][name]) for name, tensor in rank["adapter"].items()}
+        assert moved.keys() == single["adapter"].keys() and max(moved.values()) < tolerance, moved
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_adapter_is_saved_whole(case: str, two_processes: Path) -> None:
+    loaded = PeftModel.from_pretrained(tiny_model(dtype=CASES[case][1]), two_processes / case)
+    expected = load(two_processes, case)[0]["adapter"]
+    found = get_peft_model_state_dict(loaded)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert torch.isfinite(loaded(**lm_batches(1)[0]).loss)
+
+
+def test_what_a_sharded_model_refuses(two_processes: Path) -> None:
+    for rank in (0, 1):
+        messages = torch.load(two_processes / f"refusals-{rank}.pt")
+        for name in ("calibrate", "merge", "codes"):
+            assert "sharded by FSDP2" in messages[name]
+        assert "load the base model in bfloat16" in messages["half"]
