@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from peft_dlqat import DLQATConfig, calibrate, pack_weights
+from peft_dlqat import Calibration, DLQATConfig, calibrate, pack_weights
 from peft_dlqat.layer import adapter_layers
 
 STEPS = 4
@@ -61,7 +62,10 @@ def make_model(case: str) -> nn.Module:
     )
     model = get_peft_model(model, config)
     pack_weights(model)
-    model.peft_config["default"].record["calibration"] = {}  # this is no test of calibration
+    # This is no test of calibration.
+    model.peft_config["default"].record["calibration"] = asdict(
+        Calibration(0, "model", "task", 1.0, None, 1.0, "before")
+    )
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -10,6 +10,7 @@ torchrun, `STORAGE-single.pt`.
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from peft_dlqat import DLQATConfig, load_packed
+from peft_dlqat import Calibration, DLQATConfig, load_packed
 
 STORAGES = ("full", "int8")
 
@@ -49,7 +50,9 @@ def make_model(folder: Path, storage: str) -> nn.Module:
         del keep
     else:
         model = load_packed(folder / "base", config)
-    model.peft_config["default"].record["calibration"] = {}  # this is no test of calibration
+    # This is no test of calibration.
+    calibration = Calibration(0, "model", "task", 1.0, None, 1.0, "before")
+    model.peft_config["default"].record["calibration"] = asdict(calibration)
     return model.train()
 
 
