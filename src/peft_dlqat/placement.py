@@ -61,8 +61,8 @@ def at_hand(module: nn.Module) -> Iterator[None]:
         for part in module.modules():
             if is_offloaded(part):
                 stack.enter_context(align_module_device(part))
-        partitioned = [p for p in module.parameters() if is_partitioned(p) and p.shape != p.ds_shape]  # type: ignore[attr-defined]
-        if partitioned:  # and not gathered already
+        partitioned = [parameter for parameter in module.parameters() if _lacks(parameter)]
+        if partitioned:
             import deepspeed
 
             stack.enter_context(deepspeed.zero.GatheredParameters(partitioned))
@@ -79,11 +79,16 @@ def at_hand(module: nn.Module) -> Iterator[None]:
 def gather_with(module: nn.Module) -> None:
     """Gather what ZeRO-3 has partitioned below a module, and have it do so from now on when the module is called."""
     for parameter in module.parameters():
-        if is_partitioned(parameter) and parameter.shape != parameter.ds_shape:  # type: ignore[attr-defined]
+        if _lacks(parameter):
             import deepspeed
 
             deepspeed.zero.register_external_parameter(module, parameter)
             parameter.all_gather()  # type: ignore[attr-defined]
+
+
+def _lacks(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 has not gathered the parameter."""
+    return is_partitioned(parameter) and tuple(parameter.shape) != full_shape(parameter)
 
 
 def _dtensor() -> type:
