@@ -716,6 +716,8 @@ INJECTING_CASES = [
         ValueError,
         "bits=4, zero_point='none', group_size=16 of model.layers.0.mlp.down_proj",
         "none of GGUF's K-quants",
+    ),
+    injecting(
         "export=['gguf'] on in_features=48",
         narrow,
         lambda: small_config(group_size=-1, export=["gguf"]),

@@ -420,19 +420,18 @@ def test_a_checkpoint_of_the_bare_model_is_found_by_its_prefix(tmp_path):
 def test_one_layers_weights_and_adapters_are_in_memory_at_a_time(folder, tmp_path, monkeypatch):
     held, models = [], []
     streaming = peft_dlqat.calibration.streaming
-    skeleton, calibrate_block = streaming._skeleton, streaming.calibrate_block
+    get_peft_model, calibrate_block = streaming.get_peft_model, streaming.calibrate_block
 
     def look(name, *args):
         tensors = {n: t for n, t in models[0].state_dict().items() if ".layers." in n or ".h." in n}
         held.append((name, {n for n, t in tensors.items() if not t.is_meta}))
         return calibrate_block(name, *args)
 
-    def make(*args):
-        made = skeleton(*args)
-        models.append(made[0])
-        return made
+    def make(*args, **kwargs):
+        models.append(get_peft_model(*args, **kwargs))
+        return models[0]
 
-    monkeypatch.setattr(streaming, "_skeleton", make)
+    monkeypatch.setattr(streaming, "get_peft_model", make)
     monkeypatch.setattr(streaming, "calibrate_block", look)
     from_disk(folder, tmp_path / "out")
     assert len(held) == 2

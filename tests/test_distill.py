@@ -30,10 +30,10 @@ import peft_dlqat.distillation.store
 from peft_dlqat import DLQATConfig, calibrate, distillation_loss, evaluate_model, teacher_logits
 from peft_dlqat.distillation.cache import TeacherCache
 from peft_dlqat.distillation.divergence import TopTokens, token_divergence
-from peft_dlqat.distillation.running import device_of
 from peft_dlqat.distillation.store import base_fingerprint
 from peft_dlqat.distillation.trainer import DistillationLoss
 from peft_dlqat.layer import adapter_layers
+from peft_dlqat.placement import device_of
 
 # Training on the first grid, to keep the tests short.
 pytestmark = pytest.mark.filterwarnings("ignore:.*never calibrated")
