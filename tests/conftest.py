@@ -22,6 +22,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     OPTConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -73,15 +74,20 @@ CONFIGS = {
 }
 
 
-@cache
-def _model(kind: str) -> PreTrainedModel:
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model whose weights are of a trained one's size, the same at each call, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+        model = AutoModelForCausalLM.from_config(config)
         # Freshly made models have zero biases and tiny weights; trained ones don't.
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
     return model.eval()
+
+
+@cache
+def _model(kind: str) -> PreTrainedModel:
+    return random_model(CONFIGS[kind]())
 
 
 def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:

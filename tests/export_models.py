@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import perturb
+from conftest import perturb, random_model
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -57,12 +57,7 @@ CONFIGS = {
 
 @cache
 def _base(kind: str) -> PreTrainedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
-        for parameter in model.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.eval()
+    return random_model(CONFIGS[kind]())
 
 
 def base_model(kind: str = "llama") -> PreTrainedModel:

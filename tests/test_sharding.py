@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import lm_batches, tiny_model
+from launching import launch
 from peft import PeftModel, get_peft_model_state_dict
 from scripts.sharded_training import CASES, train
 
@@ -24,26 +21,7 @@ TIME_LIMIT = 300
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder to which two ranks wrote what they ended with."""
-    folder = tmp_path_factory.mktemp("sharded")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    address = ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
-    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    process = subprocess.Popen(
-        [sys.executable, *launcher, *address, str(SCRIPT), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIME_LIMIT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its own session: the launcher and both ranks
-        output, _ = process.communicate()
-        pytest.fail(f"two processes did not end within {TIME_LIMIT} s:\n{output[-5000:]}")
-    assert process.returncode == 0, output[-5000:]
-    return folder
+    return launch(SCRIPT, tmp_path_factory.mktemp("sharded"), TIME_LIMIT)
 
 
 def load(folder: Path, case: str) -> list[dict[str, Any]]:

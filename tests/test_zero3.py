@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model
+from launching import launch
 
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -21,26 +18,8 @@ TIME_LIMIT = 300
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "base")
-    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    address = ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
-    for before in ([], [*launcher, *address]):
-        process = subprocess.Popen(
-            [sys.executable, *before, str(SCRIPT), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=TIME_LIMIT)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: the launcher and both ranks
-            output, _ = process.communicate()
-            pytest.fail(f"not done within {TIME_LIMIT} s:\n{output[-5000:]}")
-        assert process.returncode == 0, output[-5000:]
+    for ranks in (1, 2):
+        launch(SCRIPT, tmp_path, TIME_LIMIT, ranks, DS_ACCELERATOR="cpu")
     for storage in ("full", "int8"):
         single = torch.load(tmp_path / f"{storage}-single.pt")
         ranks = [torch.load(tmp_path / f"{storage}-{rank}.pt") for rank in (0, 1)]

@@ -12,7 +12,7 @@ import torch
 
 from ..grid import Grid
 from ..qweight import Quantizer
-from . import linear, lowrank
+from . import linear
 from .dispatch import harden
 
 _ARGUMENTS = ("x", "bias", "weight", "A", "B", "step", "shift", "scale", "zero")
@@ -81,10 +81,7 @@ def _fake_quantize_linear_backward(
     quantizer = Quantizer(A, B, step, shift, scale, zero, update_in_grid_units, stored_bits)
     wanted = {name for name, need in zip(_ARGUMENTS, needs, strict=True) if need}
     with torch.autocast(grad.device.type, enabled=False):
-        if gradient == "lowrank":
-            grads = lowrank.backward(grad, wanted, x, y, bias, weight, quantizer, grid, scaling, fan_in_fan_out)
-        else:
-            grads = linear.backward(grad, wanted, x, weight, quantizer, grid, scaling, fan_in_fan_out, gradient)
+        grads = linear.backward(grad, wanted, y, x, bias, weight, quantizer, grid, scaling, fan_in_fan_out, gradient)
     return [grads[name] for name in _ARGUMENTS if name in wanted]
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ..grid import Grid
 from ..qweight import Quantizer, pieces
 from ..storage import as_rows
+from . import lowrank
 from .dispatch import implementation
 
 # Arguments whose gradients come from that of the weight.
@@ -43,7 +44,9 @@ def forward(
 def backward(
     grad: torch.Tensor,
     needs: set[str],
+    y: torch.Tensor | None,
     x: torch.Tensor,
+    bias: torch.Tensor | None,
     weight: torch.Tensor,
     quantizer: Quantizer,
     grid: Grid,
@@ -51,7 +54,7 @@ def backward(
     fan_in_fan_out: bool,
     gradient: str,
 ) -> dict[str, torch.Tensor]:
-    """Gradients of the arguments that `needs` names; `grad` is dL/dy [..., out]."""
+    """Gradients of the arguments that `needs` names; `grad` is dL/dy [..., out], `y` there for `lowrank`."""
     kernels = implementation(weight, quantizer, grid)
     grads: dict[str, torch.Tensor] = {}
     flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
@@ -60,6 +63,9 @@ def backward(
         grads["x"] = (flat_grad @ w_hat).view_as(x)
     if "bias" in needs:
         grads["bias"] = flat_grad.sum(0)
+    if gradient == "lowrank":
+        flat_y = None if y is None else y.reshape(-1, y.shape[-1])
+        return grads | lowrank.weight_grads(flat_grad, needs, flat_x, flat_y, bias, quantizer, scaling)
     wanted = {name for name in _OF_WEIGHT if name in needs}
     if wanted:
         if gradient == "bf16":
