@@ -341,11 +341,11 @@ def edit_tensors(edit: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[F
     return change
 
 
-def set_entry(kind: str, value: float) -> Callable[[Files], None]:
+def set_entry(kind: str, value: float, position: int = 0) -> Callable[[Files], None]:
     """A change of one number in the first tensor of a kind."""
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[first_key(tensors, kind)].view(-1)[0] = value
+        tensors[first_key(tensors, kind)].view(-1)[position] = value
 
     return edit_tensors(edit)
 
@@ -476,6 +476,7 @@ BAD_FILES = [
         (f"{DOWN}A", "int64", "float"),
     ),
     BadFile("spec says 3 bits, config 4", set_entry("dlqat_spec", 3.0), ("bits: 3 in the file, 4 here", "beside it")),
+    BadFile("saved in an older format", set_entry("dlqat_spec", 1.0, -1), ("format: 1 in the file, 2 here",)),
     BadFile("NaN in the spec", set_entry("dlqat_spec", NAN), ("dlqat_spec", "NaN")),
     BadFile("config edited: bits", edit_config(bits=3), ("bits: 4 in the file, 3 here", "beside it"), in_config=True),
     BadFile("config edited: lora_alpha", edit_config(lora_alpha=4), ("lora scaling", "2 in the file"), in_config=True),

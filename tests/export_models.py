@@ -46,7 +46,7 @@ CONFIGS = {
     "mistral": lambda: MistralConfig(**_SHAPE),
     "qwen2": lambda: Qwen2Config(**_SHAPE),
     "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=64),
-    "gemma": lambda: GemmaConfig(**_SHAPE, head_dim=64),
+    "gemma": lambda: GemmaConfig(**{**_SHAPE, "tie_word_embeddings": True}, head_dim=64),  # as all Gemmas
     "phi": lambda: PhiConfig(**_SHAPE, partial_rotary_factor=0.5),
     "phi3": lambda: Phi3Config(**_SHAPE, pad_token_id=0),
     "gpt2": lambda: GPT2Config(

@@ -31,7 +31,7 @@ def logits(model):
     return model(tokens()).logits
 
 
-def train(model, steps=5, lr=1e-2):
+def train(model, steps=5, lr=3e-2):
     """A few steps on one batch; returns the losses."""
     model.train()
     batch = lm_batches(1)[0]

@@ -227,7 +227,7 @@ def test_the_op_passes_torchs_own_checks(zero_point):
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 @pytest.mark.parametrize("clips", [False, True])
 def test_the_lowrank_gradient_only_lacks_the_mask_of_the_clip(zero_point, fan_in_fan_out, clips):
-    """Exact where nothing is clipped; the magnitude's and the input's always."""
+    """Exact where nothing is clipped; the magnitude's, the offset's and the input's always."""
     grid = Grid(4, 32, zero_point, torch.float32)
     args = {name: None if value is None else value.detach() for name, value in problem(grid).items()}
     step = args["step"] * (1 if clips else 4)
@@ -237,7 +237,10 @@ def test_the_lowrank_gradient_only_lacks_the_mask_of_the_clip(zero_point, fan_in
     for gradient in ("exact", "lowrank"):
         own = {name: args[name].clone().requires_grad_(True) for name in ("x", "bias", "A", "B")}
         own["m"] = torch.linspace(0.5, 2, 24).unsqueeze(1).requires_grad_(True)
-        decoded = zero if zero_point != "float" else own["m"] * zero
+        decoded = zero
+        if zero_point == "float":
+            own["shift"] = torch.linspace(-1, 1, 48).view(24, 2).requires_grad_(True)
+            decoded = own["m"] * zero + step * own["shift"]
         quantizer = Quantizer(own["A"], own["B"], step, zero, own["m"] * step, decoded)
         y = fake_quantize_linear(own["x"], own["bias"], weight, quantizer, grid, 0.7, fan_in_fan_out, gradient)
         (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()

@@ -86,10 +86,16 @@ def plan(experiment: dict[str, Any], only: list[str], results: Path) -> list[tup
     """(setting, contender, results) of everything to be run."""
     from contenders import is_trained
 
+    settings = experiment["settings"]
+    offered = {name: setting.get("contenders", experiment["contenders"]) for name, setting in settings.items()}
+    contenders = {contender for names in offered.values() for contender in names}
+    if unknown := [name for name in only if name not in settings and name not in contenders]:
+        raise SystemExit(f"--only {' '.join(unknown)}: neither a setting nor a contender of this experiment.")
+    only_settings, only_contenders = settings.keys() & only or settings.keys(), contenders & {*only} or contenders
     jobs = []
-    for setting_name, setting in experiment["settings"].items():
-        for contender in setting.get("contenders", experiment["contenders"]):
-            if only and contender not in only and setting_name not in only:
+    for setting_name, setting in settings.items():
+        for contender in offered[setting_name]:
+            if setting_name not in only_settings or contender not in only_contenders:
                 continue
             path = results / setting_name / f"{contender}.json"
             training = {**experiment["training"], **setting.get("training", {})} if is_trained(contender) else {}
@@ -108,6 +114,12 @@ def plan(experiment: dict[str, Any], only: list[str], results: Path) -> list[tup
     return jobs
 
 
+def rates_of(experiment: dict[str, Any], contender: str) -> list[float]:
+    """The learning rates that a contender tries: as many for each, in the range that its parameters' unit asks for."""
+    rates = experiment["learning_rates"]
+    return rates if isinstance(rates, list) else rates.get(contender, rates["others"])
+
+
 def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
     """Run what is missing, `args.jobs` at a time."""
     import torch
@@ -116,7 +128,7 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
 
     from peft_dlqat import RECIPE
 
-    seeds, rates = experiment["seeds"], experiment["learning_rates"]
+    seeds = experiment["seeds"]
     with torch.device("meta"):
         recipe_lr = RECIPE.lr(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model)))
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -135,13 +147,14 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
             futures[future] = (name, contender, results, kind)
 
         def submit_runs(job: tuple[str, str, Results]) -> None:
-            lr = None
+            lr, rates = None, rates_of(experiment, job[1])
             if is_trained(job[1]):
                 lr = recipe_lr if job[1] in BY_RECIPE else rates[0] if len(rates) == 1 else job[2].best_lr
             for seed in seeds:
                 submit("runs", job, seed, lr)
 
         for job in plan(experiment, args.only, args.results):
+            rates = rates_of(experiment, job[1])
             searched = is_trained(job[1]) and job[1] not in BY_RECIPE and len(rates) > 1
             for lr in rates if searched else ():
                 submit("search", job, seeds[0], lr)
@@ -165,7 +178,7 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
                     f"({figures['seconds']:.0f} s, {len(futures)} to go)",
                     flush=True,
                 )
-                if kind == "search" and len(results.data["search"]) == len(rates):
+                if kind == "search" and len(results.data["search"]) == len(rates_of(experiment, contender)):
                     submit_runs((name, contender, results))
 
 
@@ -175,7 +188,8 @@ def main() -> None:
     parser.add_argument("experiment", type=Path, help="JSON file")
     parser.add_argument("--model", default=str(EMBEDDED), help="folder or hub id; default: the embedded model")
     parser.add_argument("--tokens", type=Path, help="safetensors file; default: what the experiment says")
-    parser.add_argument("--only", nargs="+", default=[], help="contenders or settings to run; all by default")
+    parser.add_argument("--only", nargs="+", default=[], help="settings, contenders, or some of each; all by default")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the experiment")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, a core each")
     parser.add_argument("--quick", action="store_true", help="one seed and few steps, to see that everything runs")
     parser.add_argument("--results", type=Path, help="default: a folder of the model's name beside the others")
@@ -184,8 +198,9 @@ def main() -> None:
         os.environ.setdefault(name, value)  # read when a process starts: for the workers
     experiment = json.loads(args.experiment.read_text())
     experiment["model_name"] = "embedded" if Path(args.model).resolve() == EMBEDDED else Path(args.model).name
+    experiment["seeds"] = args.seeds or experiment["seeds"]
     if args.quick:
-        experiment.update(seeds=[0], learning_rates=experiment["learning_rates"][:1])
+        experiment.update(seeds=[0], learning_rates=[1e-3])
         args.results = args.results or Path("outputs", "quick", experiment["model_name"])
     args.results = args.results or RESULTS / experiment["model_name"]
     if args.tokens is None:

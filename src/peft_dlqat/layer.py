@@ -1,6 +1,6 @@
 """The adapter layer: a frozen linear layer whose weight is quantized with a low-rank update inside the quantizer.
 
-y = x @ w_hat.T + bias,    w_hat = m * Quantize(W0 + scaling * BA; s, zero)        (arXiv 2504.09223, eq. 3)
+y = x @ w_hat.T + bias,    w_hat = m * Quantize(W0 + scaling * tBA; s, zero)       (arXiv 2504.09223, eq. 3)
 
 or as another of the `methods` has it.
 """
@@ -64,11 +64,11 @@ class DLQATLayer(BaseTunerLayer):
     | `dlqat_A`            | [r, in]         | trained; of QA-LoRA, [r, n_groups]                               |
     | `dlqat_B`            | [out, r]        | trained; starts at zero                                          |
     | `dlqat_magnitude`    | [out, n_groups] | m, trained; starts at one; `magnitude="row"`: [out, 1]           |
-    | `dlqat_shift`        | [out, n_groups] | trained move of the zero, in codes; starts at zero; L4Q only     |
+    | `dlqat_shift`        | [out, n_groups] | trained move of the zero in codes; L4Q, DL-QAT with an offset     |
     | `dlqat_scale`        | [out, n_groups] | s, float32 buffer; calibrated, then frozen                       |
     | `dlqat_zero_point`   | [out, n_groups] | z, float32 buffer of integers; only `zero_point="integer"`       |
     | `dlqat_offset`       | [out, n_groups] | b, float32 buffer; only `zero_point="float"`                     |
-    | `dlqat_spec`         | [7]             | buffer: what the tensors beside it mean, see `encode_spec`       |
+    | `dlqat_spec`         | [8]             | buffer: what the tensors beside it mean, see `encode_spec`       |
 
     All are float32. Which of the trained ones there are is the method's choice.
     """
@@ -237,7 +237,7 @@ class DLQATLayer(BaseTunerLayer):
     def stored_in(self, adapter_name: str, stored_bits: int) -> None:
         """Say that the adapter belongs to W0 as `stored_bits` bits tell it; 0 for W0 itself."""
         self.dlqat_stored_bits[adapter_name] = stored_bits
-        self.dlqat_spec[adapter_name][_STORED_BITS] = stored_bits
+        self.dlqat_spec[adapter_name][STORED_BITS] = stored_bits
 
     @torch.no_grad()
     def unpack(self) -> None:
@@ -458,18 +458,19 @@ class DLQATLinear(nn.Module, DLQATLayer):
 def encode_spec(grid: Grid, scaling: float, method: Method, stored_bits: int = 0) -> torch.Tensor:
     """What an adapter's tensors mean, saved with them.
 
-    [bits, group_size, zero_point, scale_dtype, scaling, method, stored_bits]; zero_point, scale_dtype and method are
-    positions in `grid.ZERO_POINTS`, `grid.SCALE_DTYPES` and `methods.METHODS`. Two configs can agree in every tensor's
-    shape and name and still mean different weights (3 or 4 bits, say); loading compares this.
+    [bits, group_size, zero_point, scale_dtype, scaling, method, stored_bits, format]; zero_point, scale_dtype and
+    method are positions in `grid.ZERO_POINTS`, `grid.SCALE_DTYPES` and `methods.METHODS`. Two configs can agree in
+    every tensor's shape and name and still mean different weights (3 or 4 bits, say); loading compares this.
     """
     zero_point = ZERO_POINTS.index(grid.zero_point)
     scale_dtype = list(SCALE_DTYPES).index(grid.scale_name)
     method_index = list(METHODS).index(method.name)
-    numbers = [grid.bits, grid.group_size, zero_point, scale_dtype, scaling, method_index, stored_bits]
+    numbers = [grid.bits, grid.group_size, zero_point, scale_dtype, scaling, method_index, stored_bits, _FORMAT]
     return torch.tensor(numbers, device="cpu", dtype=torch.float32)
 
 
-_STORED_BITS = 6  # position in the spec
+STORED_BITS = 6  # position in the spec
+_FORMAT = 2  # to be raised when the tensors' meaning changes; in 2, B counts in units of the step
 
 
 def check_float_weight(layer: nn.Module, action: str) -> None:

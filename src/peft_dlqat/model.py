@@ -21,7 +21,7 @@ from .checksum import base_record, weight_checksum
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .grid import largest_group
 from .kquant import check_k_quant
-from .layer import DLQATLayer, DLQATLinear, check_float_weight
+from .layer import STORED_BITS, DLQATLayer, DLQATLinear, check_float_weight
 from .placement import at_hand, check_here, full_shape
 from .state import check_state
 from .storage import STORAGES
@@ -246,7 +246,7 @@ class DLQATModel(BaseTuner):
         check_state(model, adapter_name, remapped)
         for name, layer in model.named_modules():
             if isinstance(layer, DLQATLayer) and adapter_name in layer.dlqat_grid:
-                layer.stored_in(adapter_name, int(remapped[f"{name}.dlqat_spec.{adapter_name}"][-1]))
+                layer.stored_in(adapter_name, int(remapped[f"{name}.dlqat_spec.{adapter_name}"][STORED_BITS]))
         return remapped
 
 

@@ -15,7 +15,7 @@ _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm
 
 
 def scales_the_grid(parameter_name: str) -> bool:
-    """Whether a parameter moves scales and zeros, as m and L4Q's shift do: it must not decay."""
+    """Whether a parameter moves scales and zeros, as m and shift do: it must not decay."""
     return ".dlqat_magnitude." in parameter_name or ".dlqat_shift." in parameter_name
 
 
@@ -30,7 +30,7 @@ def create_dlqat_optimizer(
 ) -> torch.optim.Optimizer:
     """Create an optimiser in which the magnitude m has a learning rate of its own and no weight decay.
 
-    Decay would pull m to zero, and the layer's output with it. L4Q's shift of the zero goes with m. In the manner of
+    Decay would pull m to zero, and the layer's output with it. A shift of the zero goes with m. In the manner of
     PEFT's `create_loraplus_optimizer`.
 
     Args:

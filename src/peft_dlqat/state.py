@@ -7,13 +7,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .grid import SCALE_DTYPES, ZERO_POINTS
-from .layer import DLQATLayer, encode_spec
+from .layer import STORED_BITS, DLQATLayer, encode_spec
 from .methods import METHODS
 from .storage import STORAGES
 
 _NAMED = (*DLQATLayer.adapter_layer_names, "dlqat_scale", "dlqat_zero_point", "dlqat_offset", "dlqat_spec")
 # The fields of `encode_spec`, and what the position in a list stands for.
-_SPEC_FIELDS = ("bits", "group_size", "zero_point", "scale_dtype", "lora scaling", "method", "stored bits")
+_SPEC_FIELDS = ("bits", "group_size", "zero_point", "scale_dtype", "lora scaling", "method", "stored bits", "format")
 _SPEC_CHOICES = {"zero_point": ZERO_POINTS, "scale_dtype": tuple(SCALE_DTYPES), "method": tuple(METHODS)}
 
 
@@ -84,7 +84,7 @@ def _check_layer(name: str, layer: DLQATLayer, adapter_name: str, state: dict[st
     spec = state["dlqat_spec"]
     assert spec is not None
     # The one buffer that is compared rather than loaded into: it must say what the config says.
-    stored_bits = int(spec[-1])
+    stored_bits = int(spec[STORED_BITS])
     if layer.packed and stored_bits != layer.dlqat_stored_bits[adapter_name]:
         raise ValueError(
             f"{name}: the saved adapter belongs to a frozen weight in {stored_bits or 'all'} bits, but here it is "

@@ -25,7 +25,7 @@ class AdapterState:
         s: calibrated scale, frozen while training [out, n_groups].
         zero: calibrated zero: z, b, or None [out, n_groups].
         A: trained low-rank factor.
-        B: trained low-rank factor [out, r].
+        B: trained low-rank factor [out, r], in units of the step.
         magnitude: trained m [out, n_groups], or [out, 1] for one a row; starts at one.
         shift: trained move of the zero in units of codes [out, n_groups]; starts at zero.
     """
@@ -41,9 +41,13 @@ class AdapterState:
 
     @property
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B."""
+        """A, and tB: the trained B counts in units of t [out, 1], the mean step |s| of its row.
+
+        Adam moves every number by about the learning rate. In units of the step, one rate moves the codes of all rows
+        and layers alike, whatever the size of their weights.
+        """
         assert self.A is not None and self.B is not None
-        return self.A, self.B
+        return self.A, self.s.detach().abs().mean(1, keepdim=True) * self.B
 
     @property
     def no_update(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,9 @@
 """L4Q (arXiv 2402.04902): scale, zero and low-rank update trained together.
 
-    w_hat = Quantize(W0 + scaling * BA; s, b)        s = m * s0,  z = z0 + shift  or  b = b0 + s0 * shift
+    w_hat = Quantize(W0 + scaling * tBA; s, b)       s = m * s0,  z = z0 + shift  or  b = b0 + s0 * shift
 
 Trained: A, B, m and, where the grid has a zero, shift; so s and b move in units of the calibrated grid s0, z0, b0.
-This is also the row "learn s, b" of DL-QAT's ablation.
+This is also the row "learn s, b" of DL-QAT's ablation. t is the unit of B, see `AdapterState.low_rank`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .base import AdapterState, Method, lsq_gradient
 
 
 class L4Q(Method):
-    """Quantize(W0 + scaling * BA; s, b) with s and b trained."""
+    """Quantize(W0 + scaling * tBA; s, b) with s and b trained."""
 
     name = "l4q"
     title = "L4Q"

@@ -65,7 +65,7 @@ def backward(
         grads["bias"] = flat_grad.sum(0)
     if gradient == "lowrank":
         flat_y = None if y is None else y.reshape(-1, y.shape[-1])
-        return grads | lowrank.weight_grads(flat_grad, needs, flat_x, flat_y, bias, quantizer, scaling)
+        return grads | lowrank.weight_grads(flat_grad, needs, flat_x, flat_y, bias, quantizer, grid, scaling)
     wanted = {name for name in _OF_WEIGHT if name in needs}
     if wanted:
         if gradient == "bf16":

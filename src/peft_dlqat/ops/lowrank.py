@@ -3,16 +3,19 @@
 With the clip's mask left out, and one magnitude m a row, dL/dW = m * dy.T @ x, and it never has to be made:
 
     dL/dA = scaling * ((m * dy) @ B).T @ x             dL/dB = scaling * m * (dy.T @ (x @ A.T))
-    dL/dm = sum(dy * (y - bias)) / m                                        sums over tokens
+    dL/db = dy.T @ X                                   X [tokens, n_groups]: the inputs, summed over each group
+    dL/dm = (sum(dy * (y - bias)) - sum(b * dL/db)) / m                     over tokens, and over a row's groups
 
 The first two are not the gradients of what forward computes: weights beyond the grid's ends count as if they were
-inside. The third is, but for the rounding of scales to `grid.scale_dtype`. The output y is kept for it.
+inside. The others are, but for the rounding of scales to `grid.scale_dtype`; b stands for an offset, and m for the
+scale's alone. The output y is kept for it.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ..grid import Grid
 from ..qweight import Quantizer
 
 
@@ -23,6 +26,7 @@ def weight_grads(
     y: torch.Tensor | None,
     bias: torch.Tensor | None,
     quantizer: Quantizer,
+    grid: Grid,
     scaling: float,
 ) -> dict[str, torch.Tensor]:
     """Gradients of the quantizer's tensors that `needs` names; x [tokens, in], y and `grad` = dL/dy [tokens, out].
@@ -39,12 +43,17 @@ def weight_grads(
     if "B" in needs:
         in_rank = x @ A.t().to(x.dtype)
         grads["B"] = (grad.t() @ in_rank).to(B.dtype) * (scaling * magnitude.unsqueeze(1))
+    of_offset = None
+    if "zero" in needs or ("scale" in needs and grid.zero_point == "float"):
+        of_offset = (grad.t() @ x.unflatten(-1, (-1, grid.group_size)).sum(-1)).to(quantizer.scale.dtype)
     if "scale" in needs:
         assert y is not None
         product = y if bias is None else y - bias
-        total = (grad * product).sum(0, dtype=quantizer.scale.dtype)
-        grads["scale"] = total.unsqueeze(1) / (quantizer.scale * quantizer.scale.shape[1])
+        total = (grad * product).sum(0, dtype=quantizer.scale.dtype).unsqueeze(1)
+        if of_offset is not None and quantizer.zero is not None and grid.zero_point == "float":
+            total = total - (quantizer.zero * of_offset).sum(1, keepdim=True)
+        grads["scale"] = total / (quantizer.scale * quantizer.scale.shape[1])
     if "zero" in needs:
-        assert quantizer.zero is not None
-        grads["zero"] = torch.zeros_like(quantizer.zero)
+        assert of_offset is not None
+        grads["zero"] = of_offset if grid.zero_point == "float" else -quantizer.scale * of_offset
     return grads
