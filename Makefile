@@ -48,7 +48,8 @@ test: $(VENV)/.stamp-test
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS) $(ARGS)
 
 # The engines that take minutes to build or want another torch: not part of `make test`. ENGINES=llama for one of them.
-# With BLAS, llama.cpp multiplies in float32: make test-engines CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS".
+# With BLAS, and weights that are not repacked for other products, llama.cpp multiplies in float32: make test-engines
+# CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS -DGGML_CPU_REPACK=OFF".
 ENGINES ?= llama gptq
 ENGINE_PACKAGES_llama = llama-cpp-python gguf
 # It asks for a torch with CUDA; what else it needs is named, and its own list left out.

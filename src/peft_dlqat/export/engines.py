@@ -60,9 +60,19 @@ def _config_beside_gguf(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _llama_cpp(folder: Path, format: str, ids: torch.Tensor) -> torch.Tensor:
-    from llama_cpp import Llama
+    from llama_cpp import GGML_TYPE_F32, Llama
 
-    model = Llama(str(folder / FILE), n_ctx=ids.shape[1], n_batch=ids.shape[1], logits_all=True, verbose=False)
+    length = ids.shape[1]
+    model = Llama(
+        str(folder / FILE),
+        n_ctx=length,
+        n_batch=length,
+        n_ubatch=length,
+        type_k=GGML_TYPE_F32,  # it is the weights that are compared, so the cache shall not round
+        type_v=GGML_TYPE_F32,
+        logits_all=True,
+        verbose=False,
+    )
     rows = []
     for prompt in ids.tolist():
         model.reset()

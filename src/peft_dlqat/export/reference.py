@@ -15,7 +15,7 @@ from ..checkpoint import empty_model
 from ..qweight import QuantizedWeight
 from .source import Entry, Source
 
-PROMPTS, TOKENS = 4, 16
+PROMPTS, TOKENS = 2, 32  # from 32 tokens on, llama.cpp's BLAS takes part, where it was built with one
 
 
 def prompt_ids(config: PretrainedConfig, special: set[int]) -> torch.Tensor:
