@@ -206,6 +206,7 @@ def training_arguments(args: argparse.Namespace, model: PeftModel, lr: float | N
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
         **({} if lr is None else {"learning_rate": lr}),
+        **({} if args.schedule == RECIPE.schedule else {"lr_scheduler_type": args.schedule}),
         logging_steps=max(1, args.steps // 60),
         eval_strategy="steps",
         eval_on_start=True,
