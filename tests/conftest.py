@@ -107,11 +107,11 @@ def lm_batches(count: int = 4, batch: int = 4, length: int = 16) -> list[dict[st
 
 
 def perturb(model: torch.nn.Module, seed: int = 0) -> None:
-    """Move A, B and m of every adapter away from their start, as training would."""
+    """Move all that trains of every adapter away from its start, as training would; B counts in steps of the grid."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if ".dlqat_" in name:
-            size = 0.2 if "magnitude" in name else 0.1
+            size = 0.2 if "magnitude" in name else 1.0 if "dlqat_B" in name else 0.1
             parameter.data += size * torch.randn(parameter.shape, generator=generator).to(parameter)
 
 

@@ -172,3 +172,13 @@ def test_tokens_of_pythons_own_text(tmp_path):
         "other": [6, 32],
     }
     assert python_tokens(str(model), "embedded", 6, 4, 32, tmp_path) == path
+
+
+def test_the_page_holds_the_results():
+    sys.path.insert(0, str(METHODS))
+    try:
+        import page
+    finally:
+        sys.path.remove(str(METHODS))
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.filled(text, page.tables()) == text, f"run python {METHODS / 'page.py'}"

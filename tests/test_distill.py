@@ -193,7 +193,7 @@ def trainer(model, folder, loss, dataset=None, **options):
     options = {
         "max_steps": 6,
         "per_device_train_batch_size": 4,
-        "learning_rate": 2e-3,
+        "learning_rate": 1e-2,
         "logging_steps": 1,
         "report_to": [],
         "use_cpu": True,

@@ -32,6 +32,7 @@ INJECTED = "tester/injected"
 TRAINER = "tester/by-trainer"
 TRAINER_INJECTED = "tester/by-trainer-injected"
 SFT = "tester/by-sft"
+EXPORTED, EXPORTED_BY_ID = "tester/exported", "tester/exported-by-id"
 PUSHED = (ADAPTER, INJECTED, TRAINER, TRAINER_INJECTED, SFT)
 NOTE = "Trained by hand; do not feed after midnight."
 CONFIG = {"bits": 3, "group_size": 32, "zero_point": "integer", "scale_dtype": "float16", "r": 4, "lora_alpha": 4}
@@ -132,7 +133,7 @@ def publish(folder: Path) -> None:
     from huggingface_hub import HfApi
     from peft import get_peft_model
 
-    from peft_dlqat import DLQATConfig
+    from peft_dlqat import DLQATConfig, export_model
 
     outputs: dict[str, torch.Tensor] = {}
     report: dict[str, Any] = {}
@@ -152,6 +153,8 @@ def publish(folder: Path) -> None:
     model.push_to_hub(ADAPTER, tags=["fed-at-noon"])
     outputs[ADAPTER] = logits(model)
     model.save_pretrained(folder / ADAPTER)
+    export_model(model, folder / "live", "dense", push_to_hub=True, repo_id=EXPORTED)
+    export_model(ADAPTER, folder / "by id", "compressed-tensors", base=BASE, push_to_hub=True, repo_id=EXPORTED_BY_ID)
 
     injected = base_model()
     injected.add_adapter(DLQATConfig(**CONFIG))
@@ -217,6 +220,8 @@ def load(folder: Path) -> None:
         "load_adapter of injected": logits(injected),
         "transformers of injected": logits(AutoModelForCausalLM.from_pretrained(INJECTED)),
         "PeftModel of injected": logits(PeftModel.from_pretrained(base_model(), INJECTED)),
+        "exported": logits(AutoModelForCausalLM.from_pretrained(EXPORTED)),
+        "exported by id": logits(AutoModelForCausalLM.from_pretrained(EXPORTED_BY_ID)),
     }
     for repo in (TRAINER, TRAINER_INJECTED, *([SFT] if HAS_TRL else [])):
         outputs[repo] = logits(PeftModel.from_pretrained(base_model(), repo))
@@ -321,6 +326,8 @@ def skip_without_trl(repo: str) -> None:
         ("load_adapter of injected", INJECTED),
         ("transformers of injected", INJECTED),
         ("PeftModel of injected", INJECTED),
+        ("exported", ADAPTER),
+        ("exported by id", ADAPTER),
     ],
 )
 def test_loading_from_the_hub_gives_equal_logits(

@@ -133,7 +133,8 @@ def check(name: str, model: nn.Module, work: Work) -> None:
         for kind in ("dlqat_A", "dlqat_B", "dlqat_magnitude")
     )
     grid, s, z = layer.dlqat_grid["default"], layer.dlqat_scale["default"].double(), layer.zero("default").double()
-    units = grid.group(weight + layer.dlqat_scaling["default"] * B @ A) / s.unsqueeze(-1) + z.unsqueeze(-1)
+    update = s.abs().mean(1, keepdim=True) * B @ A  # B counts in units of the step
+    units = grid.group(weight + layer.dlqat_scaling["default"] * update) / s.unsqueeze(-1) + z.unsqueeze(-1)
     clipped, lowrank = units.clamp(grid.qmin, grid.qmax), "lowrank" in name
     if lowrank:
         clipped = units + (clipped - units).detach()

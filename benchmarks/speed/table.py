@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pages import fill
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
 PAGE = Path(__file__).parents[2] / "docs" / "speed.md"
@@ -103,17 +108,7 @@ def tables() -> dict[str, str]:
     return {**made, "shortcuts": shortcut_table()}
 
 
-def write(page: Path) -> None:
-    """Put the tables between their marks in a Markdown page."""
-    text = page.read_text(encoding="utf-8")
-    for name, table in tables().items():
-        before, rest = text.split(f"<!-- {name} -->", 1)
-        after = rest.split(f"<!-- /{name} -->", 1)[1]
-        text = f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}"
-    page.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    write(PAGE)
+    fill(PAGE, tables())
     if (RESULTS / "layer.json").exists():
         draw(json.loads((RESULTS / "layer.json").read_text()), RESULTS / "layer.png")

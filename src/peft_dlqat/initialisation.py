@@ -18,6 +18,7 @@ from .qweight import round_to_nearest
 # 2-bit grids only get worse; between the shares, the refinement finds its way.
 _CLIP_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 _REFINEMENTS = 10
+_OF_ZEROS = 2.0**-14  # float16's smallest normal number, which every scale_dtype has
 # Rows are fitted in pieces of about this many weights: little memory beside the model, and fast in a CPU's cache.
 _CHUNK = 2**17
 _CHUNK_ON_GPU = 2**24  # a GPU wants few large launches
@@ -45,14 +46,15 @@ def _affine(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tuple[torch.Te
 def snap(scale: torch.Tensor, zero: Zero, grid: Grid) -> tuple[torch.Tensor, Zero]:
     """The nearest scale and zero [rows, n_groups] that ship, so that codes are chosen for the very grid they land on.
 
-    A scale takes a value of `scale_dtype`; 0 (a group of zeros, or of one repeated value) becomes 1, which keeps zeros
-    exactly zero, and one too small or large for the dtype its smallest normal or largest number. A grid with a zero
-    has positive scales only. z becomes a code; b becomes the value for which the offset M = b + qmin * s ships.
-    A K-quant's scales depend on their neighbours', so there a 0 becomes the smallest scale, which spoils none of them.
+    A scale takes a value of `scale_dtype`; 0 (a group of zeros, or of one repeated value) becomes a small one, so that
+    zeros start as zeros, and all that training can do to them is small; and one too small or large for the dtype its
+    smallest normal or largest number. A grid with a zero has positive scales only. z becomes a code; b becomes the
+    value for which the offset M = b + qmin * s ships. A K-quant's scales depend on their neighbours', so there a 0
+    becomes the smallest scale, which spoils none of them.
     """
     info = torch.finfo(grid.scale_dtype)
     sign = torch.where(scale < 0, -1.0, 1.0) if grid.zero_point == "none" else 1.0
-    of_zeros = grid.smallest_scale if grid.k_quant else 1.0
+    of_zeros = grid.smallest_scale if grid.k_quant else _OF_ZEROS
     magnitude = scale.abs().clamp(grid.smallest_scale, info.max)
     scale = grid.round_scale(torch.where(scale == 0, of_zeros, sign * magnitude))
     if grid.zero_point == "float" and zero is not None:

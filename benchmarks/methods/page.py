@@ -1,0 +1,70 @@
+"""Writes the tables of docs/benchmarks.md from the results that are there.
+
+python benchmarks/methods/page.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from pages import fill, filled  # noqa: E402, F401
+from tables import kl, spread  # noqa: E402
+
+PAGE = HERE.parents[1] / "docs" / "benchmarks.md"
+RESULTS = HERE.parent / "results" / "methods"
+# Heading of a table: folder of the model, and the settings, each a column.
+TABLES = {
+    "stories260k": ("stories260k", ("3bit-row", "3bit-g32", "2bit-g32", "3bit-row-r32")),
+    "groups of 43": ("stories260k", ("3bit-g32-g43", "2bit-g32-g43")),
+    "k-quants": ("embedded", ("q3_k", "3bit-g32-symmetric", "q2_k", "2bit-g32-float")),
+}
+CEILING = "lsq"
+
+
+def results_of(model: str, setting: str) -> dict[str, dict[str, Any]]:
+    """The results of a setting by contender."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / model / setting).glob("*.json"))}
+    return {name: results for name, results in found.items() if results["runs"]}
+
+
+def table(model: str, settings: tuple[str, ...]) -> str:
+    """Held-out KL, one line a contender and one column a setting; the lowest but the ceiling's in bold."""
+    columns = {name: found for name in settings if (found := results_of(model, name))}
+    width = {name: next(iter(found.values()))["runs"][0]["bits_per_weight"] for name, found in columns.items()}
+    contenders = {name for found in columns.values() for name in found}
+
+    def order(contender: str) -> tuple[float, ...]:
+        return tuple(kl(found[contender]) if contender in found else float("inf") for found in columns.values())
+
+    def cell(name: str, contender: str) -> str:
+        found = columns[name]
+        if contender not in found:
+            return ""
+        lowest = min((kl(results), other) for other, results in found.items() if other != CEILING)[1]
+        text = spread([run["kl"] for run in found[contender]["runs"]], 3 if kl(found[lowest]) > 0.02 else 4)
+        return f"**{text}**" if contender == lowest and len(found) > 1 else text
+
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    lines.append("| bits per weight | " + " | ".join(f"{width[name]:.2f}" for name in columns) + " |")
+    for contender in sorted(contenders, key=order):
+        lines.append(f"| {contender} | " + " | ".join(cell(name, contender) for name in columns) + " |")
+    return "\n".join(lines)
+
+
+def tables() -> dict[str, str]:
+    """Markdown by heading, for those that have results."""
+    return {
+        name: table(model, settings)
+        for name, (model, settings) in TABLES.items()
+        if any(results_of(model, setting) for setting in settings)
+    }
+
+
+if __name__ == "__main__":
+    fill(PAGE, tables())
