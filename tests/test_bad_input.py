@@ -208,7 +208,7 @@ def test_zero_rows_stay_zero(zero_point, scale_dtype):
             for name, layer in layers.items():
                 weight = layer.quantized_weight().dequantize()
                 assert weight.isfinite().all(), (stage, name, setting)
-                largest = 2 ** setting[0] * 2.0**-14 if stage == "trained" else 0.0  # of codes at its end, on zeros' own step
+                largest = 2 ** setting[0] * 2.0**-14 if stage == "trained" else 0.0  # of the step of zeros
                 assert weight[zero[name]].abs().max() <= largest, (stage, name, setting)
 
         check("initialised")
