@@ -17,8 +17,8 @@ EMBEDDED_DEFAULTS = {
     "steps": 240,
     "group_size": -1,
     "schedule": "cosine",
-    "lr": 0.1,
-    "magnitude_lr": 0.02,
+    "lr": 0.06,
+    "magnitude_lr": 0.03,
     "lora_lr": 1e-2,
 }
 DEFAULTS = {
