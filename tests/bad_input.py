@@ -1236,7 +1236,7 @@ EXPORTING_CASES = [
         "transformers",
         make=lambda: get_peft_model(Net(), net_config()),
     ),
-    Case("Exporting", "an output folder that is not empty", occupied, FileExistsError, ("exists", "overwrite=True")),
+    Case("Exporting", "an output folder that is not empty", occupied, FileExistsError, ("exists", "new folder")),
     Case(
         "Exporting",
         "another base model than the one trained on",

@@ -67,10 +67,20 @@ def base_model(kind: str = "llama") -> PreTrainedModel:
     return copy.deepcopy(_base(kind))
 
 
-def adapted(kind: str = "llama", trained: bool = True, dtype: torch.dtype | None = None, **settings: Any) -> PeftModel:
-    """The model with an adapter that has been moved, as training would, and says that it was calibrated."""
+def adapted(
+    kind: str = "llama",
+    trained: bool = True,
+    dtype: torch.dtype | None = None,
+    shape: dict[str, int] | None = None,
+    **settings: Any,
+) -> PeftModel:
+    """The model with an adapter that has been moved, as training would, and says that it was calibrated.
+
+    `shape` changes a Llama's config.
+    """
     config = DLQATConfig(**{"init": "minmax", "task_type": "CAUSAL_LM", "group_size": 32, **settings})
-    model = get_peft_model(base_model(kind).to(dtype), config)
+    base = random_model(LlamaConfig(**_SHAPE | shape)) if shape else base_model(kind)
+    model = get_peft_model(base.to(dtype), config)
     if trained:
         perturb(model)
         calibration = Calibration(

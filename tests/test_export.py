@@ -322,6 +322,18 @@ def test_lossy_is_measured_and_said(format, settings, tmp_path, capsys):
     assert verify_export(tmp_path / "out").ok
 
 
+def test_gptq_needs_multiples_of_32_on_both_sides(tmp_path):
+    """Foretold when the adapter is made, refused at export, kept dense on request."""
+    shape = {"intermediate_size": 496}
+    with pytest.raises(ValueError, match=r"gptq cannot pack a weight of 496 x 256.*multiples of 32"):
+        adapted("llama", shape=shape, bits=4, export=["gptq"])
+    model = adapted("llama", shape=shape, bits=4, group_size=-1)
+    with pytest.raises(ValueError, match="gptq cannot pack a weight of"):
+        export_model(model, tmp_path / "out", "gptq")
+    export_model(model, tmp_path / "out", "gptq", lossy=True, verify=False)
+    assert "6 weights are kept dense" in str(load_manifest(tmp_path / "out").lossy)
+
+
 def test_shards_have_an_index(tmp_path):
     export_model(adapted(bits=3), tmp_path / "out", "dense", max_shard_size=2**20, verify=False)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

@@ -38,7 +38,8 @@ def test_a_full_disk_leaves_nothing(format, tmp_path, monkeypatch):
 
 def test_a_full_disk_keeps_the_folder_to_be_replaced(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "dlqat_export.json"):
+        (tmp_path / "out" / name).write_text("mine")
 
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -46,11 +47,29 @@ def test_a_full_disk_keeps_the_folder_to_be_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         export_model(adapted(bits=4), tmp_path / "out", "dense", overwrite=True)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "notes.txt"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", "notes.txt", "dlqat_export.json"}
     monkeypatch.undo()
     export_model(adapted(bits=4), tmp_path / "out", "dense", overwrite=True, verify=False)
     assert not (tmp_path / "out" / "notes.txt").exists() and (tmp_path / "out" / "config.json").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_an_export_is_overwritten(tmp_path):
+    """The adapter itself, say, is not."""
+    model = adapted(bits=4)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(FileExistsError, match="only replaces what was exported before"):
+        export_model(model, tmp_path / "adapter", "dense", overwrite=True)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_working_folder_and_a_link_to_nowhere(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_model(adapted(bits=4), ".", "dense", verify=False)
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    export_model(adapted(bits=4), tmp_path / "link", "dense", verify=False)
+    assert (tmp_path / "here" / "config.json").is_file() and (tmp_path / "there" / "config.json").is_file()
 
 
 def test_an_empty_folder_is_used(tmp_path):
@@ -177,4 +196,6 @@ def test_block_types_and_remedies_agree_with_the_rules():
                     getattr(torch, changes["scale_dtype"]) if "scale_dtype" in changes else dtype,
                 )
                 assert rule.holds(fixed), problem
+    (problem,) = {RULES["mlx"].problem(Grid(3, 16, "none", torch.float32, k_quant=True))}
+    assert "group_size=32" in problem and "scale_dtype=" in problem, "a K-quant's groups do not change alone"
     assert min(BLOCK_TYPES, key=lambda entry: entry.bits_per_weight).name == "TQ2_0"

@@ -318,7 +318,7 @@ class DLQATConfig(PeftConfig):
         # Of patterns' combinations, a layer can only get those that are K-quants.
         return [grid for grid in grids if not k_quant or (grid.bits, grid.zero_point) in K_QUANTS]
 
-    def check_export(self, grids: Iterable[Grid], where: str = "", in_features: int | None = None) -> None:
+    def check_export(self, grids: Iterable[Grid], where: str = "", shape: tuple[int, int] | None = None) -> None:
         """Refuse grids that a format named in `export` cannot hold exactly.
 
         Raises:
@@ -331,7 +331,7 @@ class DLQATConfig(PeftConfig):
         for name in self.export:
             _check_choice("export", name, RULES)
         for name, grid in product(self.export, grids):
-            if problem := RULES[name].problem(grid, in_features):
+            if problem := RULES[name].problem(grid, shape):
                 raise ValueError(f"export={self.export!r}: {where}{problem}.")
 
     def scaling(self, r: int, lora_alpha: float) -> float:

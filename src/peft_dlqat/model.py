@@ -100,7 +100,7 @@ class DLQATModel(BaseTuner):
                     f"storage={config.storage!r} packs whole bytes, but in_features={in_features} of {name} is no "
                     f"multiple of {8 // STORAGES[config.storage]}; use storage='int8', or exclude_modules."
                 )
-            config.check_export([config.grid(in_features, settings["bits"], asked)], f"{name}: ", in_features)
+            config.check_export([config.grid(in_features, settings["bits"], asked)], f"{name}: ", _out_in(module))
             if asked not in (-1, used):
                 smaller.setdefault(f"{asked} -> {used}", []).append(name)
         for field in ("bits_pattern", "group_size_pattern"):
@@ -326,8 +326,15 @@ def _base_record(model: nn.Module, adapter_name: str) -> dict[str, Any]:
 
 
 def _in_features(module: nn.Module) -> int:
-    """Inputs of a linear layer, a Conv1D or an adapter layer."""
-    return full_shape(module.weight)[0] if isinstance(module, Conv1D) else module.in_features  # type: ignore[return-value]
+    return _out_in(module)[1]
+
+
+def _out_in(module: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer, a Conv1D or an adapter layer."""
+    if isinstance(module, Conv1D):
+        in_features, out_features = full_shape(module.weight)
+        return out_features, in_features
+    return module.out_features, module.in_features  # type: ignore[return-value]
 
 
 def _layer_settings(config: DLQATConfig, key: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def export_model(
         lossy: round again, onto the nearest grid, what the format cannot hold.
         verify: run the engines that are installed on the result. An exact export on which one does not agree is an
             error.
-        overwrite: replace a folder that exists.
+        overwrite: replace a folder that an export has made.
         max_shard_size: largest safetensors file in bytes; also the memory that writing takes.
         push_to_hub: upload the folder to `repo_id`.
         repo_id: the repository, which is made if it does not exist.
@@ -87,7 +87,7 @@ def export_model(
         RuntimeError: if an engine does not find the trained model in the result.
     """
     rule = rule_of(format)
-    output = Path(out_dir)
+    output = Path(out_dir).resolve()
     check_free(output, overwrite)
     if push_to_hub and not repo_id:
         raise ValueError("push_to_hub=True needs repo_id='you/name'.")

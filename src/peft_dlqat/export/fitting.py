@@ -26,7 +26,7 @@ def check_held(source: Source, rule: Rule, lossy: bool) -> list[str]:
     """
     problems: dict[str, list[str]] = {}
     for entry in source.entries:
-        if entry.grid is not None and (problem := rule.problem(entry.grid, entry.in_features)):
+        if entry.grid is not None and (problem := rule.problem(entry.grid, entry.out_in)):
             problems.setdefault(problem, []).append(entry.name)
     lines = [f"{problem} ({len(names)} weights: {names[0]}, ...)" for problem, names in problems.items()]
     if lines and not lossy:
@@ -66,7 +66,7 @@ def fitted(source: Source, rule: Rule, options: Options) -> Iterator[tuple[Entry
 
 
 def _fit(name: str, weight: QuantizedWeight, rule: Rule, options: Options) -> torch.Tensor | QuantizedWeight:
-    grid = _held_or_nearest(weight.grid, rule, weight.codes.shape[1])
+    grid = _held_or_nearest(weight.grid, rule, (weight.codes.shape[0], weight.codes.shape[1]))
     if grid is None:
         options.kept_dense.append(name)
         return weight.dequantize()
@@ -104,23 +104,23 @@ def _without_dead_scales(weight: QuantizedWeight) -> QuantizedWeight:
 def fitting_grid(entry: Entry, rule: Rule) -> Grid | None:
     """The grid on which `fitted` gives an adapted weight; None where the format holds none like it."""
     assert entry.grid is not None
-    return _held_or_nearest(entry.grid, rule, entry.in_features)
+    return _held_or_nearest(entry.grid, rule, entry.out_in)
 
 
-def _held_or_nearest(grid: Grid, rule: Rule, in_features: int) -> Grid | None:
-    return nearest_grid(grid, rule, in_features) if rule.problem(grid) else grid
+def _held_or_nearest(grid: Grid, rule: Rule, shape: tuple[int, int]) -> Grid | None:
+    return nearest_grid(grid, rule, shape) if rule.problem(grid, shape) else grid
 
 
-def nearest_grid(grid: Grid, rule: Rule, in_features: int) -> Grid | None:
+def nearest_grid(grid: Grid, rule: Rule, shape: tuple[int, int]) -> Grid | None:
     """The grid most like a given one that the format holds: rather more bits than fewer, rather no larger groups."""
     groups = [grid.group_size, *(size for size in (128, 64, 32) if size < grid.group_size), 32]
-    groups = [size for size in groups if in_features % size == 0]
+    groups = [size for size in groups if shape[1] % size == 0]
     for bits in (*range(grid.bits, 9), *range(grid.bits - 1, 1, -1)):
         for size in groups:
             for zero_point in (grid.zero_point, "integer", "none"):
                 for dtype in (grid.scale_dtype, torch.float16):
                     candidate = Grid(bits, size, zero_point, dtype)  # type: ignore[arg-type]
-                    if not rule.problem(candidate):
+                    if not rule.problem(candidate, shape):
                         return candidate
     return None
 

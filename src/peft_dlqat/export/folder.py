@@ -34,17 +34,17 @@ COMPANIONS = (
 
 
 def check_free(out_dir: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something.
+    """Refuse a folder that holds something; with `overwrite` one that holds anything but an export.
 
     Raises:
-        FileExistsError: if it exists and is not an empty folder, unless `overwrite`.
+        FileExistsError: naming what is in the way.
     """
-    if overwrite or not (out_dir.exists() or out_dir.is_symlink()):
+    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return
-    if not out_dir.is_dir() or any(out_dir.iterdir()):
-        raise FileExistsError(
-            f"out_dir={str(out_dir)!r} exists and is not empty; name a new folder, or pass overwrite=True."
-        )
+    exported = (out_dir / "dlqat_export.json").is_file()
+    if not (overwrite and exported):
+        remedy = ", or pass overwrite=True" if exported else "; overwrite=True only replaces what was exported before"
+        raise FileExistsError(f"out_dir={str(out_dir)!r} exists and is not empty; name a new folder{remedy}.")
 
 
 @contextmanager
@@ -58,9 +58,15 @@ def whole_or_nothing(out_dir: Path) -> Iterator[Path]:
         made = Path(room) / "new"
         made.mkdir()
         yield made
+        old = Path(room) / "old"
         if out_dir.exists():
-            os.rename(out_dir, Path(room) / "old")
-        os.rename(made, out_dir)
+            os.rename(out_dir, old)
+        try:
+            os.rename(made, out_dir)
+        except OSError:
+            if old.exists():
+                os.rename(old, out_dir)
+            raise
 
 
 class TensorFiles:

@@ -26,11 +26,6 @@ def write(source: Source, folder: Path, options: Options) -> None:
     files = TensorFiles(folder, options.max_shard_size)
     packed: dict[str, Grid] = {}
     for entry, value in fitted(source, _RULE, options):
-        if isinstance(value, QuantizedWeight) and value.codes.shape[0] % 32:
-            raise ValueError(
-                f"{entry.name} has {value.codes.shape[0]} rows, no multiple of 32, which GPTQ cannot pack; leave it "
-                "out of target_modules, or choose another format."
-            )
         if not isinstance(value, QuantizedWeight):
             files.add(entry.name, as_dense(value, entry, options))
             continue

@@ -47,7 +47,13 @@ class Entry:
     @property
     def in_features(self) -> int:
         """Inputs of a linear layer's weight."""
-        return self.shape[0] if self.transposed else self.shape[-1]
+        return self.out_in[1]
+
+    @property
+    def out_in(self) -> tuple[int, int]:
+        """Outputs and inputs of a linear layer's weight."""
+        first, second = self.shape[0], self.shape[-1]
+        return (second, first) if self.transposed else (first, second)
 
 
 class Source:

@@ -26,10 +26,12 @@ class Rule(ABC):
     Attributes:
         name: the format's name.
         extra: the package's extra that installs what writing it needs; "" where nothing is needed.
+        multiple: what the out and in features of a layer must be multiples of.
     """
 
     name: str
     extra: str = ""
+    multiple: int = 1
 
     @abstractmethod
     def holds(self, grid: Grid) -> bool:
@@ -48,13 +50,18 @@ class Rule(ABC):
         scale_bits = torch.finfo(self.scale_dtype(grid)).bits
         return 0.0 if grid.group_size == -1 else (scale_bits + zero_bits) / grid.group_size
 
-    def problem(self, grid: Grid, in_features: int | None = None) -> str:
-        """Why the grid cannot be held and what to change, or ""; in_features is the layer's, where one is meant."""
+    def problem(self, grid: Grid, shape: tuple[int, int] | None = None) -> str:
+        """Why the grid cannot be held and what to change, or ""; shape is a layer's [out, in], where one is meant."""
+        if shape is not None and any(features % self.multiple for features in shape):
+            return (
+                f"{self.name} cannot pack a weight of {shape[0]} x {shape[1]}, since both must be multiples of "
+                f"{self.multiple}; leave the layer out of target_modules, or choose another format"
+            )
         if self.holds(grid):
             return ""
         remedies = [
             " and ".join(f"{name}={value!r}" for name, value in change.items())
-            for change in _remedies(grid, self, in_features)
+            for change in _remedies(grid, self, None if shape is None else shape[1])
         ]
         remedy = f"use {' or '.join(remedies)}" if remedies else "choose another format, or leave the layer out"
         return f"{self.name} cannot hold {describe(grid)} exactly; {remedy}"
@@ -82,6 +89,8 @@ def _remedies(grid: Grid, rule: Rule, in_features: int | None) -> Iterator[dict[
         values: dict[str, Any] = dict(change)
         if "scale_dtype" in values:
             values |= {"scale_dtype": SCALE_DTYPES[values["scale_dtype"]], "k_quant": False}
+        elif grid.k_quant:  # of whose settings none can be changed alone
+            return False
         return rule.holds(replace(grid, **values))
 
     for count in range(1, len(choices) + 1):
@@ -167,6 +176,7 @@ class GPTQ(Rule):
     """GPTQ v1: codes packed along in, float16 scales [n_groups, out], zero points less one."""
 
     name = "gptq"
+    multiple = 32
 
     def holds(self, grid: Grid) -> bool:
         """2, 3, 4 and 8 bits, symmetric or with an integer zero, with scales that fit float16."""
