@@ -74,12 +74,41 @@ def test_a_spoiled_weight_is_caught(format, control, tmp_path, monkeypatch):
     assert all(not row.agrees and row.kl > 1e-9 for row in found.figures) and found.figures
 
 
-def test_rows_of_q_and_k_that_are_not_permuted_are_caught(tmp_path, monkeypatch):
+ROUNDED = {
+    "compressed-tensors": {"bits": 3, "dtype": "float16"},
+    "gguf": {"bits": 3, "embeddings": "q8_0"},
+    "mlx": {"bits": 3, "group_size": 16, "lossy": True},
+    "dense": {"bits": 3, "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("format", ROUNDED)
+def test_a_spoiled_weight_is_caught_in_what_is_rounded(format, tmp_path, monkeypatch):
+    """The loss of rounding, which is larger, does not hide it."""
+    pytest.importorskip(PACKAGES[format])
+    settings = dict(ROUNDED[format])
+    chosen = {name: settings.pop(name) for name in ("dtype", "embeddings", "lossy") if name in settings}
+    model = adapted(**settings)
+    assert export_model(model, tmp_path / "sound", format, **chosen).ok
+    fitted = WRITERS[format].fitted
+
+    def spoiled(*args):
+        for entry, value in fitted(*args):
+            yield entry, scale_off_by_one_percent(value) if entry.name == SPOILED else value
+
+    monkeypatch.setattr(WRITERS[format], "fitted", spoiled)
+    with pytest.raises(RuntimeError, match=r"not the trained one rounded for the format(.|\n)*DIFFERS"):
+        export_model(model, tmp_path / "out", format, **chosen)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"embeddings": "q8_0"}, {"dtype": "float16"}], ids=str)
+def test_rows_of_q_and_k_that_are_not_permuted_are_caught(settings, tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     monkeypatch.setattr(Architecture, "row_order", lambda *_: slice(None))
     with pytest.raises(RuntimeError, match="DIFFERS"):
-        export_model(adapted(bits=4), tmp_path / "out", "gguf")
-    export_model(adapted(bits=4), tmp_path / "out", "gguf", verify=False)
+        export_model(adapted(bits=4), tmp_path / "out", "gguf", **settings)
+    export_model(adapted(bits=4), tmp_path / "out", "gguf", verify=False, **settings)
     found = verify_export(tmp_path / "out")
     assert not found.ok and found.figures[0].kl > 1e-6
 

@@ -11,6 +11,7 @@ from ..formats import Rule
 from ..methods import METHODS
 from .manifest import MANIFEST, Manifest
 from .source import Source
+from .verify import LogitDifference
 
 _LOAD = {
     "compressed-tensors": [
@@ -116,9 +117,13 @@ def _lines(folder: Path, source: Source, rule: Rule, manifest: Manifest) -> list
     if calibration := config.record.get("calibration"):
         lines.append(f"| calibration | {calibration['steps']} steps, {calibration['objective']} |")
     lines += ["", *(f"Note: {note}.\n" for note in manifest.notes)]
+    if manifest.loss is not None:
+        difference = LogitDifference(**manifest.loss)
+        lines += [f"What was rounded for the format, against the trained model in float32: {difference}.", ""]
     if manifest.figures:
+        model = "trained model" if manifest.exact else "model so rounded"
         lines += [
-            f"Against the trained model in float32, on the prompts in this repository (`verify_export`, {MANIFEST}):",
+            f"Against the {model} in float32, on the prompts in this repository (`verify_export`, {MANIFEST}):",
             "",
             "| engine | largest difference of a logit | KL, nats a token | top-1 |",
             "|---|---|---|---|",

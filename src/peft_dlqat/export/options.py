@@ -19,6 +19,7 @@ class Options:
         unpacked: filled by the writer, first: adapted weights of layers that the format's loaders do not pack.
         kept_dense: filled by the writer: adapted weights that the format cannot pack.
         rounded: filled by the writer: dense tensors that `dtype` (or `embeddings`) has rounded.
+        rescaled: filled by the writer: adapted weights whose scales or offsets the format's dtype has rounded.
         notes: filled by the writer: what the user should know.
     """
 
@@ -29,4 +30,5 @@ class Options:
     unpacked: set[str] = field(default_factory=set)
     kept_dense: list[str] = field(default_factory=list)
     rounded: list[str] = field(default_factory=list)
+    rescaled: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -10,7 +10,7 @@ from .fitting import fitting_grid
 from .manifest import Manifest
 from .options import Options
 from .source import Source
-from .verify import Verification
+from .verify import LogitDifference, Verification
 
 
 def summarise(source: Source, rule: Rule, options: Options, losses: list[str]) -> Manifest:
@@ -25,6 +25,9 @@ def summarise(source: Source, rule: Rule, options: Options, losses: list[str]) -
             grids[describe(entry.grid), stored] += 1
     if options.kept_dense:
         losses = [*losses, f"{len(options.kept_dense)} weights are kept dense: {', '.join(options.kept_dense[:3])}"]
+    if options.rescaled:
+        names = ", ".join(options.rescaled[:3])
+        losses = [*losses, f"scales or offsets of {len(options.rescaled)} weights are rounded: {names}"]
     return Manifest(
         format=rule.name,
         base=Path(source.base).name if Path(source.base).is_dir() else source.base,
@@ -49,4 +52,6 @@ def report(manifest: Manifest, verification: Verification | None) -> list[str]:
         if names:
             lines.append(f"kept dense, {what}: {', '.join(names)}")
     lines += manifest.notes
-    return lines if verification is None else [*lines, str(verification)]
+    if verification is not None:
+        return [*lines, str(verification)]
+    return lines if manifest.loss is None else [*lines, f"rounded for the format: {LogitDifference(**manifest.loss)}"]
