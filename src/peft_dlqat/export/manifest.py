@@ -72,11 +72,15 @@ def load_manifest(folder: Path) -> Manifest:
 
     Raises:
         FileNotFoundError: if the folder was not written by `export_model`.
+        ValueError: if the file is damaged, or another version's.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {MANIFEST}; only folders written by export_model() can be verified.")
-    return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # no text, no JSON, or other fields
+        raise ValueError(f"{path} cannot be read ({error}); export the model again.") from error
 
 
 def save_reference(folder: Path, ids: torch.Tensor, trained: torch.Tensor, written: torch.Tensor | None) -> None:

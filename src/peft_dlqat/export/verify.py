@@ -54,13 +54,17 @@ class EngineFigures(LogitDifference):
     Attributes:
         engine: its name.
         agrees: whether the differences are no larger than the engine's own arithmetic makes them.
+        error: why the engine could not run files that have changed; the differences are NaN then.
     """
 
     engine: str
     agrees: bool
+    error: str = ""
 
     def __str__(self) -> str:
         """One line."""
+        if self.error:
+            return f"{self.engine}: cannot run it ({self.error})  DIFFERS"
         return f"{self.engine}: {super().__str__()}{'' if self.agrees else '  DIFFERS'}"
 
 
@@ -87,13 +91,20 @@ class Verification:
     def __str__(self) -> str:
         """A line for the loss, and one an engine."""
         lines = [] if self.loss is None else [f"rounded for the format: {self.loss}"]
-        lines += [str(row) for row in self.figures] or ["no engine for this format is installed: nothing was compared"]
+        why = (
+            "the reference has changed"
+            if REFERENCE in self.changed_files
+            else "no engine for this format is installed"
+        )
+        lines += [str(row) for row in self.figures] or [f"{why}: nothing was compared"]
         lines += [f"changed since it was written: {name}" for name in self.changed_files]
         return "\n".join(lines)
 
 
 def verify_export(out_dir: str | Path, engines: list[str] | None = None) -> Verification:
     """Load an exported model with the engines that are installed, and compare its logits with the written model's.
+
+    Files that are damaged or missing are reported, not raised; they are known by their checksums.
 
     Args:
         out_dir: a folder written by [`export_model`].
@@ -105,24 +116,45 @@ def verify_export(out_dir: str | Path, engines: list[str] | None = None) -> Veri
 
     Raises:
         FileNotFoundError: if the folder was not written by [`export_model`].
-        ValueError: for an engine that does not run the format or is not installed.
+        ValueError: for an engine that does not run the format or is not installed, or if `dlqat_export.json` is damaged.
     """
     folder = Path(out_dir)
     manifest = load_manifest(folder)
-    names = [name for name in ENGINES if runs(name, folder, manifest.format)]
-    if engines is not None:
-        wrong = sorted(set(engines) - set(names))
-        if wrong:
-            raise ValueError(f"engines={wrong!r} are not installed or do not run {manifest.format!r}; use {names!r}.")
-        names = [name for name in names if name in engines]
     changed = [
         name
         for name, digest in manifest.files.items()
         if not (folder / name).is_file() or sha256(folder / name) != digest
     ]
+    names = [name for name in ENGINES if _runs(name, folder, manifest, changed)]
+    if engines is not None:
+        wrong = sorted(set(engines) - set(names))
+        if wrong:
+            raise ValueError(f"engines={wrong!r} are not installed or do not run {manifest.format!r}; use {names!r}.")
+        names = [name for name in names if name in engines]
     loss = None if manifest.loss is None else LogitDifference(**manifest.loss)
-    figures = [] if REFERENCE in changed else [_compare(name, folder, manifest) for name in names]
+    figures = [] if REFERENCE in changed else [_figures(name, folder, manifest, changed) for name in names]
     return Verification(tuple(figures), tuple(changed), loss)
+
+
+def _runs(name: str, folder: Path, manifest: Manifest, changed: list[str]) -> bool:
+    try:
+        return runs(name, folder, manifest.format)
+    except Exception:
+        if not changed:
+            raise
+        return True  # running it says what is wrong with the file that it wanted to know from
+
+
+def _figures(name: str, folder: Path, manifest: Manifest, changed: list[str]) -> EngineFigures:
+    """What an engine finds, or how it fails on files that have changed; any other failure is an error."""
+    try:
+        return _compare(name, folder, manifest)
+    except Exception as error:
+        if not changed:
+            raise
+        nan = float("nan")
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        return EngineFigures(nan, nan, nan, engine=name, agrees=False, error=first)
 
 
 @torch.no_grad()
