@@ -123,7 +123,7 @@ def export_model(
                 raise RuntimeError(f"the exported model is not the {wanted}, nothing was kept:\n{verification}")
             manifest.figures = [asdict(row) for row in verification.figures]
             manifest.save(folder)
-        write_card(folder, source, rule, manifest, beside)
+        write_card(folder, source, rule, manifest, beside, repo_id)
     for line in report(manifest, verification):
         print(line)
     if push_to_hub:

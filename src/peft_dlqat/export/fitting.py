@@ -64,6 +64,8 @@ def fitted(
                 value = value.dequantize()
             else:
                 value = _fit(entry.name, value, rule, options)
+            if isinstance(value, QuantizedWeight):
+                options.grids[entry.name] = value.grid
         yield entry, value
 
 

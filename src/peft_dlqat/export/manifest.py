@@ -28,7 +28,7 @@ class Manifest:
         format: name of the format.
         base: folder name or hub id of the base model.
         base_checksum: checksum of the adapted layers' original weights.
-        grids: number of weights on each grid, and how it is stored.
+        grids: number of weights written on each grid, how it is stored, and the grid that they were trained on.
         exact: whether the artefact holds the trained weights and every other tensor to the bit.
         lossy: what was rounded again on request.
         rounded: dense tensors that the chosen dtype has rounded.

@@ -91,12 +91,11 @@ class Verification:
     def __str__(self) -> str:
         """A line for the loss, and one an engine."""
         lines = [] if self.loss is None else [f"rounded for the format: {self.loss}"]
-        why = (
-            "the reference has changed"
-            if REFERENCE in self.changed_files
-            else "no engine for this format is installed"
-        )
-        lines += [str(row) for row in self.figures] or [f"{why}: nothing was compared"]
+        lines += [str(row) for row in self.figures]
+        if not self.figures:
+            lost = REFERENCE in self.changed_files
+            why = "the reference has changed" if lost else "no engine for this format is installed"
+            lines.append(f"{why}: nothing was compared")
         lines += [f"changed since it was written: {name}" for name in self.changed_files]
         return "\n".join(lines)
 
@@ -116,7 +115,7 @@ def verify_export(out_dir: str | Path, engines: list[str] | None = None) -> Veri
 
     Raises:
         FileNotFoundError: if the folder was not written by [`export_model`].
-        ValueError: for an engine that does not run the format or is not installed, or if `dlqat_export.json` is damaged.
+        ValueError: for an engine that does not run the format or is not installed, or a damaged `dlqat_export.json`.
     """
     folder = Path(out_dir)
     manifest = load_manifest(folder)

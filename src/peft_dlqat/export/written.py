@@ -24,7 +24,7 @@ def read_written(
     What the writer makes of them afterwards, its packing, names and order of rows, has no part in it: an engine that
     finds the same logits has found all that in order.
     """
-    apart = replace(options, kept_dense=[], rounded=[], rescaled=[])  # the writer has filled its own
+    apart = replace(options, kept_dense=[], grids={}, rounded=[], rescaled=[])  # the writer has filled its own
     for entry, value in fitted(source, rule, apart, names):
         if isinstance(value, QuantizedWeight) and rule.name != "dense":
             yield entry, value
