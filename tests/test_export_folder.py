@@ -180,6 +180,9 @@ def test_the_table_of_formats():
     assert rows["mlx", "bits=4"].bits_per_weight == 4.25
     assert "use zero_point='integer'" in rows["compressed-tensors", "bits=3"].problem
     assert "Q4_1" in str(table) and "not exactly" in str(table)
+    # The test of exports shows that float32 is exact, and that bfloat16 is not.
+    assert rows["dense", "bits=3"].stored == "float32" and rows["dense", "bits=3"].bits_per_weight == 32.0
+    assert "32.00  (16 bits round each weight once)" in str(table)
 
 
 def test_block_types_and_remedies_agree_with_the_rules():
