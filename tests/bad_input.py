@@ -1185,6 +1185,13 @@ def with_tiny_scale() -> PeftModel:
     return model
 
 
+def with_large_embedding() -> PeftModel:
+    """A number above the largest float16."""
+    model = adapted()
+    model.get_input_embeddings().weight.data[0, 0] = 1e6
+    return model
+
+
 def both_adapters() -> PeftModel:
     model = _two_adapters()
     with warnings.catch_warnings():
@@ -1219,6 +1226,15 @@ EXPORTING_CASES = [
         "lossy=True",
         make=with_tiny_scale,
         format="gguf",
+    ),
+    exporting(
+        "dtype='float16' of a number that is too large for it",
+        ValueError,
+        "embed_tokens.weight: 1e+06",
+        "float16",
+        "pass dtype='bfloat16'",
+        make=with_large_embedding,
+        dtype="float16",
     ),
     exporting(
         "an architecture that GGUF is not written for",

@@ -137,12 +137,17 @@ def test_dense_holds_the_merged_model_in_float32(setting, tmp_path):
 
 
 def test_dense_says_what_its_dtype_rounds(tmp_path, capsys):
-    found = export_model(adapted(bits=3), tmp_path / "out", "dense", dtype="bfloat16")
-    assert 0 < found.figures[0].max_difference < 0.1 and found.ok
+    model = adapted(bits=3)
+    found = export_model(model, tmp_path / "out", "dense", dtype="bfloat16")
+    assert_same(found, "dense")  # as the model that was rounded so
     manifest = load_manifest(tmp_path / "out")
-    assert not manifest.exact and len(manifest.rounded) > 14 and manifest.figures[0]["kl"] > 0
-    assert "dense tensors rounded" in capsys.readouterr().out
-    assert verify_export(tmp_path / "out").ok  # no further from the trained model than when it was written
+    assert not manifest.exact and len(manifest.rounded) > 14 and manifest.loss["kl"] > 0
+    printed = capsys.readouterr().out
+    assert "dense tensors rounded" in printed and f"rounded for the format: {found.loss}" in printed
+    ids, trained = load_reference(tmp_path / "out")
+    difference = (exported_logits(tmp_path / "out", ids) - trained).abs().max().item()
+    assert 0 < found.loss.max_difference == difference < 0.1 and torch.equal(trained, merged_logits(model, ids))
+    assert verify_export(tmp_path / "out") == found
 
 
 @pytest.mark.parametrize("kind", ["tied", "mistral", "qwen2", "qwen3", "embedded"])
@@ -291,7 +296,8 @@ def test_a_bfloat16_model_is_compared_in_float32(tmp_path):
 def test_q8_0_embeddings_say_their_loss(tmp_path, capsys):
     needs("gguf")
     found = export_model(adapted(bits=3), tmp_path / "out", "gguf", embeddings="q8_0")
-    assert 0 < found.figures[0].kl < 1e-2
+    assert_same(found, "gguf")
+    assert 0 < found.loss.kl < 1e-2
     manifest = load_manifest(tmp_path / "out")
     assert sorted(manifest.rounded) == ["lm_head.weight", "model.embed_tokens.weight"]
     full = tmp_path / "full"
@@ -316,9 +322,10 @@ def test_lossy_is_measured_and_said(format, settings, tmp_path, capsys):
         export_model(model, tmp_path / "out", format)
     assert not list(tmp_path.iterdir())
     found = export_model(model, tmp_path / "out", format, lossy=True)
-    assert 1e-12 < found.figures[0].kl < 0.05
+    assert_same(found, format)
+    assert 1e-12 < found.loss.kl < 0.05
     printed = capsys.readouterr().out
-    assert "lossy:" in printed and "KL" in printed
+    assert "lossy:" in printed and f"rounded for the format: {found.loss}" in printed
     assert verify_export(tmp_path / "out").ok
 
 
@@ -332,6 +339,36 @@ def test_gptq_needs_multiples_of_32_on_both_sides(tmp_path):
         export_model(model, tmp_path / "out", "gptq")
     export_model(model, tmp_path / "out", "gptq", lossy=True, verify=False)
     assert "6 weights are kept dense" in str(load_manifest(tmp_path / "out").lossy)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_loss_is_measured_without_an_engine(verify, tmp_path, capsys):
+    """GPTQ's engine is not among those of the test environment."""
+    export_model(adapted(bits=4, zero_point="float"), tmp_path / "out", "gptq", lossy=True, verify=verify)
+    loss = load_manifest(tmp_path / "out").loss
+    assert 1e-12 < loss["kl"] < 0.05 and f"KL {loss['kl']:.3g}" in capsys.readouterr().out
+    assert f"KL {loss['kl']:.3g}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_scales_that_are_rounded_are_a_loss(tmp_path):
+    """The grid is one that the format holds, one of its numbers is not."""
+    needs("gguf")
+    model = adapted(bits=4)
+    next(iter(adapter_layers(model)[1].values())).dlqat_scale["default"][0, 0] = 1e-6
+    found = export_model(model, tmp_path / "out", "gguf", lossy=True)
+    assert_same(found, "gguf")
+    assert found.loss is not None
+    assert "scales or offsets of 1 weights are rounded" in load_manifest(tmp_path / "out").lossy[0]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_number_too_large_for_its_dtype_is_refused(format, tmp_path):
+    needs(format)
+    model = adapted(bits=4)
+    model.get_input_embeddings().weight.data[3, 5] = -1e6
+    with pytest.raises(ValueError, match=r"embed_tokens.weight: -1e\+06 is too large for (float16|F16).*'bfloat16'"):
+        export_model(model, tmp_path / "out", format, dtype="float16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_shards_have_an_index(tmp_path):

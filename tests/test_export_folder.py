@@ -110,7 +110,13 @@ def test_the_card_names_base_grid_licence_and_figures(tmp_path):
     export_model(adapted("embedded", bits=3), tmp_path / "out", "dense", dtype="bfloat16")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license_name == "psf-2.0" and "dlqat" in card.data.tags
-    for text in ("3-bit", "bits=3, group_size=32", "bits a parameter", "| transformers |", "calibration | 1 steps"):
+    for text in (
+        "trained at 3 bits",
+        "bits=3, group_size=32",
+        "bits a parameter",
+        "| transformers |",
+        "calibration | 1 steps",
+    ):
         assert text in card.text, text
 
 
@@ -123,6 +129,7 @@ def test_the_manifest_says_what_is_there(tmp_path):
         {
             "grid": "bits=3, group_size=32, zero_point='integer', scale_dtype='bfloat16'",
             "stored": "float32",
+            "trained": "bits=3, group_size=32, zero_point='integer', scale_dtype='bfloat16'",
             "weights": 2,
         }
     ]
@@ -135,6 +142,25 @@ def test_the_manifest_says_what_is_there(tmp_path):
             assert listed.pop(name) == sha256(path)
     assert not listed
     assert load_manifest(tmp_path / "out").figures[0]["max_difference"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("format", "settings", "lossy", "written", "stored", "trained"),
+    [
+        ("compressed-tensors", {"bits_pattern": {"q_proj": 4}}, False, "bits=4, group_size=32", "int4", "bits=3, "),
+        ("mlx", {"group_size": 16}, True, "bits=3, group_size=32", "affine 3 bits", "bits=3, group_size=16"),
+        ("gguf", {"bits": 8}, True, "bits=8, group_size=32, zero_point='none'", "Q8_0", "zero_point='integer'"),
+    ],
+)
+def test_manifest_and_card_say_the_grid_that_is_written(format, settings, lossy, written, stored, trained, tmp_path):
+    pytest.importorskip({"gguf": "gguf", "compressed-tensors": "compressed_tensors"}.get(format, "torch"))
+    export_model(adapted(**{"bits": 3, **settings}), tmp_path / "out", format, lossy=lossy, verify=False)
+    rows = load_manifest(tmp_path / "out").grids
+    assert all(written in row["grid"] and stored in row["stored"] for row in rows), rows
+    (other,) = (row for row in rows if row["trained"] != row["grid"])
+    assert trained in other["trained"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{other['grid']}, stored as {other['stored']}; trained on {other['trained']} |" in card
 
 
 def test_it_is_pushed_whole(tmp_path, monkeypatch):
@@ -153,6 +179,8 @@ def test_it_is_pushed_whole(tmp_path, monkeypatch):
     )
     assert calls[0] == ("create", "you/model", True, True)
     assert {"README.md", "config.json", "dlqat_export.json", "model.safetensors"} <= set(calls[1][2])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'from_pretrained("you/model")' in card and "THIS_REPOSITORY" not in card
 
 
 def test_the_checksum_is_the_same_in_any_exact_dtype_and_on_disk(tmp_path):
@@ -171,6 +199,9 @@ def test_the_table_of_formats():
     assert rows["mlx", "bits=4"].bits_per_weight == 4.25
     assert "use zero_point='integer'" in rows["compressed-tensors", "bits=3"].problem
     assert "Q4_1" in str(table) and "not exactly" in str(table)
+    # The test of exports shows that float32 is exact, and that bfloat16 is not.
+    assert rows["dense", "bits=3"].stored == "float32" and rows["dense", "bits=3"].bits_per_weight == 32.0
+    assert "32.00  (16 bits round each weight once)" in str(table)
 
 
 def test_block_types_and_remedies_agree_with_the_rules():

@@ -22,7 +22,16 @@ from .distillation import (
     teacher_logits,
 )
 from .evaluation import TASK_SETS, Evaluation, evaluate_model, evaluate_tasks
-from .export import EngineFigures, FormatRow, FormatTable, Verification, export_formats, export_model, verify_export
+from .export import (
+    EngineFigures,
+    FormatRow,
+    FormatTable,
+    LogitDifference,
+    Verification,
+    export_formats,
+    export_model,
+    verify_export,
+)
 from .generate import generate_dataset
 from .grid import Grid
 from .layer import DLQATLayer, DLQATLinear
@@ -61,6 +70,7 @@ __all__ = [
     "Grid",
     "GridReport",
     "LayerReport",
+    "LogitDifference",
     "MemoryEstimate",
     "NoDecoderLayers",
     "QuantizedWeight",

@@ -2,12 +2,13 @@
 
 from .exporting import export_model
 from .table import FormatRow, FormatTable, export_formats
-from .verify import EngineFigures, Verification, verify_export
+from .verify import EngineFigures, LogitDifference, Verification, verify_export
 
 __all__ = [
     "EngineFigures",
     "FormatRow",
     "FormatTable",
+    "LogitDifference",
     "Verification",
     "export_formats",
     "export_model",

@@ -11,6 +11,8 @@ from ..formats import Rule
 from ..methods import METHODS
 from .manifest import MANIFEST, Manifest
 from .source import Source
+from .summary import trained_on
+from .verify import LogitDifference
 
 _LOAD = {
     "compressed-tensors": [
@@ -44,7 +46,9 @@ _LIBRARY = {"gguf": "gguf", "mlx": "mlx"}
 _KEPT = ("license", "license_name", "license_link", "language", "datasets")
 
 
-def write_card(folder: Path, source: Source, rule: Rule, manifest: Manifest, beside: Path | None) -> None:
+def write_card(
+    folder: Path, source: Source, rule: Rule, manifest: Manifest, beside: Path | None, repo_id: str | None = None
+) -> None:
     """Write README.md: base model, data, grids, how to load it, and what the engines found.
 
     Args:
@@ -53,6 +57,7 @@ def write_card(folder: Path, source: Source, rule: Rule, manifest: Manifest, bes
         rule: the format.
         manifest: what was written and found.
         beside: the base model's folder, whose card names licence, language and data.
+        repo_id: where it goes on the Hub, if that is known.
     """
     kept = _base_metadata(beside)
     on_hub = bool(manifest.base) and not Path(source.base).is_dir()
@@ -64,7 +69,7 @@ def write_card(folder: Path, source: Source, rule: Rule, manifest: Manifest, bes
         tags=["dlqat", "quantization-aware-training", rule.name],
         **kept,
     )
-    text = "\n".join(_lines(folder, source, rule, manifest))
+    text = "\n".join(_lines(folder, source, rule, manifest, repo_id))
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
 
 
@@ -78,14 +83,14 @@ def _base_metadata(beside: Path | None) -> dict[str, Any]:
     return {key: found[key] for key in _KEPT if key in found}
 
 
-def _lines(folder: Path, source: Source, rule: Rule, manifest: Manifest) -> list[str]:
+def _lines(folder: Path, source: Source, rule: Rule, manifest: Manifest, repo_id: str | None) -> list[str]:
     config = source.adapter
     method = METHODS[config.method]
     base = manifest.base or "its base model"
     size = sum(path.stat().st_size for pattern in ("*.safetensors", "*.gguf") for path in folder.glob(pattern))
     weights = sum(_count(entry.shape) for entry in source.entries)
     lines = [
-        f"# {config.bits}-bit {base} ({rule.name})",
+        f"# {base}, trained at {config.bits} bits ({rule.name})",
         "",
         f"Fine-tuned from {base} inside a low-bit quantizer "
         f"([{method.title}](https://arxiv.org/abs/{method.arxiv})) with `peft-dlqat`. "
@@ -95,11 +100,14 @@ def _lines(folder: Path, source: Source, rule: Rule, manifest: Manifest) -> list
             else "What was rounded again is said below."
         ),
         "",
-        *_LOAD[rule.name],
+        *(line.replace("THIS_REPOSITORY", repo_id or "THIS_REPOSITORY") for line in _LOAD[rule.name]),
         "",
         "| | |",
         "|---|---|",
-        *(f"| {row['weights']} weights | {row['grid']}, stored as {row['stored']} |" for row in manifest.grids),
+        *(
+            f"| {row['weights']} weights | {row['grid']}, stored as {row['stored']}{trained_on(row)} |"
+            for row in manifest.grids
+        ),
         f"| size | {size / 1e6:,.1f} MB, {8 * size / weights:.2f} bits a parameter; in bfloat16 "
         f"{2 * weights / 1e6:,.1f} MB |",
         f"| scales | {config.scale_dtype} in training |",
@@ -116,9 +124,13 @@ def _lines(folder: Path, source: Source, rule: Rule, manifest: Manifest) -> list
     if calibration := config.record.get("calibration"):
         lines.append(f"| calibration | {calibration['steps']} steps, {calibration['objective']} |")
     lines += ["", *(f"Note: {note}.\n" for note in manifest.notes)]
+    if manifest.loss is not None:
+        difference = LogitDifference(**manifest.loss)
+        lines += [f"What was rounded for the format, against the trained model in float32: {difference}.", ""]
     if manifest.figures:
+        model = "trained model" if manifest.exact else "model so rounded"
         lines += [
-            f"Against the trained model in float32, on the prompts in this repository (`verify_export`, {MANIFEST}):",
+            f"Against the {model} in float32, on the prompts in this repository (`verify_export`, {MANIFEST}):",
             "",
             "| engine | largest difference of a logit | KL, nats a token | top-1 |",
             "|---|---|---|---|",

@@ -38,6 +38,7 @@ def write(source: Source, folder: Path, options: Options) -> None:
             continue
         if common is not None:
             value = on_grid(value, common)
+            options.grids[entry.name] = common
         module = entry.name.removesuffix(".weight")
         by_row = common is None and value.scale.shape[1] == 1
         packed[module] = replace(value.grid, group_size=-1) if by_row else value.grid

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from .options import Options
 from .reference import prompt_ids, reference_logits
 from .source import Source, open_source
 from .summary import report, summarise
-from .verify import Verification, verify_export
+from .verify import Verification, logit_difference, verify_export
+from .written import read_written
 
 Writer = Callable[[Source, Path, Options], None]
 WRITERS: dict[str, Writer] = {
@@ -67,9 +69,9 @@ def export_model(
             defaults to the model's own.
         embeddings: of the embedding and the output head in GGUF: as `dtype`, which is the default, or "q8_0".
         tokenizer: saved beside the weights; by default the base model's files are copied.
-        lossy: round again, onto the nearest grid, what the format cannot hold.
-        verify: run the engines that are installed on the result. An exact export on which one does not agree is an
-            error.
+        lossy: round again, onto the nearest grid, what the format cannot hold; what that costs is measured and said.
+        verify: run the engines that are installed on the result. It is an error if one does not find what was to be
+            written: the trained model, or, where the format rounds, the model that this rounding gives.
         overwrite: replace a folder that an export has made.
         max_shard_size: largest safetensors file in bytes; also the memory that writing takes.
         push_to_hub: upload the folder to `repo_id`.
@@ -81,10 +83,10 @@ def export_model(
 
     Raises:
         ValueError: for an unknown format or dtype, a grid that the format cannot hold exactly (unless `lossy`),
-            several active adapters, a base model that is not the one trained on.
+            several active adapters, a base model that is not the one trained on, a number too large for its dtype.
         ImportError: if the format's package is missing; names the extra.
         FileExistsError: if `out_dir` exists and is not empty.
-        RuntimeError: if an engine does not find the trained model in the result.
+        RuntimeError: if an engine does not find in the result what was to be written.
     """
     rule = rule_of(format)
     output = Path(out_dir).resolve()
@@ -107,16 +109,21 @@ def export_model(
         beside = _companions(source, folder, tokenizer, options)
         WRITERS[format](source, folder, options)
         ids = prompt_ids(source.config, set())
-        save_reference(folder, ids, reference_logits(source, ids))
+        trained, written = reference_logits(source, ids), None
         manifest = summarise(source, rule, options, losses)
+        if not manifest.exact:
+            written = reference_logits(source, ids, partial(read_written, source, rule, options))
+            manifest.loss = asdict(logit_difference(trained, written))
+        save_reference(folder, ids, trained, written)
         manifest.save(folder)
         verification = verify_export(folder) if verify else None
         if verification is not None:
-            if manifest.exact and verification.figures and not verification.ok:
-                raise RuntimeError(f"the exported model is not the trained one, nothing was kept:\n{verification}")
+            if verification.figures and not verification.ok:
+                wanted = "trained one" if manifest.exact else "trained one rounded for the format"
+                raise RuntimeError(f"the exported model is not the {wanted}, nothing was kept:\n{verification}")
             manifest.figures = [asdict(row) for row in verification.figures]
             manifest.save(folder)
-        write_card(folder, source, rule, manifest, beside)
+        write_card(folder, source, rule, manifest, beside, repo_id)
     for line in report(manifest, verification):
         print(line)
     if push_to_hub:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -49,19 +49,23 @@ def refuse_conv1d(source: Source, rule: Rule, options: Options) -> None:
     options.unpacked = set(names)
 
 
-def fitted(source: Source, rule: Rule, options: Options) -> Iterator[tuple[Entry, torch.Tensor | QuantizedWeight]]:
-    """The source's tensors, every quantized weight one that the format holds.
+def fitted(
+    source: Source, rule: Rule, options: Options, names: Iterable[str] | None = None
+) -> Iterator[tuple[Entry, torch.Tensor | QuantizedWeight]]:
+    """The source's tensors, or some of them, every quantized weight one that the format holds.
 
     Raises:
         ValueError: for a scale or offset that the format's dtype does not hold, unless `options.lossy`.
     """
-    for entry, value in source.read():
+    for entry, value in source.read(names):
         if isinstance(value, QuantizedWeight):
             if entry.name in options.unpacked:
                 options.kept_dense.append(entry.name)
                 value = value.dequantize()
             else:
                 value = _fit(entry.name, value, rule, options)
+            if isinstance(value, QuantizedWeight):
+                options.grids[entry.name] = value.grid
         yield entry, value
 
 
@@ -86,9 +90,26 @@ def _fit(name: str, weight: QuantizedWeight, rule: Rule, options: Options) -> to
             f"{name}: a scale or offset of {found:.6g} has no exact {str(dtype).removeprefix('torch.')}, in which "
             f"{rule.name} keeps it; train with scale_dtype='float16', or pass lossy=True to round it."
         )
-    if not torch.isfinite(rounded).all():
-        raise ValueError(f"{name}: a scale is too large for {dtype}; use another format.")
-    return replace(weight, scale=rounded, zero=weight.zero if offset is None else offset.to(dtype).float())
+    options.rescaled.append(name)
+    zero = weight.zero if offset is None else offset.to(dtype).float()
+    check_finite(f"{name}, a scale", weight.scale, rounded, dtype, "use another format")
+    if offset is not None and zero is not None:
+        check_finite(f"{name}, an offset", offset, zero, dtype, "use another format")
+    return replace(weight, scale=rounded, zero=zero)
+
+
+def check_finite(name: str, value: torch.Tensor, written: torch.Tensor, dtype: torch.dtype | str, remedy: str) -> None:
+    """Refuse a number that is too large for the dtype in which it is written.
+
+    Raises:
+        ValueError: if something finite would become infinite or NaN.
+    """
+    lost = value.isfinite() & ~written.isfinite()
+    if lost.any():
+        raise ValueError(
+            f"{name}: {value[lost][0].item():.6g} is too large for {str(dtype).removeprefix('torch.')}, in which it "
+            f"would be written; {remedy}."
+        )
 
 
 def _without_dead_scales(weight: QuantizedWeight) -> QuantizedWeight:

@@ -13,7 +13,7 @@ import torch
 
 from ..formats import RULES, BlockType, block_type
 from ..qweight import QuantizedWeight
-from .fitting import fitted, fitting_grid
+from .fitting import check_finite, fitted, fitting_grid
 from .gguf_model import Architecture, architecture, rope_factors, write_metadata
 from .gguf_vocab import write_vocab
 from .hf import write_config
@@ -62,10 +62,15 @@ def _plan(entry: Entry, source: Source, options: Options) -> str | BlockType:
         return chosen
     if len(entry.shape) == 1:
         return "F32"  # llama.cpp adds and multiplies by vectors in float32 only
-    if entry.name in (source.embedding, f"{source.head}.weight"):
+    if entry.name in _ends(source):
         name = _FLOATS[options.embeddings]
         return name if name != "Q8_0" or entry.shape[-1] % 32 == 0 else "F16"
     return _FLOATS[str(options.dtype).removeprefix("torch.")]
+
+
+def _ends(source: Source) -> tuple[str, str]:
+    """The tensors to which `embeddings` applies."""
+    return source.embedding, f"{source.head}.weight"
 
 
 def _shape(entry: Entry) -> tuple[int, ...]:
@@ -85,12 +90,18 @@ def _announce(writer: Any, name: str, entry: Entry, plan: str | BlockType) -> No
     writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), int(np.prod(byte_shape)), raw_dtype=kind)
 
 
+def rounded(value: torch.Tensor, entry: Entry, source: Source, options: Options) -> torch.Tensor:
+    """A tensor as the model keeps it, with the numbers that the file has of it."""
+    value = value.t() if entry.grid is not None and entry.transposed else value
+    plan = _plan(entry, source, options)
+    assert isinstance(plan, str)
+    return _decoded(_float_bytes(value, plan), plan)
+
+
 def _data(
     source: Source, arch: Architecture, planned: dict[str, str | BlockType], options: Options
 ) -> Iterator[np.ndarray]:
     """The bytes of each tensor, its rows in the order that the architecture wants."""
-    import gguf
-
     for entry, value in fitted(source, _RULE, options):
         order = arch.row_order(entry.name, source.config, _shape(entry)[0])
         plan = planned[entry.name]
@@ -103,8 +114,10 @@ def _data(
             assert isinstance(plan, str)
             dense = arch.adjusted(entry.name, dense[order])
             data = _float_bytes(dense, plan)
-            kind = gguf.GGMLQuantizationType[plan]
-            if not np.array_equal(gguf.dequantize(data, kind), dense.float().numpy()):
+            held = _decoded(data, plan)
+            setting = "embeddings" if entry.name in _ends(source) else "dtype"
+            check_finite(entry.name, dense, held, plan, f"pass {setting}='bfloat16' or 'float32'")
+            if not torch.equal(held, dense.float()):
                 options.rounded.append(entry.name)
             yield data
 
@@ -120,6 +133,12 @@ def _float_bytes(value: torch.Tensor, kind: str) -> np.ndarray:
     if kind == "BF16":
         return value.to(torch.bfloat16).view(torch.uint8).numpy()
     return gguf.quantize(value.float().numpy(), gguf.GGMLQuantizationType[kind])
+
+
+def _decoded(data: np.ndarray, kind: str) -> torch.Tensor:
+    import gguf
+
+    return torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind]))
 
 
 def _file_type(planned: dict[str, str | BlockType]) -> int:

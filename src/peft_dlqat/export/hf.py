@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .fitting import check_finite
 from .folder import write_json
 from .options import Options
 from .source import Entry, Source
@@ -20,6 +21,7 @@ def as_dense(value: torch.Tensor, entry: Entry, options: Options) -> torch.Tenso
     if not value.is_floating_point():
         return value
     rounded = value.to(options.dtype)
+    check_finite(entry.name, value, rounded, options.dtype, "pass dtype='bfloat16' or 'float32'")
     if not torch.equal(rounded.to(value.dtype), value):
         options.rounded.append(entry.name)
     return rounded

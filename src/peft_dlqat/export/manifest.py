@@ -28,7 +28,7 @@ class Manifest:
         format: name of the format.
         base: folder name or hub id of the base model.
         base_checksum: checksum of the adapted layers' original weights.
-        grids: number of weights on each grid, and how it is stored.
+        grids: number of weights written on each grid, how it is stored, and the grid that they were trained on.
         exact: whether the artefact holds the trained weights and every other tensor to the bit.
         lossy: what was rounded again on request.
         rounded: dense tensors that the chosen dtype has rounded.
@@ -37,6 +37,7 @@ class Manifest:
         notes: what else the user should know.
         versions: of the packages that made it.
         files: sha256 of each file.
+        loss: of an artefact that is not exact, by how much its logits are not the trained model's, whatever runs it.
         figures: what `verify_export` found when it was made, by engine.
     """
 
@@ -52,6 +53,7 @@ class Manifest:
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    loss: dict[str, float] | None = None
     figures: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
@@ -70,23 +72,41 @@ def load_manifest(folder: Path) -> Manifest:
 
     Raises:
         FileNotFoundError: if the folder was not written by `export_model`.
+        ValueError: if the file is damaged, or another version's.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {MANIFEST}; only folders written by export_model() can be verified.")
-    return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # no text, no JSON, or other fields
+        raise ValueError(f"{path} cannot be read ({error}); export the model again.") from error
 
 
-def save_reference(folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> None:
-    """Write the reference prompts [prompts, tokens] and their logits [prompts, tokens, vocabulary]."""
+def save_reference(folder: Path, ids: torch.Tensor, trained: torch.Tensor, written: torch.Tensor | None) -> None:
+    """Write the reference prompts [prompts, tokens] and their logits [prompts, tokens, vocabulary].
+
+    Args:
+        folder: the exported folder.
+        ids: the prompts.
+        trained: logits of the trained model.
+        written: logits of what was written, where that is not the trained model.
+    """
     (folder / REFERENCE).parent.mkdir()
-    save_file({"input_ids": ids, "logits": logits.contiguous()}, folder / REFERENCE)
+    tensors = {"input_ids": ids, "logits": trained.contiguous()}
+    save_file(tensors if written is None else tensors | {"written": written.contiguous()}, folder / REFERENCE)
 
 
 def load_reference(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference prompts and their logits."""
+    """The reference prompts and the trained model's logits."""
     tensors = load_file(folder / REFERENCE)
     return tensors["input_ids"], tensors["logits"]
+
+
+def load_written(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference prompts and the logits that an engine must find."""
+    tensors = load_file(folder / REFERENCE)
+    return tensors["input_ids"], tensors.get("written", tensors["logits"])
 
 
 def sha256(path: Path) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..grid import Grid
+
 
 @dataclass
 class Options:
@@ -18,7 +20,9 @@ class Options:
         max_shard_size: bytes after which a new safetensors file is begun, and so the memory that writing takes.
         unpacked: filled by the writer, first: adapted weights of layers that the format's loaders do not pack.
         kept_dense: filled by the writer: adapted weights that the format cannot pack.
+        grids: filled by the writer: the grids on which all other adapted weights are written.
         rounded: filled by the writer: dense tensors that `dtype` (or `embeddings`) has rounded.
+        rescaled: filled by the writer: adapted weights whose scales or offsets the format's dtype has rounded.
         notes: filled by the writer: what the user should know.
     """
 
@@ -28,5 +32,7 @@ class Options:
     max_shard_size: int = 2 * 1024**3
     unpacked: set[str] = field(default_factory=set)
     kept_dense: list[str] = field(default_factory=list)
+    grids: dict[str, Grid] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
+    rescaled: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,9 @@ from ..checkpoint import empty_model
 from ..qweight import QuantizedWeight
 from .source import Entry, Source
 
+# As `Source.read`: some tensors, by their names.
+Reader = Callable[[Iterable[str]], Iterator[tuple[Entry, torch.Tensor | QuantizedWeight]]]
+
 PROMPTS, TOKENS = 2, 32  # from 32 tokens on, llama.cpp's BLAS takes part, where it was built with one
 
 
@@ -26,13 +29,15 @@ def prompt_ids(config: PretrainedConfig, special: set[int]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def reference_logits(source: Source, ids: torch.Tensor) -> torch.Tensor:
+def reference_logits(source: Source, ids: torch.Tensor, read: Reader | None = None) -> torch.Tensor:
     """Logits [prompts, tokens, vocabulary] of the merged model, all its weights and arithmetic in float32.
 
     Args:
         source: the model.
         ids: token ids [prompts, tokens].
+        read: where the tensors come from; defaults to the source itself.
     """
+    read = read or source.read
     model: Any = empty_model(source.config, torch.float32, type(source.model)).eval()
     try:
         layers = list(decoder_layers(source.model, source.adapter_name))
@@ -40,7 +45,7 @@ def reference_logits(source: Source, ids: torch.Tensor) -> torch.Tensor:
         layers = []
     inside = {name: [n for n in source.names if n.startswith(f"{name}.")] for name in layers}
     outside = set(source.names) - {name for names in inside.values() for name in names}
-    _load(model, source, outside)
+    _load(model, read(outside))
     if not layers:
         return model(input_ids=ids, use_cache=False).logits.float()
     blocks = [model.get_submodule(name) for name in layers]
@@ -48,15 +53,15 @@ def reference_logits(source: Source, ids: torch.Tensor) -> torch.Tensor:
         (calls,) = capture(model, blocks, [{"input_ids": ids}], hidden)
         state = hidden.student[0]
     for (args, kwargs), block, names in zip(calls, blocks, inside.values(), strict=True):
-        _load(model, source, set(names))
+        _load(model, read(names))
         state = block(state, *args, **kwargs)
         block.to("meta")
     with _replaced_by(blocks, state):
         return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def _load(model: nn.Module, source: Source, names: set[str]) -> None:
-    for entry, value in source.read(names):
+def _load(model: nn.Module, tensors: Iterator[tuple[Entry, torch.Tensor | QuantizedWeight]]) -> None:
+    for entry, value in tensors:
         put(model, entry, value)
     model.tie_weights()  # type: ignore[operator]
 

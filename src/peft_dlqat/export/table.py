@@ -44,7 +44,8 @@ class FormatTable:
             if row.problem:
                 lines.append(f"{row.format:<18}  not exactly: {row.problem}")
             else:
-                lines.append(f"{row.format:<18}  {row.stored:<20}  {row.bits_per_weight:.2f}")
+                note = "  (16 bits round each weight once)" if row.format == "dense" else ""
+                lines.append(f"{row.format:<18}  {row.stored:<20}  {row.bits_per_weight:.2f}{note}")
         return "\n".join(lines)
 
 
@@ -65,5 +66,7 @@ def export_formats(config: DLQATConfig) -> FormatTable:
         for grid in config.grids():
             problem = rule.problem(grid)
             stored, bits = ("", float("nan")) if problem else rule.storage(grid)
+            if name == "dense":  # whose rule names the usual dtype, in which it is not exact
+                stored, bits = "float32", 32.0
             rows.append(FormatRow(name, describe(grid), stored, bits, problem))
     return FormatTable(tuple(rows))

@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from ..distillation.divergence import kl
 from .engines import ENGINES, runs
-from .manifest import REFERENCE, Manifest, load_manifest, load_reference, sha256
+from .manifest import REFERENCE, Manifest, load_manifest, load_written, sha256
 
 # Of the largest logit: what another machine's order of summing makes of the same weights in float32.
 _SAME_ARITHMETIC = 1e-5
 
 
 @dataclass(frozen=True)
-class EngineFigures:
-    """What one engine makes of an artefact, against the merged model in float32.
+class LogitDifference:
+    """How far logits are from those they should be.
 
     Attributes:
-        engine: its name.
         max_difference: largest difference of a logit.
-        kl: KL(merged model || engine), in nats a token.
+        kl: KL(expected || found), in nats a token.
         top1: share of the positions at which both find the same token likeliest.
-        agrees: whether the differences are no larger than the engine's own arithmetic makes them, or, of an artefact
-            that is not exact, than they were when it was written.
     """
 
-    engine: str
     max_difference: float
     kl: float
     top1: float
+
+    def __str__(self) -> str:
+        """Part of a line."""
+        return f"max difference {self.max_difference:.3g}, KL {self.kl:.3g} nats a token, top-1 {self.top1:.1%}"
+
+
+def logit_difference(expected: torch.Tensor, found: torch.Tensor) -> LogitDifference:
+    """Compare logits [..., vocabulary] in float32."""
+    p, q = (logits.double().log_softmax(-1) for logits in (expected, found))
+    return LogitDifference(
+        max_difference=(found - expected).abs().max().item(),
+        kl=kl(p, q).mean().clamp(min=0).item(),
+        top1=(expected.argmax(-1) == found.argmax(-1)).double().mean().item(),
+    )
+
+
+@dataclass(frozen=True)
+class EngineFigures(LogitDifference):
+    """What one engine makes of an artefact, against the model as it was written, in float32.
+
+    That is the merged model to the bit where the artefact is exact, else the merged model rounded as the format does;
+    how far that is from the trained one is `Verification.loss`.
+
+    Attributes:
+        engine: its name.
+        agrees: whether the differences are no larger than the engine's own arithmetic makes them.
+        error: why the engine could not run files that have changed; the differences are NaN then.
+    """
+
+    engine: str
     agrees: bool
+    error: str = ""
 
     def __str__(self) -> str:
         """One line."""
-        verdict = "" if self.agrees else "  DIFFERS"
-        return (
-            f"{self.engine}: max difference {self.max_difference:.3g}, KL {self.kl:.3g} nats a token, "
-            f"top-1 {self.top1:.1%}{verdict}"
-        )
+        if self.error:
+            return f"{self.engine}: cannot run it ({self.error})  DIFFERS"
+        return f"{self.engine}: {super().__str__()}{'' if self.agrees else '  DIFFERS'}"
 
 
 @dataclass(frozen=True)
@@ -50,25 +75,35 @@ class Verification:
     Attributes:
         figures: one [`EngineFigures`] an engine.
         changed_files: files that are not, or no longer, those that were written.
+        loss: what rounding for the format has cost, from the trained model to the one that was written; None where
+            nothing was rounded. No engine has a part in it.
     """
 
     figures: tuple[EngineFigures, ...]
     changed_files: tuple[str, ...] = ()
+    loss: LogitDifference | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether all engines agree and no file has changed; without an engine nothing was shown."""
+        """Whether all engines find what was written, and no file has changed; without an engine nothing was shown."""
         return bool(self.figures) and all(row.agrees for row in self.figures) and not self.changed_files
 
     def __str__(self) -> str:
-        """A line an engine."""
-        lines = [str(row) for row in self.figures] or ["no engine for this format is installed: nothing was compared"]
+        """A line for the loss, and one an engine."""
+        lines = [] if self.loss is None else [f"rounded for the format: {self.loss}"]
+        lines += [str(row) for row in self.figures]
+        if not self.figures:
+            lost = REFERENCE in self.changed_files
+            why = "the reference has changed" if lost else "no engine for this format is installed"
+            lines.append(f"{why}: nothing was compared")
         lines += [f"changed since it was written: {name}" for name in self.changed_files]
         return "\n".join(lines)
 
 
 def verify_export(out_dir: str | Path, engines: list[str] | None = None) -> Verification:
-    """Load an exported model with the engines that are installed, and compare its logits with the trained model's.
+    """Load an exported model with the engines that are installed, and compare its logits with the written model's.
+
+    Files that are damaged or missing are reported, not raised; they are known by their checksums.
 
     Args:
         out_dir: a folder written by [`export_model`].
@@ -80,41 +115,55 @@ def verify_export(out_dir: str | Path, engines: list[str] | None = None) -> Veri
 
     Raises:
         FileNotFoundError: if the folder was not written by [`export_model`].
-        ValueError: for an engine that does not run the format or is not installed.
+        ValueError: for an engine that does not run the format or is not installed, or a damaged `dlqat_export.json`.
     """
     folder = Path(out_dir)
     manifest = load_manifest(folder)
-    names = [name for name in ENGINES if runs(name, folder, manifest.format)]
-    if engines is not None:
-        wrong = sorted(set(engines) - set(names))
-        if wrong:
-            raise ValueError(f"engines={wrong!r} are not installed or do not run {manifest.format!r}; use {names!r}.")
-        names = [name for name in names if name in engines]
     changed = [
         name
         for name, digest in manifest.files.items()
         if not (folder / name).is_file() or sha256(folder / name) != digest
     ]
-    if REFERENCE in changed:
-        return Verification((), tuple(changed))
-    return Verification(tuple(_compare(name, folder, manifest) for name in names), tuple(changed))
+    names = [name for name in ENGINES if _runs(name, folder, manifest, changed)]
+    if engines is not None:
+        wrong = sorted(set(engines) - set(names))
+        if wrong:
+            raise ValueError(f"engines={wrong!r} are not installed or do not run {manifest.format!r}; use {names!r}.")
+        names = [name for name in names if name in engines]
+    loss = None if manifest.loss is None else LogitDifference(**manifest.loss)
+    figures = [] if REFERENCE in changed else [_figures(name, folder, manifest, changed) for name in names]
+    return Verification(tuple(figures), tuple(changed), loss)
+
+
+def _runs(name: str, folder: Path, manifest: Manifest, changed: list[str]) -> bool:
+    try:
+        return runs(name, folder, manifest.format)
+    except Exception:
+        if not changed:
+            raise
+        return True  # running it says what is wrong with the file that it wanted to know from
+
+
+def _figures(name: str, folder: Path, manifest: Manifest, changed: list[str]) -> EngineFigures:
+    """What an engine finds, or how it fails on files that have changed; any other failure is an error."""
+    try:
+        return _compare(name, folder, manifest)
+    except Exception as error:
+        if not changed:
+            raise
+        nan = float("nan")
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        return EngineFigures(nan, nan, nan, engine=name, agrees=False, error=first)
 
 
 @torch.no_grad()
 def _compare(name: str, folder: Path, manifest: Manifest) -> EngineFigures:
     engine = ENGINES[name]
-    ids, expected = load_reference(folder)
+    ids, expected = load_written(folder)
     found = engine.logits(folder, manifest.format, ids)[..., : expected.shape[-1]]
-    difference = (found - expected).abs().max().item()
-    p, q = (logits.double().log_softmax(-1) for logits in (expected, found))
-    divergence = kl(p, q).mean().clamp(min=0).item()
-    top1 = (expected.argmax(-1) == found.argmax(-1)).double().mean().item()
-    before = next((row for row in manifest.figures if row["engine"] == name), None)
-    if not manifest.exact and before is None:
-        agrees = difference == difference  # nothing to compare with yet; NaN never agrees
-    elif engine.largest_kl is not None:
-        agrees = divergence <= engine.largest_kl + (0.0 if manifest.exact or before is None else 1.01 * before["kl"])
+    difference = logit_difference(expected, found)
+    if engine.largest_kl is not None:
+        agrees = difference.kl <= engine.largest_kl  # never of NaN
     else:
-        allowed = _SAME_ARITHMETIC * max(1.0, expected.abs().max().item())
-        agrees = difference <= allowed + (0.0 if manifest.exact or before is None else before["max_difference"])
-    return EngineFigures(name, difference, divergence, top1, agrees)
+        agrees = difference.max_difference <= _SAME_ARITHMETIC * max(1.0, expected.abs().max().item())
+    return EngineFigures(**asdict(difference), engine=name, agrees=agrees)
