@@ -13,6 +13,8 @@ from conftest import perturb, random_model
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -40,6 +42,11 @@ _SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+_GEMMA = {**_SHAPE, "tie_word_embeddings": True, "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 8}
+_GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_SHAPE),
     "tied": lambda: LlamaConfig(**{**_SHAPE, "tie_word_embeddings": True}),
@@ -47,6 +54,9 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**_SHAPE),
     "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=64),
     "gemma": lambda: GemmaConfig(**{**_SHAPE, "tie_word_embeddings": True}, head_dim=64),  # as all Gemmas
+    # Windows shorter than the prompts, and layers of both kinds.
+    "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma3": lambda: Gemma3TextConfig(**_GEMMA, sliding_window_pattern=2, rope_parameters=_GEMMA3_ROPE),
     "phi": lambda: PhiConfig(**_SHAPE, partial_rotary_factor=0.5),
     "phi3": lambda: Phi3Config(**_SHAPE, pad_token_id=0),
     "gpt2": lambda: GPT2Config(

@@ -16,6 +16,7 @@ from peft_dlqat.formats import RULES
 # repacking, it computes products of many tokens in float32. Its GELU is a table of half precision all the same.
 BLAS = bool(os.environ.get("DLQAT_BLAS"))
 LLAMA_KL = 1e-8 if BLAS else 1e-3
+GELU = ("gpt2", "gemma2", "gemma3", "phi")
 GELU_KL = 1e-6 if BLAS else 1e-3
 GPTQ_KL = 1e-6
 
@@ -46,11 +47,14 @@ def test_llama_cpp_finds_the_trained_model(setting, tmp_path):
     assert found.kl <= LLAMA_KL and found.agrees
 
 
-@pytest.mark.parametrize("kind", ["tied", "mistral", "qwen2", "qwen3", "gpt2", "embedded", "gemma", "phi", "phi3"])
+@pytest.mark.parametrize(
+    "kind",
+    ["tied", "mistral", "qwen2", "qwen3", "gpt2", "embedded", "gemma", "gemma2", "gemma3", "phi", "phi3"],
+)
 def test_llama_cpp_knows_the_architecture(kind, tmp_path):
     pytest.importorskip("llama_cpp")
     export_model(adapted(kind, bits=4), tmp_path / "out", "gguf", verify=False)
-    assert figures(tmp_path / "out", "llama-cpp-python").kl <= (GELU_KL if kind in ("gpt2", "phi") else LLAMA_KL)
+    assert figures(tmp_path / "out", "llama-cpp-python").kl <= (GELU_KL if kind in GELU else LLAMA_KL)
 
 
 @pytest.mark.filterwarnings("ignore")
