@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from conftest import perturb, random_model
 from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -22,6 +24,7 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -101,3 +104,21 @@ def save_base(kind: str, folder: Path, **settings: Any) -> Path:
     """The base model of `adapted` on disk."""
     base_model(kind).save_pretrained(folder, **settings)
     return folder
+
+
+def llama2_tokenizer(size: int = 1000) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer with bytes for what is unknown, as transformers has Llama 2's."""
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+    trained = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>", "<s>", "</s>", *bytes_])
+    trained.train([str(Path(__file__).parents[1] / "LICENSE")], trainer)
+    content = json.loads(trained.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]
+    content["pre_tokenizer"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
