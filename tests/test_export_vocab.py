@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from export_models import EMBEDDED, adapted, llama2_tokenizer
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from peft_dlqat import export_model
@@ -101,6 +102,33 @@ def test_merges_become_scores(tmp_path, capsys):
 )
 def test_whether_a_space_comes_first(settings, prepends):
     assert puts_space_first(settings) is prepends
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_model_keeps_its_scores_and_prefix(prefix, tmp_path):
+    """Llama 2's puts a space before text, Gemma's does not."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    base = shutil.copytree(EMBEDDED, tmp_path / "base")
+    tokenizer = llama2_tokenizer()
+    if not prefix:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.save_pretrained(base)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(EMBEDDED.parents[2] / "LICENSE"),
+        model_prefix=str(base / "tokenizer"),
+        model_type="bpe",
+        vocab_size=600,
+        byte_fallback=True,
+        add_dummy_prefix=prefix,
+        minloglevel=2,
+    )
+    adapted("embedded", bits=4).save_pretrained(tmp_path / "adapter")
+    export_model(tmp_path / "adapter", tmp_path / "out", "gguf", base=base, verify=False)
+    found = fields(tmp_path / "out")
+    trained = sentencepiece.SentencePieceProcessor(str(base / "tokenizer.model"))
+    assert found["tokenizer.ggml.tokens"][:600] == [trained.IdToPiece(index) for index in range(600)]
+    assert found["tokenizer.ggml.scores"][:600] == [trained.GetScore(index) for index in range(600)]
+    assert found["tokenizer.ggml.add_space_prefix"] is prefix
 
 
 def test_added_tokens_without_a_row_are_left_out(tmp_path, capsys):

@@ -35,6 +35,8 @@ def write_vocab(writer: Any, folder: Path, config: PretrainedConfig) -> list[str
     model = content.get("model", {})
     if (folder / "tokenizer.model").is_file():
         notes = _write_sentencepiece(writer, gguf.SentencePieceVocab(folder), config)
+        if content:
+            writer.add_add_space_prefix(puts_space_first(content))  # Gemma's does not
     elif model.get("type") == "BPE":
         notes = (_write_fallback if model.get("byte_fallback") else _write_bpe)(writer, content, config)
     else:
