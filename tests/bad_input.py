@@ -30,8 +30,10 @@ from conftest import CONFIGS, HIDDEN, VOCAB, lm_batches, perturb, tiny_model, to
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from peft_dlqat import (
@@ -1172,6 +1174,21 @@ def without_package(folder: Path) -> Attempt:
     return Attempt(call, model)
 
 
+def tokenizer_of(tokens: int) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer, whose tokens are all there is to it."""
+    vocabulary = {f"t{index}": index for index in range(tokens)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab=vocabulary, merges=[])))
+
+
+def gemma2() -> PeftModel:
+    """Whose queries are scaled as no Gemma 2 of Google's is."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1}
+    config = Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=2, query_pre_attn_scalar=64)
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), small_config(task_type="CAUSAL_LM"))
+    perturb(model)
+    return model.eval()
+
+
 def opt() -> PeftModel:
     model = get_peft_model(tiny_model("opt"), small_config(task_type="CAUSAL_LM"))
     perturb(model)
@@ -1244,6 +1261,24 @@ EXPORTING_CASES = [
         "'compressed-tensors'",
         make=opt,
         format="gguf",
+    ),
+    exporting(
+        "a Gemma 2 that llama.cpp computes otherwise",
+        ValueError,
+        "query_pre_attn_scalar=64",
+        "takes 16",
+        "'compressed-tensors'",
+        make=gemma2,
+        format="gguf",
+    ),
+    exporting(
+        "a tokenizer with more tokens than the embedding has rows, to GGUF",
+        ValueError,
+        f"{VOCAB + 1} tokens",
+        f"{VOCAB} rows",
+        "resize_token_embeddings",
+        format="gguf",
+        tokenizer=tokenizer_of(VOCAB + 1),
     ),
     exporting(
         "a base model that is no transformers model",

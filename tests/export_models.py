@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 from conftest import perturb, random_model
 from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -20,6 +24,7 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -40,6 +45,11 @@ _SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+_GEMMA = {**_SHAPE, "tie_word_embeddings": True, "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 8}
+_GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_SHAPE),
     "tied": lambda: LlamaConfig(**{**_SHAPE, "tie_word_embeddings": True}),
@@ -47,6 +57,9 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**_SHAPE),
     "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=64),
     "gemma": lambda: GemmaConfig(**{**_SHAPE, "tie_word_embeddings": True}, head_dim=64),  # as all Gemmas
+    # Windows shorter than the prompts, and layers of both kinds.
+    "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma3": lambda: Gemma3TextConfig(**_GEMMA, sliding_window_pattern=2, rope_parameters=_GEMMA3_ROPE),
     "phi": lambda: PhiConfig(**_SHAPE, partial_rotary_factor=0.5),
     "phi3": lambda: Phi3Config(**_SHAPE, pad_token_id=0),
     "gpt2": lambda: GPT2Config(
@@ -101,3 +114,21 @@ def save_base(kind: str, folder: Path, **settings: Any) -> Path:
     """The base model of `adapted` on disk."""
     base_model(kind).save_pretrained(folder, **settings)
     return folder
+
+
+def llama2_tokenizer(size: int = 1000) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer with bytes for what is unknown, as transformers has Llama 2's."""
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+    trained = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>", "<s>", "</s>", *bytes_])
+    trained.train([str(Path(__file__).parents[1] / "LICENSE")], trainer)
+    content = json.loads(trained.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]
+    content["pre_tokenizer"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from export_models import adapted
+from export_models import adapted, llama2_tokenizer
 
 from peft_dlqat import Grid, export_model, verify_export
 from peft_dlqat.formats import RULES
@@ -16,8 +16,14 @@ from peft_dlqat.formats import RULES
 # repacking, it computes products of many tokens in float32. Its GELU is a table of half precision all the same.
 BLAS = bool(os.environ.get("DLQAT_BLAS"))
 LLAMA_KL = 1e-8 if BLAS else 1e-3
+GELU = ("gpt2", "gemma2", "gemma3", "phi")
 GELU_KL = 1e-6 if BLAS else 1e-3
 GPTQ_KL = 1e-6
+TEXTS = (
+    "Redistribution in source or binary forms, with or without modification, is permitted under this License.",
+    "a model with  two spaces,\nanother line: 12345 copyright notices",
+    "Größe, 数量 and 🙂 are bytes where no token knows them",
+)
 
 
 def grids(name: str, sizes: tuple[int, ...]) -> list[dict[str, object]]:
@@ -46,11 +52,26 @@ def test_llama_cpp_finds_the_trained_model(setting, tmp_path):
     assert found.kl <= LLAMA_KL and found.agrees
 
 
-@pytest.mark.parametrize("kind", ["tied", "mistral", "qwen2", "qwen3", "gpt2", "embedded", "gemma", "phi", "phi3"])
+@pytest.mark.parametrize(
+    "kind",
+    ["tied", "mistral", "qwen2", "qwen3", "gpt2", "embedded", "gemma", "gemma2", "gemma3", "phi", "phi3"],
+)
 def test_llama_cpp_knows_the_architecture(kind, tmp_path):
     pytest.importorskip("llama_cpp")
     export_model(adapted(kind, bits=4), tmp_path / "out", "gguf", verify=False)
-    assert figures(tmp_path / "out", "llama-cpp-python").kl <= (GELU_KL if kind in ("gpt2", "phi") else LLAMA_KL)
+    assert figures(tmp_path / "out", "llama-cpp-python").kl <= (GELU_KL if kind in GELU else LLAMA_KL)
+
+
+def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path):
+    """Without tokenizer.model, by the scores that stand for merges."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    tokenizer = llama2_tokenizer()
+    export_model(adapted("embedded", bits=4), tmp_path / "out", "gguf", tokenizer=tokenizer, verify=False)
+    model = llama_cpp.Llama(str(tmp_path / "out" / "model.gguf"), vocab_only=True, verbose=False)
+    for text in TEXTS:
+        found = model.tokenize(text.encode(), add_bos=False)
+        assert tokenizer.convert_ids_to_tokens(found) == tokenizer.tokenize(text), text
+    model.close()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from export_models import EMBEDDED, adapted
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
 
 from peft_dlqat import DLQATConfig, Grid, export_formats, export_model
 from peft_dlqat.export import exporting, folder
@@ -104,6 +105,39 @@ def test_tokenizer_generation_config_and_licence_travel(tmp_path):
     export_model(tmp_path / "adapter", tmp_path / "out", "dense", base=base, dtype="bfloat16")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE.txt"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_a_given_tokenizer_replaces_the_base_models(tmp_path):
+    """All its files: a stale tokenizer.model or chat template would be preferred to what was given."""
+    base = tmp_path / "base"
+    shutil.copytree(EMBEDDED, base)
+    for name in ("tokenizer.model", "chat_template.jinja", "vocab.json", "added_tokens.json", "LICENSE.txt"):
+        (base / name).write_text("the base model's")
+    adapted("embedded", bits=4).save_pretrained(tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "given")
+    export_model(
+        tmp_path / "adapter", tmp_path / "out", "dense", base=base, tokenizer=tokenizer, dtype="bfloat16", verify=False
+    )
+    for path in (tmp_path / "given").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "out" / "LICENSE.txt").is_file()
+    for name in ("tokenizer.model", "vocab.json", "added_tokens.json"):
+        assert not (tmp_path / "out" / name).exists()
+
+
+def test_companions_are_those_of_the_revision(tmp_path, monkeypatch):
+    """As the weights are."""
+    model = adapted("embedded", bits=4)
+    model.get_base_model().name_or_path = "some/model"
+    model.peft_config["default"].revision = "v2"
+    asked = []
+    monkeypatch.setattr(
+        folder, "snapshot_download", lambda base, **settings: asked.append((base, settings["revision"])) or EMBEDDED
+    )
+    export_model(model, tmp_path / "out", "dense", verify=False)
+    assert asked == [("some/model", "v2")] and (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 def test_the_card_names_base_grid_licence_and_figures(tmp_path):

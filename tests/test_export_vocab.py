@@ -6,11 +6,12 @@ import json
 import shutil
 
 import pytest
-from export_models import EMBEDDED, adapted
+from export_models import EMBEDDED, adapted, llama2_tokenizer
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from peft_dlqat import export_model
-from peft_dlqat.export.gguf_vocab import pre_tokenizer
+from peft_dlqat.export.gguf_vocab import pre_tokenizer, puts_space_first
 
 gguf = pytest.importorskip("gguf")
 
@@ -70,6 +71,80 @@ def test_a_padded_vocabulary(tmp_path):
     found = fields(tmp_path / "out")
     assert found["tokenizer.ggml.tokens"][-1] == "[PAD2047]"
     assert found["tokenizer.ggml.token_type"][-1] == gguf.TokenType.UNUSED
+
+
+def test_merges_become_scores(tmp_path, capsys):
+    """Of a tokenizer with bytes for what is unknown, whose tokenizer.model is not there."""
+    tokenizer = llama2_tokenizer()
+    tokenizer.backend_tokenizer.decoder = None
+    tokenizer.add_tokens("<pad>", special_tokens=True)
+    export_model(adapted("embedded", bits=4), tmp_path / "out", "gguf", tokenizer=tokenizer, verify=False)
+    found = fields(tmp_path / "out")
+    tokens, kinds, scores = (found[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "scores"))
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    by_token = dict(zip(tokens, scores, strict=True))
+    assert len(tokens) == 2048 and [by_token["".join(m)] for m in merges] == [-float(n) for n in range(len(merges))]
+    assert by_token["<pad>"] == by_token["a"] == -float(len(merges))
+    kind = gguf.TokenType
+    assert kinds[:4] == [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, kind.BYTE] and kinds[1000] == kind.CONTROL
+    assert found["tokenizer.ggml.model"] == "llama" and found["tokenizer.ggml.add_space_prefix"]
+    assert "order of its merges is written as scores" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "prepends"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]}}, True),
+        ({"normalizer": {"type": "Replace"}, "pre_tokenizer": None}, False),  # Gemma
+        ({"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first"}}, True),
+        ({"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never"}}, False),
+    ],
+)
+def test_whether_a_space_comes_first(settings, prepends):
+    assert puts_space_first(settings) is prepends
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_model_keeps_its_scores_and_prefix(prefix, tmp_path):
+    """Llama 2's puts a space before text, Gemma's does not."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    base = shutil.copytree(EMBEDDED, tmp_path / "base")
+    tokenizer = llama2_tokenizer()
+    if not prefix:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.save_pretrained(base)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(EMBEDDED.parents[2] / "LICENSE"),
+        model_prefix=str(base / "tokenizer"),
+        model_type="bpe",
+        vocab_size=600,
+        byte_fallback=True,
+        add_dummy_prefix=prefix,
+        minloglevel=2,
+    )
+    adapted("embedded", bits=4).save_pretrained(tmp_path / "adapter")
+    export_model(tmp_path / "adapter", tmp_path / "out", "gguf", base=base, verify=False)
+    found = fields(tmp_path / "out")
+    trained = sentencepiece.SentencePieceProcessor(str(base / "tokenizer.model"))
+    assert found["tokenizer.ggml.tokens"][:600] == [trained.IdToPiece(index) for index in range(600)]
+    assert found["tokenizer.ggml.scores"][:600] == [trained.GetScore(index) for index in range(600)]
+    assert found["tokenizer.ggml.add_space_prefix"] is prefix
+
+
+def test_added_tokens_without_a_row_are_left_out(tmp_path, capsys):
+    """As Gemma 3's tokenizer has one for images."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    export_model(adapted("embedded", bits=4), tmp_path / "out", "gguf", tokenizer=tokenizer, verify=False)
+    assert len(fields(tmp_path / "out")["tokenizer.ggml.tokens"]) == 2048
+    assert "1 tokens for which the embedding has no row are left out: <image>" in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    with pytest.raises(ValueError, match=r"tokenizer has 2048 tokens, the model's embedding 96 rows; .*resize_token"):
+        export_model(adapted(bits=4), tmp_path / "out", "gguf", tokenizer=tokenizer, verify=False)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

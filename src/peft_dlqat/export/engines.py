@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from .gguf import FILE
+from .gguf_model import ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -116,5 +118,6 @@ def runs(name: str, folder: Path, format: str) -> bool:
     if format not in engine.formats or not engine.installed:
         return False
     if name == "transformers" and format == "gguf":  # its loader lacks some of llama.cpp's architectures
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != "phi"
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        return ARCHITECTURES[kind].name in GGUF_SUPPORTED_ARCHITECTURES
     return True

@@ -68,7 +68,7 @@ def export_model(
         dtype: of all tensors that are not quantized (with "dense", of all): "float32", "float16" or "bfloat16";
             defaults to the model's own.
         embeddings: of the embedding and the output head in GGUF: as `dtype`, which is the default, or "q8_0".
-        tokenizer: saved beside the weights; by default the base model's files are copied.
+        tokenizer: saved beside the weights in place of the base model's; by default the base's files are copied.
         lossy: round again, onto the nearest grid, what the format cannot hold; what that costs is measured and said.
         verify: run the engines that are installed on the result. It is an error if one does not find what was to be
             written: the trained model, or, where the format rounds, the model that this rounding gives.
@@ -135,8 +135,8 @@ def export_model(
 
 def _companions(source: Source, folder: Path, tokenizer: Any, options: Options) -> Path | None:
     """Put tokenizer, generation config and licence into the folder; returns the base model's folder."""
-    beside = companion_folder(source.base)
-    copied = copy_companions(beside, folder) if beside is not None else []
+    beside = companion_folder(source.base, source.adapter.revision)
+    copied = copy_companions(beside, folder, tokenizer=tokenizer is None) if beside is not None else []
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     elif not any(name.startswith(("tokenizer", "vocab")) for name in copied):

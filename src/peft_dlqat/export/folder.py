@@ -15,8 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
-# What a model's folder holds beside weights and config that another engine may need.
-COMPANIONS = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -26,6 +25,10 @@ COMPANIONS = (
     "*.model",
     "*.tiktoken",
     "chat_template*",
+)
+# What a model's folder holds beside weights and config that another engine may need.
+COMPANIONS = (
+    *TOKENIZER_FILES,
     "generation_config.json",
     "preprocessor_config.json",
     "LICENSE*",
@@ -114,21 +117,23 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def companion_folder(base: str) -> Path | None:
+def companion_folder(base: str, revision: str | None) -> Path | None:
     """The base model's folder, a hub id's files downloaded; None where there is neither."""
     if not base:
         return None
     if Path(base).is_dir():
         return Path(base)
+    patterns = [*COMPANIONS, "config.json", "README.md"]
     try:
-        return Path(snapshot_download(base, allow_patterns=[*COMPANIONS, "config.json", "README.md"]))
+        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
     except Exception:  # no connection, no such repository: the caller says what is missing
         return None
 
 
-def copy_companions(source: Path, folder: Path) -> list[str]:
-    """Copy tokenizer, chat template, generation config and licence; returns the files' names."""
-    found = sorted({path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
+def copy_companions(source: Path, folder: Path, tokenizer: bool) -> list[str]:
+    """Copy generation config and licence, and tokenizer and chat template if wanted; returns the files' names."""
+    patterns = [pattern for pattern in COMPANIONS if tokenizer or pattern not in TOKENIZER_FILES]
+    found = sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()})
     for path in found:
         shutil.copyfile(path, folder / path.name)
     return [path.name for path in found]

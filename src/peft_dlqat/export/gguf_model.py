@@ -83,13 +83,52 @@ def _gemma(writer: Any, config: PretrainedConfig) -> None:
     writer.add_value_length(config.head_dim)
 
 
-def _gemma2(writer: Any, config: PretrainedConfig) -> None:
-    _gemma(writer, config)
+def _windows(writer: Any, config: PretrainedConfig) -> None:
+    if "sliding_attention" not in config.layer_types:
+        raise _cannot(config, "layer_types", "llama.cpp wants a layer with a window in this architecture")
     writer.add_sliding_window(config.sliding_window)
-    if getattr(config, "attn_logit_softcapping", None):
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-    if getattr(config, "final_logit_softcapping", None):
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+    if config.final_logit_softcapping:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def _gemma2(writer: Any, config: PretrainedConfig) -> None:
+    _refuse_other_queries(config, layers_of_27b=46)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if not getattr(config, name):
+            raise _cannot(config, name, "llama.cpp always caps this architecture's logits")
+    _gemma(writer, config)
+    _windows(writer, config)
+    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+
+
+def _gemma3(writer: Any, config: PretrainedConfig) -> None:
+    _refuse_other_queries(config, layers_of_27b=62)
+    if config.attn_logit_softcapping:
+        raise _cannot(config, "attn_logit_softcapping", "llama.cpp has none for this architecture")
+    whole, window = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
+    if whole["rope_type"] not in ("default", "linear") or window["rope_type"] != "default":
+        raise _cannot(config, "rope_parameters", "only full attention can be scaled, and only by 'linear'")
+    _gemma(writer, config)
+    _windows(writer, config)
+    writer.add_rope_freq_base_swa(window["rope_theta"])
+
+
+def _refuse_other_queries(config: PretrainedConfig, layers_of_27b: int) -> None:
+    """llama.cpp has no key for how queries are scaled and masked: it tells the 27B by its number of layers."""
+    heads = config.num_attention_heads
+    scalar = config.hidden_size // heads if config.num_hidden_layers == layers_of_27b else config.head_dim
+    if config.query_pre_attn_scalar != scalar:
+        raise _cannot(config, "query_pre_attn_scalar", f"llama.cpp takes {scalar} for a model of these sizes")
+    if config.use_bidirectional_attention:
+        raise _cannot(config, "use_bidirectional_attention", "llama.cpp's attention is causal")
+
+
+def _cannot(config: PretrainedConfig, name: str, rule: str) -> ValueError:
+    return ValueError(
+        f"{name}={getattr(config, name)!r} cannot be written as GGUF: {rule}; export the model as "
+        "'compressed-tensors' or 'dense'."
+    )
 
 
 def _phi3(writer: Any, config: PretrainedConfig) -> None:
@@ -104,7 +143,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture("qwen3", extra=_gemma),
     "gemma": Architecture("gemma", norm_offset=1.0, extra=_gemma),
     "gemma2": Architecture("gemma2", norm_offset=1.0, extra=_gemma2),
-    "gemma3_text": Architecture("gemma3", norm_offset=1.0, extra=_gemma2),
+    "gemma3_text": Architecture("gemma3", norm_offset=1.0, extra=_gemma3),
     "gpt2": Architecture("gpt2", layer_norm=True),
     "phi": Architecture("phi2", layer_norm=True),
     "phi3": Architecture("phi3", extra=_phi3),
@@ -147,7 +186,8 @@ def write_metadata(writer: Any, config: PretrainedConfig, arch: Architecture, na
     if arch.name == "llama" and head_dim != hidden // heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    rope = getattr(config, "rope_parameters", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # gemma3 has one base for each kind of layer
     if rope:
         writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
         writer.add_rope_freq_base(rope["rope_theta"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 # The text that llama.cpp's pre-tokenizers are told apart by is their regular expression; these are the starts or marks
 # of those that are in wide use.
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -33,10 +35,10 @@ def write_vocab(writer: Any, folder: Path, config: PretrainedConfig) -> list[str
     model = content.get("model", {})
     if (folder / "tokenizer.model").is_file():
         notes = _write_sentencepiece(writer, gguf.SentencePieceVocab(folder), config)
-    elif model.get("byte_fallback"):
-        notes = _write_sentencepiece(writer, gguf.LlamaHfVocab(folder), config)
+        if content:
+            writer.add_add_space_prefix(puts_space_first(content))  # Gemma's does not
     elif model.get("type") == "BPE":
-        notes = _write_bpe(writer, content, config)
+        notes = (_write_fallback if model.get("byte_fallback") else _write_bpe)(writer, content, config)
     else:
         writer.add_tokenizer_model("none")
         return ["the model came without a BPE or SentencePiece tokenizer: the file has none, and takes token ids only"]
@@ -46,47 +48,89 @@ def write_vocab(writer: Any, folder: Path, config: PretrainedConfig) -> list[str
 
 
 def _write_sentencepiece(writer: Any, vocab: Any, config: PretrainedConfig) -> list[str]:
-    tokens, scores, kinds = zip(*vocab.all_tokens(), strict=True)
+    tokens, scores, kinds = (list(column) for column in zip(*vocab.all_tokens(), strict=True))
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    _write_tokens(writer, list(tokens), [int(kind) for kind in kinds], config)
-    writer.add_token_scores([*scores, *[-1000.0] * (config.vocab_size - len(scores))])
-    return []
+    return _write_tokens(writer, [token.decode() for token in tokens], kinds, config, scores)
+
+
+def _write_fallback(writer: Any, content: dict[str, Any], config: PretrainedConfig) -> list[str]:
+    """BPE with bytes for what is unknown, as transformers keeps SentencePiece's: scores stand for the merges."""
+    merges = content["model"]["merges"]
+    made = ["".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    ranks = {token: rank for rank, token in reversed(list(enumerate(made)))}  # the first merge that makes the token
+    tokens, kinds = _tokens(content)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_add_space_prefix(puts_space_first(content))
+    notes = _write_tokens(writer, tokens, kinds, config, [-float(ranks.get(token, len(made))) for token in tokens])
+    return [
+        *notes,
+        "the tokenizer has no tokenizer.model: the order of its merges is written as scores, by which llama.cpp joins "
+        "any two pieces that make a token; it may cut some text into other tokens, so compare",
+    ]
 
 
 def _write_bpe(writer: Any, content: dict[str, Any], config: PretrainedConfig) -> list[str]:
-    import gguf
-
-    added = {token["id"]: token for token in content.get("added_tokens", [])}
-    by_id = {index: token for token, index in content["model"]["vocab"].items()}
-    by_id.update({index: token["content"] for index, token in added.items()})
-    tokens, kinds = [], []
-    for index in range(max(by_id) + 1):
-        kind = gguf.TokenType.NORMAL
-        if index not in by_id:
-            kind = gguf.TokenType.UNUSED
-        elif index in added:
-            kind = gguf.TokenType.CONTROL if added[index]["special"] else gguf.TokenType.USER_DEFINED
-        tokens.append(by_id.get(index, f"[PAD{index}]"))
-        kinds.append(int(kind))
+    tokens, kinds = _tokens(content)
     writer.add_tokenizer_model("gpt2")
     pre = pre_tokenizer(content)
     writer.add_tokenizer_pre(pre or "default")
-    _write_tokens(writer, tokens, kinds, config)
+    notes = _write_tokens(writer, tokens, kinds, config)
     if pre is None:
-        return [
+        notes.append(
             "the tokenizer splits text in a way that has no name here: GGUF says 'default', and llama.cpp may cut "
             "some text into other tokens; compare, and set tokenizer.ggml.pre by hand where it does"
-        ]
-    return []
+        )
+    return notes
 
 
-def _write_tokens(writer: Any, tokens: list[Any], kinds: list[int], config: PretrainedConfig) -> None:
+def _tokens(content: dict[str, Any]) -> tuple[list[str], list[int]]:
+    """Tokens of a tokenizer.json by id, and their kinds."""
     import gguf
 
-    missing = range(len(tokens), config.vocab_size)
-    writer.add_token_list([*tokens, *(f"[PAD{index}]" for index in missing)])
-    writer.add_token_types([*kinds, *[int(gguf.TokenType.UNUSED)] * len(missing)])
+    model = content["model"]
+    added = {token["id"]: token for token in content.get("added_tokens", [])}
+    by_id = {index: token for token, index in model["vocab"].items()}
+    by_id.update({index: token["content"] for index, token in added.items()})
+    tokens, kinds = [], []
+    for index in range(max(by_id) + 1):
+        token = by_id.get(index, f"[PAD{index}]")
+        kind = gguf.TokenType.NORMAL
+        if index not in by_id:
+            kind = gguf.TokenType.UNUSED
+        elif model.get("byte_fallback") and token == model.get("unk_token"):
+            kind = gguf.TokenType.UNKNOWN
+        elif model.get("byte_fallback") and _BYTE.fullmatch(token):
+            kind = gguf.TokenType.BYTE
+        elif index in added:
+            kind = gguf.TokenType.CONTROL if added[index]["special"] else gguf.TokenType.USER_DEFINED
+        tokens.append(token)
+        kinds.append(int(kind))
+    return tokens, kinds
+
+
+def _write_tokens(
+    writer: Any, tokens: list[str], kinds: list[int], config: PretrainedConfig, scores: list[float] | None = None
+) -> list[str]:
+    """Write as many tokens as the embedding has rows; returns what the user should know."""
+    import gguf
+
+    rows = config.vocab_size
+    excess, apart = tokens[rows:], (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+    if any(kind not in apart for kind in kinds[rows:]):  # text would be cut into tokens that the model does not know
+        raise ValueError(
+            f"the tokenizer has {len(tokens)} tokens, the model's embedding {rows} rows; pass the tokenizer that the "
+            "model was trained with, or call model.resize_token_embeddings(...) before training."
+        )
+    missing = range(len(tokens), rows)
+    writer.add_token_list([*tokens[:rows], *(f"[PAD{index}]" for index in missing)])
+    writer.add_token_types([*map(int, kinds[:rows]), *[int(gguf.TokenType.UNUSED)] * len(missing)])
+    if scores is not None:
+        writer.add_token_scores([*scores[:rows], *[-1000.0] * len(missing)])
+    if excess:
+        return [f"{len(excess)} tokens for which the embedding has no row are left out: {', '.join(excess[:5])}"]
+    return []
 
 
 def pre_tokenizer(content: dict[str, Any]) -> str | None:
@@ -103,3 +147,13 @@ def pre_tokenizer(content: dict[str, Any]) -> str | None:
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
     return None
+
+
+def puts_space_first(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json puts a space before text."""
+    steps = [content.get("normalizer") or {}, content.get("pre_tokenizer") or {}]
+    steps = [inner for step in steps for inner in step.get("normalizers", step.get("pretokenizers", [step]))]
+    return any(
+        step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")
+        for step in steps
+    )
