@@ -141,11 +141,13 @@ def test_companions_are_those_of_the_revision(tmp_path, monkeypatch):
 
 
 def test_the_card_names_base_grid_licence_and_figures(tmp_path):
-    export_model(adapted("embedded", bits=3), tmp_path / "out", "dense", dtype="bfloat16")
+    export_model(adapted("embedded", bits=3), tmp_path / "out", "dense", dtype="bfloat16", datasets="you/stories")
     card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.datasets == ["you/stories"]
     assert card.data.license_name == "psf-2.0" and "dlqat" in card.data.tags
     for text in (
         "trained at 3 bits",
+        "| fine-tuned on | you/stories |",
         "bits=3, group_size=32",
         "bits a parameter",
         "| transformers |",

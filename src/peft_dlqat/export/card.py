@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,13 @@ _KEPT = ("license", "license_name", "license_link", "language", "datasets")
 
 
 def write_card(
-    folder: Path, source: Source, rule: Rule, manifest: Manifest, beside: Path | None, repo_id: str | None = None
+    folder: Path,
+    source: Source,
+    rule: Rule,
+    manifest: Manifest,
+    beside: Path | None,
+    repo_id: str | None = None,
+    datasets: Sequence[str] = (),
 ) -> None:
     """Write README.md: base model, data, grids, how to load it, and what the engines found.
 
@@ -58,8 +65,12 @@ def write_card(
         manifest: what was written and found.
         beside: the base model's folder, whose card names licence, language and data.
         repo_id: where it goes on the Hub, if that is known.
+        datasets: what it was fine-tuned on.
     """
     kept = _base_metadata(beside)
+    if datasets:
+        of_base = kept.get("datasets", [])
+        kept["datasets"] = [*datasets, *([of_base] if isinstance(of_base, str) else of_base)]
     on_hub = bool(manifest.base) and not Path(source.base).is_dir()
     data = ModelCardData(
         base_model=manifest.base if on_hub else None,
@@ -69,7 +80,7 @@ def write_card(
         tags=["dlqat", "quantization-aware-training", rule.name],
         **kept,
     )
-    text = "\n".join(_lines(folder, source, rule, manifest, repo_id))
+    text = "\n".join(_lines(folder, source, rule, manifest, repo_id, datasets))
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
 
 
@@ -83,7 +94,9 @@ def _base_metadata(beside: Path | None) -> dict[str, Any]:
     return {key: found[key] for key in _KEPT if key in found}
 
 
-def _lines(folder: Path, source: Source, rule: Rule, manifest: Manifest, repo_id: str | None) -> list[str]:
+def _lines(
+    folder: Path, source: Source, rule: Rule, manifest: Manifest, repo_id: str | None, datasets: Sequence[str]
+) -> list[str]:
     config = source.adapter
     method = METHODS[config.method]
     base = manifest.base or "its base model"
@@ -104,6 +117,7 @@ def _lines(folder: Path, source: Source, rule: Rule, manifest: Manifest, repo_id
         "",
         "| | |",
         "|---|---|",
+        *([f"| fine-tuned on | {', '.join(datasets)} |"] if datasets else []),
         *(
             f"| {row['weights']} weights | {row['grid']}, stored as {row['stored']}{trained_on(row)} |"
             for row in manifest.grids

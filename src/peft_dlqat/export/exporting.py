@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,7 @@ def export_model(
     push_to_hub: bool = False,
     repo_id: str | None = None,
     private: bool | None = None,
+    datasets: str | Sequence[str] = (),
 ) -> Verification | None:
     """Write a trained model in the format of an engine: the very codes, scales and zeros, nothing rounded again.
 
@@ -77,6 +78,7 @@ def export_model(
         push_to_hub: upload the folder to `repo_id`.
         repo_id: the repository, which is made if it does not exist.
         private: whether a new repository is private; the Hub's default by default.
+        datasets: what the model was fine-tuned on, by hub id, for its card.
 
     Returns:
         What [`verify_export`] found; None with `verify=False`.
@@ -123,7 +125,9 @@ def export_model(
                 raise RuntimeError(f"the exported model is not the {wanted}, nothing was kept:\n{verification}")
             manifest.figures = [asdict(row) for row in verification.figures]
             manifest.save(folder)
-        write_card(folder, source, rule, manifest, beside, repo_id)
+        write_card(
+            folder, source, rule, manifest, beside, repo_id, [datasets] if isinstance(datasets, str) else datasets
+        )
     for line in report(manifest, verification):
         print(line)
     if push_to_hub:
