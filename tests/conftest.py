@@ -115,6 +115,16 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
             parameter.data += size * torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
+def train(model: torch.nn.Module, batches: int = 2) -> None:
+    """A few steps of AdamW on all that trains."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for batch in lm_batches(batches):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -7,14 +7,21 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 # Port 0: any that is free.
 TORCHRUN = [
     *("-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"),
     *("--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
 ]
+
+
+def load_ranks(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What the two ranks wrote."""
+    return [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)]
 
 
 def launch(script: Path, folder: Path, time_limit: int, ranks: int = 2, **environment: str) -> Path:

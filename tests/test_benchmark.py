@@ -178,7 +178,8 @@ def test_the_page_holds_the_results():
     sys.path.insert(0, str(METHODS))
     try:
         import page
+        import pages
     finally:
         sys.path.remove(str(METHODS))
     text = page.PAGE.read_text(encoding="utf-8")
-    assert page.filled(text, page.tables()) == text, f"run python {METHODS / 'page.py'}"
+    assert pages.filled(text, page.tables()) == text, f"run python {METHODS / 'page.py'}"

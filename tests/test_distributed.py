@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import launch
+from launching import launch, load_ranks
 from scripts.distributed_training import (
     CALIBRATION_STEPS,
     CALIBRATIONS,
@@ -28,11 +28,6 @@ TIME_LIMIT = 180
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder to which two ranks wrote what they ended with."""
     return launch(SCRIPT, tmp_path_factory.mktemp("two_processes"), TIME_LIMIT)
-
-
-def load(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What the two ranks wrote."""
-    return [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)]
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -75,7 +70,7 @@ def assert_same_losses(rank: dict[str, Any], single: dict[str, Any]) -> None:
 
 def test_trainer_in_two_processes_gives_one_adapter(two_processes: Path) -> None:
     """Calibration by the callback and training leave the very same tensors on both ranks."""
-    first, second = load(two_processes, "trainer")
+    first, second = load_ranks(two_processes, "trainer")
     A = next(name for name in first["initial"] if "dlqat_A" in name)
     assert not torch.equal(first["initial"][A], second["initial"][A]), "the ranks should begin apart"
     assert_same(first, second)
@@ -85,7 +80,7 @@ def test_trainer_in_two_processes_gives_one_adapter(two_processes: Path) -> None
 
 def test_trainer_in_two_processes_equals_one_with_twice_the_batch(two_processes: Path, tmp_path: Path) -> None:
     """8 steps of calibration and 20 of training, within 1e-4; what moves, moves by far more than that."""
-    ranks, single = load(two_processes, "trainer"), run_trainer(tmp_path)
+    ranks, single = load_ranks(two_processes, "trainer"), run_trainer(tmp_path)
     assert_same_data(ranks, single)
     # The teacher and the model, for 8 batches before and after the fit to the inputs, during and after the steps, and
     # the model once more to measure the inputs; then a call a training step.
@@ -102,7 +97,7 @@ def test_trainer_in_two_processes_equals_one_with_twice_the_batch(two_processes:
 def test_trainer_in_two_processes_logs_on_every_rank(two_processes: Path, tmp_path: Path) -> None:
     """The log, which every rank keeps for its checkpoints, is that of one process, the grid's figures included."""
     single = run_trainer(tmp_path)["log"]
-    for rank in load(two_processes, "trainer"):
+    for rank in load_ranks(two_processes, "trainer"):
         assert [entry.keys() for entry in rank["log"]] == [entry.keys() for entry in single]
         losses = [entry["loss"] for entry in rank["log"] if "loss" in entry]
         assert len(losses) == TRAINING_STEPS // 5
@@ -112,7 +107,7 @@ def test_trainer_in_two_processes_logs_on_every_rank(two_processes: Path, tmp_pa
 @pytest.mark.parametrize("case", ["integer", "none", "float", "lengths"])
 def test_calibrate_in_two_processes_equals_one_with_all_data(two_processes: Path, case: str) -> None:
     """`calibrate` without a Trainer, each rank with its half of every batch."""
-    ranks, single = load(two_processes, f"calibrate-{case}"), run_calibrate(case)
+    ranks, single = load_ranks(two_processes, f"calibrate-{case}"), run_calibrate(case)
     assert_same(*ranks)
     assert_same_data(ranks, single)
     assert single["record"]["kept"] == "after", "the calibrated grid was thrown away, so that nothing is shown"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lm_batches, tiny_model
+from conftest import lm_batches, tiny_model, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -73,15 +73,6 @@ def test_new_adapter_in_another_dtype(changes, tmp_path):
     pack_weights(expected)
     torch.manual_seed(0)
     assert_same(load_packed(str(tmp_path), config(**changes), dtype=torch.bfloat16), expected)
-
-
-def train(model):
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for batch in lm_batches(2):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])

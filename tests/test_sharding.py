@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import lm_batches, tiny_model
-from launching import launch
+from launching import launch, load_ranks
 from peft import PeftModel, get_peft_model_state_dict
 from scripts.sharded_training import CASES, train
 
@@ -24,10 +23,6 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch(SCRIPT, tmp_path_factory.mktemp("sharded"), TIME_LIMIT)
 
 
-def load(folder: Path, case: str) -> list[dict[str, Any]]:
-    return [torch.load(folder / f"{case}-{rank}.pt") for rank in (0, 1)]
-
-
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).norm() / other.norm().clamp(min=1e-12)).item()
 
@@ -35,7 +30,7 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_training_is_that_of_one_process(case: str, two_processes: Path, tmp_path: Path) -> None:
-    ranks, single = load(two_processes, case), train(case, tmp_path)
+    ranks, single = load_ranks(two_processes, case), train(case, tmp_path)
     half = CASES[case][1] == torch.bfloat16
     tolerance = 2e-2 if half else 1e-4
     # Each rank had its half of every parameter; rows that do not divide by two are padded.
@@ -55,7 +50,7 @@ def test_sharded_training_is_that_of_one_process(case: str, two_processes: Path,
 @pytest.mark.parametrize("case", CASES)
 def test_the_adapter_is_saved_whole(case: str, two_processes: Path) -> None:
     loaded = PeftModel.from_pretrained(tiny_model(dtype=CASES[case][1]), two_processes / case)
-    expected = load(two_processes, case)[0]["adapter"]
+    expected = load_ranks(two_processes, case)[0]["adapter"]
     found = get_peft_model_state_dict(loaded)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

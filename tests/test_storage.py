@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import lm_batches, perturb, tiny_model, tokens
+from conftest import lm_batches, perturb, tiny_model, tokens, train
 from peft import PeftModel, get_peft_model
 from test_ops import QUANTIZER, problem
 
@@ -94,12 +94,7 @@ def trained(kind="llama", storage="int8", **kwargs):
     torch.manual_seed(0)
     model = get_peft_model(tiny_model(kind), config(storage, **kwargs))
     calibrate(model, lm_batches(2), progress=False)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for batch in lm_batches(3):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, 3)
     return model.eval()
 
 

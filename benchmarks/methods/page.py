@@ -13,7 +13,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from pages import fill, filled  # noqa: E402, F401
+from pages import fill  # noqa: E402
 from tables import kl, spread  # noqa: E402
 
 PAGE = HERE.parents[1] / "docs" / "benchmarks.md"

@@ -66,7 +66,5 @@ def export_formats(config: DLQATConfig) -> FormatTable:
         for grid in config.grids():
             problem = rule.problem(grid)
             stored, bits = ("", float("nan")) if problem else rule.storage(grid)
-            if name == "dense":  # whose rule names the usual dtype, in which it is not exact
-                stored, bits = "float32", 32.0
             rows.append(FormatRow(name, describe(grid), stored, bits, problem))
     return FormatTable(tuple(rows))

@@ -201,8 +201,8 @@ class Dense(Rule):
         return True
 
     def storage(self, grid: Grid) -> tuple[str, float]:
-        """The width of the default dtype."""
-        return "bfloat16", 16.0
+        """In the dtype that is exact."""
+        return "float32", 32.0
 
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in (CompressedTensors(), GGUF(), MLX(), GPTQ(), Dense())}
