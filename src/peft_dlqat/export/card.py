@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..formats import Rule
 from ..methods import METHODS
-from .manifest import MANIFEST, Manifest
+from .folder import MANIFEST
+from .manifest import Manifest
 from .source import Source
 from .summary import trained_on
 from .verify import LogitDifference

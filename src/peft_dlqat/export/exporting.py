@@ -125,9 +125,8 @@ def export_model(
                 raise RuntimeError(f"the exported model is not the {wanted}, nothing was kept:\n{verification}")
             manifest.figures = [asdict(row) for row in verification.figures]
             manifest.save(folder)
-        write_card(
-            folder, source, rule, manifest, beside, repo_id, [datasets] if isinstance(datasets, str) else datasets
-        )
+        named = [datasets] if isinstance(datasets, str) else datasets
+        write_card(folder, source, rule, manifest, beside, repo_id, named)
     for line in report(manifest, verification):
         print(line)
     if push_to_hub:

@@ -15,6 +15,9 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
+# By which an exported folder is known.
+MANIFEST = "dlqat_export.json"
+
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -44,7 +47,7 @@ def check_free(out_dir: Path, overwrite: bool) -> None:
     """
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return
-    exported = (out_dir / "dlqat_export.json").is_file()
+    exported = (out_dir / MANIFEST).is_file()
     if not (overwrite and exported):
         remedy = ", or pass overwrite=True" if exported else "; overwrite=True only replaces what was exported before"
         raise FileExistsError(f"out_dir={str(out_dir)!r} exists and is not empty; name a new folder{remedy}.")

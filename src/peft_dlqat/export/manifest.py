@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from .folder import write_json
+from .folder import MANIFEST, write_json
 
-MANIFEST = "dlqat_export.json"
 # In a folder of its own: engines read every safetensors file that lies beside config.json.
 REFERENCE = "dlqat_export/reference.safetensors"
 _PACKAGES = ("peft-dlqat", "torch", "transformers", "peft", "compressed-tensors", "gguf", "mlx")
