@@ -81,6 +81,7 @@ quality: $(VENV)/.stamp-quality
 # On the embedded model and text that it makes up; ARGS="--model ... --tokens ..." for another.
 bench-quality: $(VENV)/.stamp-bench
 	$(BIN)/python benchmarks/methods/run.py benchmarks/methods/experiments/small.json $(ARGS)
+	$(BIN)/python benchmarks/methods/step_times.py benchmarks/methods/experiments/small.json $(ARGS)
 
 # outputs/ stays: it may hold trained adapters.
 clean:

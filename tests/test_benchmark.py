@@ -23,8 +23,8 @@ LIBRARIES = {"autoround": "auto_round", "torchao-qat-lora": "torchao"}
 sys.path.insert(0, str(METHODS))  # where its modules look for each other
 
 
-def run(tmp_path, experiment, *arguments):
-    command = [sys.executable, str(METHODS / "run.py"), str(experiment), "--jobs", "1", *arguments]
+def run(tmp_path, experiment, *arguments, script="run.py"):
+    command = [sys.executable, str(METHODS / script), str(experiment), "--jobs", "1", *arguments]
     command += ["--model", str(tmp_path / "tiny"), "--tokens", str(tmp_path / "tokens.safetensors")]
     command += ["--results", str(tmp_path / "results")]
     return subprocess.run(
@@ -83,6 +83,26 @@ def test_results_of_another_setting_are_not_mixed(task):
     path.write_text(json.dumps(experiment))
     second = run(task, path, "--quick")
     assert second.returncode != 0 and "another setting" in second.stderr
+
+
+def test_steps_are_timed_against_dlqats(task):
+    experiment = {
+        "settings": {"a": {"config": {"bits": 3, "group_size": 32}}},
+        "contenders": ["rtn-mse", "lsq", "dlqat"],
+        "training": {"schedule": "linear"},
+        "learning_rates": [1e-3],
+        "search_share": 0.5,
+        "seeds": [0],
+    }
+    path = task / "experiment.json"
+    path.write_text(json.dumps(experiment))
+    for script in ("run.py", "step_times.py"):
+        done = run(task, path, "--quick", script=script)
+        assert done.returncode == 0, done.stderr[-3000:]
+    times = json.loads((task / "results" / "step_times.json").read_text())["a"]["ratios"]
+    assert times.keys() == {"dlqat", "lsq"} and times["dlqat"]["median"] == 1 and times["lsq"]["median"] != 1
+    lines = {line.split("|")[1].strip(): line for line in (task / "results" / "table.md").read_text().splitlines()[2:]}
+    assert f" {times['lsq']['median']:.2f} | 1 |" in lines["lsq"] and "|  | 1 |" in lines["rtn-mse"]
 
 
 def test_the_best_of_the_learning_rates_is_used_and_autoround_has_its_own_width(task):

@@ -57,13 +57,23 @@ def table(model: str, settings: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def cost(model: str) -> str:
+    """How long the runs of a model took, the search of the learning rates with them."""
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / model).glob("*/*.json"))]
+    runs = [run for results in found for run in results["runs"] + results["search"]]
+    return f"{len(runs)} runs, {sum(run['seconds'] for run in runs) / 3600:.1f} hours of one core"
+
+
 def tables() -> dict[str, str]:
     """Markdown by heading, for those that have results."""
-    return {
+    found = {
         name: table(model, settings)
         for name, (model, settings) in TABLES.items()
         if any(results_of(model, setting) for setting in settings)
     }
+    models = sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
+    lines = ["| model | in all |", "|---|---|", *(f"| {model} | {cost(model)} |" for model in models)]
+    return {**found, "cost": "\n".join(lines)}
 
 
 if __name__ == "__main__":

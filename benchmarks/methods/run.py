@@ -33,7 +33,7 @@ RESULTS = HERE.parent / "results" / "methods"
 sys.path.insert(0, str(HERE))
 
 # Large buffers are kept for the next step rather than given back to the system and zeroed again: a third of the time.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 QUICK = {"steps": 3, "warmup_steps": 1, "batch_size": 2, "calibration_steps": 0}
 _ROWS, _QUICK_ROWS = (2048, 256, 256), (8, 8, 64)  # of training and held-out text, and the tokens of each
 
@@ -182,9 +182,9 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
                     submit_runs((name, contender, results))
 
 
-def main() -> None:
-    """Run an experiment, then write its table and plots."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(description: str | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path, help="JSON file")
     parser.add_argument("--model", default=str(EMBEDDED), help="folder or hub id; default: the embedded model")
     parser.add_argument("--tokens", type=Path, help="safetensors file; default: what the experiment says")
@@ -193,10 +193,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, a core each")
     parser.add_argument("--quick", action="store_true", help="one seed and few steps, to see that everything runs")
     parser.add_argument("--results", type=Path, help="default: a folder of the model's name beside the others")
-    args = parser.parse_args()
-    for name, value in (("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs))), *_ALLOCATOR.items()):
-        os.environ.setdefault(name, value)  # read when a process starts: for the workers
-    experiment = json.loads(args.experiment.read_text())
+    return parser.parse_args()
+
+
+def load(args: argparse.Namespace) -> dict[str, Any]:
+    """The experiment as the command line changes it; `args` gets the tokens and results that it leaves open."""
+    experiment: dict[str, Any] = json.loads(args.experiment.read_text())
     experiment["model_name"] = "embedded" if Path(args.model).resolve() == EMBEDDED else Path(args.model).name
     experiment["seeds"] = args.seeds or experiment["seeds"]
     if args.quick:
@@ -209,7 +211,15 @@ def main() -> None:
         make = {"generated": make_tokens, "python": python_tokens}[experiment.get("text", "generated")]
         sequences = _QUICK_ROWS if args.quick else experiment.get("sequences", _ROWS)
         args.tokens = make(args.model, experiment["model_name"], *sequences)
-    run_all(experiment, args)
+    return experiment
+
+
+def main() -> None:
+    """Run an experiment, then write its table and plots."""
+    args = parse(__doc__)
+    for name, value in (("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs))), *ALLOCATOR.items()):
+        os.environ.setdefault(name, value)  # read when a process starts: for the workers
+    run_all(load(args), args)
     from tables import write_tables
 
     print(write_tables(args.results))

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# Whose training time counts as 1.
-UNIT = "dlqat"
+# Whose step counts as 1 in the file that step_times.py writes beside the settings.
+UNIT, STEP_TIMES = "dlqat", "step_times.json"
 _COLUMNS = (
     "",
     "bits per weight",
@@ -20,7 +20,7 @@ _COLUMNS = (
     "held-out KL",
     "perplexity",
     "top token agrees, %",
-    "time / DL-QAT's",
+    "a step's time / DL-QAT's",
     "runs",
 )
 
@@ -49,13 +49,20 @@ def kl(results: dict[str, Any]) -> float:
     return statistics.mean(run["kl"] for run in results["runs"])
 
 
-def row(results: dict[str, Any], unit: float | None) -> str:
-    """A line of the table; `unit` is the training time that counts as 1."""
+def step_times(folder: Path, setting: str) -> dict[str, float]:
+    """Of the contenders that were timed in turns, a training step's time over DL-QAT's."""
+    path = folder / STEP_TIMES
+    found = json.loads(path.read_text()).get(setting, {"ratios": {}}) if path.exists() else {"ratios": {}}
+    return {contender: ratio["median"] for contender, ratio in found["ratios"].items()}
+
+
+def row(results: dict[str, Any], times: dict[str, float]) -> str:
+    """A line of the table."""
     runs = results["runs"]
     trained = f"{runs[0]['trained_parameters']:,}" if "trained_parameters" in runs[0] else ""
     start = spread([run["start"]["kl"] for run in runs]) if "start" in runs[0] else ""
     lr = f"{runs[0]['lr']:g}" if runs[0].get("lr") else ""
-    time = f"{statistics.mean(run['seconds'] for run in runs) / unit:.2f}" if unit else ""
+    time = f"{times[results['contender']]:.2f}" if results["contender"] in times else ""
     beside = ""
     if "unmerged" in runs[0]:
         beside = f" ({spread([run['unmerged']['kl'] for run in runs])} with its LoRA left beside)"
@@ -71,14 +78,13 @@ def write_tables(folder: Path) -> str:
     settings = load(folder)
     lines = []
     for name, rows in settings.items():
-        own = [run["seconds"] for results in rows if results["contender"] == UNIT for run in results["runs"]]
-        unit = statistics.mean(own) if own else None
+        times = step_times(folder, name)
         lines += [
             f"### {name}",
             "",
             "| " + " | ".join(_COLUMNS) + " |",
             "|---" * len(_COLUMNS) + "|",
-            *(row(results, unit) for results in rows),
+            *(row(results, times) for results in rows),
             "",
         ]
     table = "\n".join(lines)
@@ -89,7 +95,7 @@ def write_tables(folder: Path) -> str:
 
 
 def draw(settings: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    """KL by setting, and KL against training time, one line or point a contender."""
+    """KL by setting, and KL against the time of a step, one line or point a contender."""
     try:
         import matplotlib
     except ImportError:
@@ -117,14 +123,15 @@ def draw(settings: dict[str, list[dict[str, Any]]], folder: Path) -> None:
 
     figure, axes = plt.subplots(1, len(settings), figsize=(1 + 3.6 * len(settings), 4.2), squeeze=False)
     for axis, (name, rows) in zip(axes[0], settings.items(), strict=True):
+        times = step_times(folder, name)
         for results in rows:
-            seconds = statistics.mean(run["seconds"] for run in results["runs"])
-            axis.scatter(seconds, kl(results), color=colours[results["contender"]])
-            axis.annotate(results["contender"], (seconds, kl(results)), fontsize=7)
-        axis.set_xscale("log")
+            contender, time = results["contender"], times.get(results["contender"])
+            if time is not None:
+                axis.scatter(time, kl(results), color=colours[contender])
+                axis.annotate(contender, (time, kl(results)), fontsize=7)
         axis.set_yscale("log")
         axis.set_title(name, fontsize=10)
-        axis.set_xlabel("seconds of processor time")
+        axis.set_xlabel("a training step's time / DL-QAT's")
     axes[0][0].set_ylabel("held-out KL, nats a token")
     figure.tight_layout()
     figure.savefig(folder / "time.png", dpi=120)

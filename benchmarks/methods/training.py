@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import attention
 import contenders
 import torch
-from peers.common import Batches, grid_for
+from peers.common import Batches, Prepared, grid_for
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
@@ -129,7 +130,7 @@ def run(
 
     Returns:
         Figures: those of `Task.evaluate`, `start` before training, `trained_parameters`, and `seconds` of processor
-        time, which other work on the machine changes little.
+        time; for times that can be compared see step_times.py.
     """
     torch.manual_seed(seed)
     size, calibration_steps = training.get("batch_size", 16), training.get("calibration_steps", 0)
@@ -157,7 +158,8 @@ def run(
     figures["trained_parameters"] = sum(p.numel() for group in prepared.parameters for p in group["params"])
     assert lr is not None
     started = time.process_time()  # anew: the evaluation of the start is no part of the method
-    train(task, contender, prepared, training, seed, lr)
+    for _ in steps(task, contender, prepared, training, seed, lr):
+        pass
     figures["seconds"] = round(seconds + time.process_time() - started, 1)
     figures.update(task.evaluate(prepared.finish()))
     if prepared.unmerged is not None:
@@ -176,29 +178,32 @@ def bits_per_weight(model: PreTrainedModel, setting: dict[str, Any]) -> float:
     return round(bits / weights, 3)
 
 
-def train(task: Task, contender: str, prepared: Any, training: dict[str, Any], seed: int, lr: float) -> None:
-    """The training loop."""
-    steps = training["steps"] - training.get("calibration_steps", 0)
+def steps(
+    task: Task, contender: str, prepared: Prepared, training: dict[str, Any], seed: int, lr: float
+) -> Iterator[None]:
+    """The training loop, a step at a time."""
+    count = training["steps"] - training.get("calibration_steps", 0)
     groups = [{"params": group["params"], "lr": lr * group["lr_factor"]} for group in prepared.parameters]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = get_scheduler(
         training["schedule"],
         optimizer,
         training["warmup_steps"],
-        steps,
+        count,
         scheduler_specific_kwargs=training.get("schedule_arguments", {}),
     )
     model = prepared.model.train()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*never calibrated.*")
-        for rows in task.batches(steps, training["batch_size"], seed + 1000):
-            ids = task.ids["train"][rows].to(model.device)
+    for rows in task.batches(count, training["batch_size"], seed + 1000):
+        ids = task.ids["train"][rows].to(model.device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*never calibrated.*")
             logits = model(input_ids=ids).logits
-            if contender in contenders.NEXT_TOKEN:
-                loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-            else:
-                loss = distillation_loss(logits, task.teacher("train", rows))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        if contender in contenders.NEXT_TOKEN:
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        else:
+            loss = distillation_loss(logits, task.teacher("train", rows))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        yield

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -17,44 +16,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from .grid import SCALE_DTYPES, ZERO_POINTS, Grid
+from .float32 import Float32BufferDict, Float32ParameterDict
+from .frozen import FrozenWeight, check_float_weight
+from .grid import Grid
 from .initialisation import initialise
-from .methods import METHODS, AdapterState, Method
+from .methods import AdapterState, Method
 from .ops import fake_quantize_linear, harden
 from .placement import at_hand, check_here, full_shape, gather_with, is_partitioned
-from .qweight import QuantizedWeight, Quantizer, decode_weight, store
-from .storage import as_rows
+from .qweight import QuantizedWeight, Quantizer
+from .spec import encode_spec
 
 
-class _Float32Mixin:
-    """A dict of tensors that follows a module's device but stays float32.
-
-    Rounded to bf16 or fp16 they would be other numbers, and the weight another weight.
-    """
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_float32, recurse)  # type: ignore[misc]
-
-
-class Float32ParameterDict(_Float32Mixin, nn.ParameterDict):
-    """An `nn.ParameterDict` whose entries stay float32."""
-
-
-class Float32BufferDict(_Float32Mixin, BufferDict):
-    """PEFT's `BufferDict`, persistent, whose entries stay float32."""
-
-    def __init__(self) -> None:
-        super().__init__(persistent=True)
-
-
-class DLQATLayer(BaseTunerLayer):
+class DLQATLayer(FrozenWeight):
     """Adapter state of one linear layer and what can be done with it.
 
     Per adapter (in = in_features, out = out_features):
@@ -106,7 +82,6 @@ class DLQATLayer(BaseTunerLayer):
         self.dlqat_stored_bits: dict[str, int] = {}
         self._disable_adapters = False
         self.merged_adapters = []
-        self._unmerged_weight: torch.Tensor | None = None
         shape = full_shape(self.get_base_layer().weight)
         self.out_features, self.in_features = shape[::-1] if fan_in_fan_out else shape
 
@@ -164,91 +139,6 @@ class DLQATLayer(BaseTunerLayer):
                 continue
             if device.type != "meta" and not entries[adapter_name].is_meta:
                 entries[adapter_name] = entries[adapter_name].to(device)
-
-    def frozen_weight(self) -> torch.Tensor:
-        """W0 [out, in] as it is kept: in full (a view where the base layer has it transposed), or packed in uint8."""
-        base_layer = self.get_base_layer()
-        with at_hand(base_layer):
-            weight = base_layer.weight.data
-            if self._unmerged_weight is not None:
-                weight = self._unmerged_weight.to(weight.device)  # the model may have moved meanwhile
-            return as_rows(weight, self.fan_in_fan_out)
-
-    def original_weight(self) -> torch.Tensor:
-        """W0 [out, in], merged or not; of a packed one what is left of it."""
-        weight = self.frozen_weight()
-        if not self.packed:
-            return weight
-        name = next(iter(self.dlqat_grid))
-        return decode_weight(weight, self.quantizer(name), self.dlqat_grid[name]).to(self.weight_dtype)
-
-    @property
-    def packed(self) -> bool:
-        """Whether W0 is kept in few bits."""
-        if not hasattr(self, "_dtype_of_packed"):  # others have integers for weights too
-            return False
-        weight = self.get_base_layer().weight if self._unmerged_weight is None else self._unmerged_weight
-        return not weight.is_floating_point()
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """Of W0: the one that the layer computes in. A packed weight's follows the model's."""
-        weight = self.get_base_layer().weight
-        return weight.dtype if weight.is_floating_point() else self._dtype_of_packed.dtype
-
-    @torch.no_grad()
-    def pack(self, adapter_name: str, stored_bits: int) -> None:
-        """Keep W0 in `stored_bits` bits a weight, in units of the adapter's grid, which must not move any more.
-
-        The full-precision weight is gone afterwards. Codes of an untrained adapter stay as they are, see `storage`.
-
-        Args:
-            adapter_name: the only adapter.
-            stored_bits: 2, 4 or 8, and not below the grid's bits.
-
-        Raises:
-            ValueError: if there are other adapters, or a merged one, or W0 is packed with other bits already.
-        """
-        if self.merged or list(self.dlqat_grid) != [adapter_name]:
-            what = "it is merged" if self.merged else f"there are {sorted(self.dlqat_grid)}"
-            raise ValueError(
-                f"the frozen weight can be packed for one adapter, unmerged, but {what}; unmerge it, and delete the "
-                "others."
-            )
-        if self.packed:
-            if self.dlqat_stored_bits[adapter_name] != stored_bits:
-                raise ValueError(
-                    f"the frozen weight is packed in {self.dlqat_stored_bits[adapter_name]} bits already, not in "
-                    f"{stored_bits}; load the base model again."
-                )
-            return
-        dtype, weight = self.weight_dtype, self.get_base_layer().weight
-        check_here(self.get_base_layer(), "pack")
-        grid = self.dlqat_grid[adapter_name]
-        packed = store(self.original_weight(), self.quantizer(adapter_name), grid, stored_bits)
-        # Not in the state dict: it only follows the model's dtype.
-        self.register_buffer(  # type: ignore[attr-defined]
-            "_dtype_of_packed", torch.empty(0, dtype=dtype, device=weight.device), persistent=False
-        )
-        weight.requires_grad_(False)
-        weight.data = packed
-        self.stored_in(adapter_name, stored_bits)
-
-    def stored_in(self, adapter_name: str, stored_bits: int) -> None:
-        """Say that the adapter belongs to W0 as `stored_bits` bits tell it; 0 for W0 itself."""
-        self.dlqat_stored_bits[adapter_name] = stored_bits
-        self.dlqat_spec[adapter_name][STORED_BITS] = stored_bits
-
-    @torch.no_grad()
-    def unpack(self) -> None:
-        """Put what is left of W0 back in the place of a packed one, in its dtype; nothing where it is not packed."""
-        weight = self.original_weight()
-        if self.packed:
-            stored = weight.t().contiguous() if self.fan_in_fan_out else weight
-            if self._unmerged_weight is not None:
-                self._unmerged_weight = stored
-            else:
-                self.get_base_layer().weight.data = stored
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; a weight that is packed on this adapter's grid is unpacked, as far as it goes."""
@@ -314,13 +204,12 @@ class DLQATLayer(BaseTunerLayer):
         return self.quantized_weight(adapter_name).dequantize() - self.original_weight().float()
 
     def _merged_weight(self, adapter_names: list[str]) -> torch.Tensor:
-        """w_hat, or for several adapters W0 plus the sum of their differences to it; as the base layer stores it."""
+        """w_hat, or for several adapters W0 plus the sum of their differences to it; [out, in]."""
         if len(adapter_names) == 1:
             weight = self.quantized_weight(adapter_names[0]).dequantize()
         else:
             weight = self.original_weight().float() + sum(self.get_delta_weight(name) for name in adapter_names)
-        weight = weight.to(self.weight_dtype)
-        return weight.t().contiguous() if self.fan_in_fan_out else weight
+        return weight.to(self.weight_dtype)
 
     def check_mergeable(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise what `merge` would raise; changes nothing."""
@@ -363,9 +252,7 @@ class DLQATLayer(BaseTunerLayer):
         check_here(base_layer, "merge into")
         merged = self.merged_adapters + names
         weight = self._finite_merged_weight(names) if safe_merge else self._merged_weight(merged)
-        if self._unmerged_weight is None:
-            self._unmerged_weight = base_layer.weight.data
-        base_layer.weight.data = weight
+        self.set_aside(weight)
         self.merged_adapters = merged
 
     def unmerge(self) -> None:
@@ -373,11 +260,7 @@ class DLQATLayer(BaseTunerLayer):
         if not self.merged or self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self.get_base_layer().weight
-        original = self._unmerged_weight
-        # The model may have moved meanwhile.
-        weight.data = original.to(weight) if original.is_floating_point() else original.to(weight.device)
-        self._unmerged_weight = None
+        self.put_back()
         self.merged_adapters.clear()
 
     def _quantized_output(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
@@ -453,42 +336,6 @@ class DLQATLinear(nn.Module, DLQATLayer):
     def extra_repr(self) -> str:
         """The grids, by adapter."""
         return f"in_features={self.in_features}, out_features={self.out_features}, grids={self.dlqat_grid}"
-
-
-def encode_spec(grid: Grid, scaling: float, method: Method, stored_bits: int = 0) -> torch.Tensor:
-    """What an adapter's tensors mean, saved with them.
-
-    [bits, group_size, zero_point, scale_dtype, scaling, method, stored_bits, format]; zero_point, scale_dtype and
-    method are positions in `grid.ZERO_POINTS`, `grid.SCALE_DTYPES` and `methods.METHODS`. Two configs can agree in
-    every tensor's shape and name and still mean different weights (3 or 4 bits, say); loading compares this.
-    """
-    zero_point = ZERO_POINTS.index(grid.zero_point)
-    scale_dtype = list(SCALE_DTYPES).index(grid.scale_name)
-    method_index = list(METHODS).index(method.name)
-    numbers = [grid.bits, grid.group_size, zero_point, scale_dtype, scaling, method_index, stored_bits, _FORMAT]
-    return torch.tensor(numbers, device="cpu", dtype=torch.float32)
-
-
-STORED_BITS = 6  # position in the spec
-_FORMAT = 2  # to be raised when the tensors' meaning changes; in 2, B counts in units of the step
-
-
-def check_float_weight(layer: nn.Module, action: str) -> None:
-    """Refuse layers whose weight is quantized already: w_hat would be rounded again, onto another grid.
-
-    Raises:
-        TypeError: if the weight is not a plain floating-point tensor (bitsandbytes, HQQ, GPTQ, AWQ, torchao, ...).
-    """
-    weight = getattr(layer, "weight", None)
-    # bitsandbytes keeps packed codes in a Parameter of its own, in a dtype of the user's choice (quant_storage).
-    packed = any(hasattr(weight, name) for name in ("quant_state", "SCB"))
-    plain = isinstance(weight, torch.Tensor) and type(weight.data).__name__ in ("Tensor", "DTensor") and not packed
-    if not plain or not weight.is_floating_point() or weight.element_size() < 2:  # type: ignore[union-attr]
-        found = "none" if weight is None else f"{type(weight).__name__} of {getattr(weight, 'dtype', None)}"
-        raise TypeError(
-            f"cannot {action} {type(layer).__name__} (weight: {found}): its weight is quantized already, and rounding "
-            "onto a second grid would change it; load the base model in bfloat16, float16 or float32."
-        )
 
 
 def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, DLQATLayer]]:

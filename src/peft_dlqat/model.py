@@ -19,10 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .checksum import base_record, weight_checksum
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
+from .frozen import check_float_weight
 from .grid import largest_group
 from .kquant import check_k_quant
-from .layer import STORED_BITS, DLQATLayer, DLQATLinear, check_float_weight
+from .layer import DLQATLayer, DLQATLinear
 from .placement import at_hand, check_here, full_shape
+from .spec import STORED_BITS
 from .state import check_state
 from .storage import STORAGES
 

@@ -7,8 +7,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .grid import SCALE_DTYPES, ZERO_POINTS
-from .layer import STORED_BITS, DLQATLayer, encode_spec
+from .layer import DLQATLayer
 from .methods import METHODS
+from .spec import STORED_BITS, encode_spec
 from .storage import STORAGES
 
 _NAMED = (*DLQATLayer.adapter_layer_names, "dlqat_scale", "dlqat_zero_point", "dlqat_offset", "dlqat_spec")
