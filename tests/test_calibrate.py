@@ -62,6 +62,18 @@ def test_calibration_lowers_the_loss_and_moves_only_the_grid(zero_point, objecti
     assert not any(tensor.requires_grad for name, tensor in model.named_buffers())
 
 
+@pytest.mark.parametrize("by", ["model", "blocks"])
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+def test_the_lowrank_gradient_is_for_training_only(zero_point, by):
+    """The step has no gradient on the low-rank path: the grid is fitted as ever."""
+    grids = []
+    for gradient in ("exact", "lowrank"):
+        model = adapted(zero_point=zero_point, magnitude="row", gradient=gradient, init="minmax")
+        calibrate(model, lm_batches(2), steps=3, by=by, progress=False)
+        grids.append([layer.dlqat_scale["default"] for layer in adapter_layers(model)[1].values()])
+    assert all(torch.equal(one, other) for one, other in zip(*grids, strict=True))
+
+
 def test_the_reported_loss_is_the_frozen_grids():
     """The figures are those of the model as it is afterwards, zero points rounded."""
     model = adapted()

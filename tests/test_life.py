@@ -110,6 +110,21 @@ def test_safe_merge_refuses_nan():
     assert torch.equal(layer.get_base_layer().weight, weight) and not layer.merged
 
 
+@pytest.mark.parametrize("kind", ["dlqat_A", "dlqat_B", "dlqat_scale"])
+@pytest.mark.parametrize("safe_merge", [True, False])
+def test_nan_among_what_chooses_the_codes_is_never_merged(kind, safe_merge):
+    """Codes are integers: the merged weight would look as good as any."""
+    model = adapted()
+    layers = list(adapter_layers(model)[1].values())
+    getattr(layers[-1], kind)["default"].data[0, 0] = torch.nan
+    assert logits(model).isnan().any()
+    with pytest.raises(ValueError, match="The adapter default seems to be broken"):
+        model.merge_adapter(safe_merge=safe_merge)
+    assert not any(layer.merged for layer in layers)
+    with pytest.raises(ValueError, match="seems to be broken"):
+        layers[-1].quantized_weight()
+
+
 def test_unmerge_puts_the_very_tensor_back():
     model = adapted()
     layer = next(iter(adapter_layers(model)[1].values()))

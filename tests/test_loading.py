@@ -125,6 +125,24 @@ def test_what_is_refused(tmp_path):
     get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     with pytest.raises(TypeError, match="LORA adapter"):
         load_packed(tmp_path / "base", tmp_path / "lora")
+    with pytest.raises(ValueError, match="only causal language models"):
+        load_packed(tmp_path / "base", config(task_type="SEQ_CLS"))
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        load_packed(tmp_path / "nowhere", config())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_damaged_base_is_named(sharded, tmp_path):
+    tiny_model().save_pretrained(tmp_path, max_shard_size="50KB" if sharded else "1GB")
+    index = tmp_path / "model.safetensors.index.json"
+    file = sorted(tmp_path.glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged or cut short"):
+        load_packed(tmp_path, config())
+    if sharded:
+        index.write_text(index.read_text()[:100])
+        with pytest.raises(ValueError, match=r"index\.json is damaged"):
+            load_packed(tmp_path, config())
 
 
 @pytest.mark.slow

@@ -20,6 +20,14 @@ ROOT = Path(__file__).parents[1]
 SMALL = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_key_value_heads": 4}
 HEADY = {**SMALL, "vocab_size": 8000, "num_hidden_layers": 3, "tie_word_embeddings": True}
+# Of which the reference op takes several pieces.
+BROAD = {
+    "hidden_size": 512,
+    "intermediate_size": 8192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+}
 
 # shapes, config, batch, length, gradient checkpointing and dtype
 CASES = {
@@ -33,6 +41,10 @@ CASES = {
     "int4, r=64": (SMALL, {"storage": "int4", "r": 64, "modules_to_save": ["lm_head"]}, 2, 128, False, torch.float32),
     "int4, lowrank": (SMALL, {"storage": "int4", "gradient": "lowrank", "magnitude": "row"}, 2, 128, True,
                       torch.float32),
+    "int4, several pieces": (BROAD, {"storage": "int4"}, 1, 64, True, torch.float32),
+    "several pieces, bfloat16": (BROAD, {}, 1, 64, True, torch.bfloat16),
+    "peqa": (BROAD, {"method": "peqa"}, 1, 64, True, torch.float32),
+    "one of four layers": (WIDE, {"layers_to_transform": [3], "storage": "int4"}, 1, 64, False, torch.float32),
     "large vocabulary": (HEADY, {"storage": "int4"}, 2, 128, True, torch.float32),
 }  # fmt: skip
 

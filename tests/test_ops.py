@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_dlqat import DLQATConfig, Grid
 from peft_dlqat.initialisation import initialise
@@ -221,6 +222,30 @@ def test_the_op_passes_torchs_own_checks(zero_point):
     constants = (False, 0, 2.0, grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, grid.k_quant)
     constants = (*constants, False, "exact")
     torch.library.opcheck(_fake_quantize_linear, (*tensors, *constants))
+
+
+def test_compiled_backward_knows_the_strides_of_an_input_that_is_not_contiguous():
+    """Under inductor's assertions, which neither opcheck nor aot_eager make."""
+    grid = Grid(3, 32, "integer", torch.bfloat16)
+    args = {name: value if value is None else value.detach() for name, value in problem(grid).items()}
+    x = torch.randn(2, 64, 5).transpose(1, 2)
+    constants = (False, 0, 1.0, grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, grid.k_quant)
+    given = (torch.randn(2, 5, 24), [True] + [False] * 8, None, x, *(args[k] for k in ("bias", "weight", *QUANTIZER)))
+    backward = torch.ops.peft_dlqat.fake_quantize_linear_backward
+    real = backward(*given, *constants, False, "exact")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = backward(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in given), *constants,
+                        False, "exact")  # fmt: skip
+    assert [t.stride() for t in fake] == [t.stride() for t in real] and not x.is_contiguous()
+
+
+def test_the_lowrank_gradient_of_a_magnitude_of_zero_is_a_number():
+    grid = Grid(3, 32, "none", torch.bfloat16)
+    args = {name: None if value is None else value.detach() for name, value in problem(grid).items()}
+    m = torch.ones(24, 1).index_fill(0, torch.tensor([3]), 0.0).requires_grad_(True)
+    quantizer = Quantizer(args["A"], args["B"], args["step"], None, m * args["step"], None)
+    fake_quantize_linear(args["x"], None, args["weight"], quantizer, grid, 1.0, gradient="lowrank").sum().backward()
+    assert m.grad.isfinite().all() and m.grad.count_nonzero() == 23
 
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)

@@ -172,11 +172,58 @@ def test_what_a_packed_weight_refuses(tmp_path):
         calibrate(model, lm_batches(1), progress=False)
     torch.manual_seed(1)
     other = get_peft_model(tiny_model(), config())
-    perturb(other)
     calibrate(other, lm_batches(1, batch=2), progress=False)
+    perturb(other)
     other.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another grid"):
         model.load_adapter(str(tmp_path), "default")
+
+
+@pytest.mark.parametrize("of_file,of_config", [("int4", "int8"), ("int8", "int4")])
+def test_another_storage_than_it_was_trained_on_is_refused(of_file, of_config, tmp_path):
+    """It would make another model of it, silently."""
+    model = trained(storage=of_file)
+    model.save_pretrained(tmp_path)
+    other = get_peft_model(tiny_model(), config(of_config))
+    with pytest.raises(ValueError, match=r"use the adapter_config\.json beside it"):
+        other.load_adapter(str(tmp_path), "default")
+    full = get_peft_model(tiny_model(), config("full"))
+    full.load_adapter(str(tmp_path), "default")
+    assert torch.equal(logits(full.eval()), logits(model))
+    full.peft_config["default"].storage = of_config
+    with pytest.raises(ValueError, match="was trained on a frozen weight in"):
+        pack_weights(full)
+
+
+def test_packing_under_an_adapter_that_was_trained_on_full_weights_warns():
+    model = trained(storage="full")
+    model.peft_config["default"].storage = "int8"
+    with pytest.warns(UserWarning, match="trained on full weights"):
+        pack_weights(model)
+
+
+def test_all_layers_are_packed_or_none():
+    model = get_peft_model(tiny_model(), config("int8"))
+    model.add_adapter("other", config("full", target_modules=["v_proj"]))
+    layers = adapter_layers(model, "default")[1].values()
+    with pytest.raises(ValueError, match="there are"):
+        pack_weights(model, "default")
+    assert not any(layer.packed for layer in layers)
+    before = [layer.dlqat_scale["default"].clone() for layer in layers]
+    with pytest.raises(ValueError, match="there are"):  # before anything is measured
+        calibrate(model, [], adapter_name="default", progress=False)
+    assert all(torch.equal(s, layer.dlqat_scale["default"]) for s, layer in zip(before, layers, strict=True))
+
+
+def test_a_compiled_packed_model_can_switch_its_adapter_off():
+    torch._dynamo.reset()
+    model = trained()
+    with model.disable_adapter(), pytest.warns(UserWarning, match="packed"):
+        layer_module._say_that_the_base_is_decoded.cache_clear()
+        expected = logits(model)
+    with model.disable_adapter():
+        found = torch.compile(model, backend="eager", fullgraph=True)(tokens()).logits
+    assert torch.equal(found, expected)
 
 
 def test_an_adapter_that_was_never_packed_belongs_to_the_full_weight(tmp_path):
@@ -216,8 +263,8 @@ PACKED = [
 def packed(**changes):
     torch.manual_seed(0)
     model = get_peft_model(tiny_model(), config(**changes))
-    perturb(model)
     pack_weights(model)
+    perturb(model)
     model.peft_config["default"].record["calibration"] = {}  # this is no test of calibration
     return model.train()
 

@@ -77,7 +77,7 @@ class DLQATCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Calibrate, unless that was done before."""
-        adapter_name, _ = adapter_layers(model)
+        adapter_name, layers = adapter_layers(model)
         config: DLQATConfig = model.peft_config[adapter_name]  # type: ignore[union-attr,index,assignment]
         self._warned = False
         trainer = _calling_trainer()
@@ -88,6 +88,12 @@ class DLQATCallback(TrainerCallback):
             for entry in state.log_history:
                 if _RECORD in entry:
                     config.record["calibration"] = entry[_RECORD]
+            on_full = any(layer.dlqat_stored_bits[adapter_name] == 0 for layer in layers.values())
+            if config.storage != "full" and on_full:
+                raise ValueError(
+                    f"the checkpoint was trained on full weights, and storage={config.storage!r} would change what it "
+                    "computes; resume with storage='full', or start a new run in an empty folder."
+                )
         if state.global_step > 0 or "calibration" in config.record or self.calibration_steps is None:
             pack_weights(model, adapter_name)
             return

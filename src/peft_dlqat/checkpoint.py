@@ -11,7 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
@@ -22,10 +22,16 @@ _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generatio
 
 
 def weights_folder(model_id: str | Path, revision: str | None = None) -> Path:
-    """The folder that holds a model's config and safetensors: itself, or where a hub id was downloaded to."""
+    """The folder that holds a model's config and safetensors: itself, or where a hub id was downloaded to.
+
+    Raises:
+        FileNotFoundError: for what can only be a path, and is no folder.
+    """
     folder = Path(model_id)
     if folder.is_dir():
         return folder
+    if isinstance(model_id, Path) or folder.is_absolute() or len(folder.parts) > 2 or model_id.startswith("."):
+        raise FileNotFoundError(f"there is no folder {str(model_id)!r}; give a model's folder or hub id.")
     return Path(snapshot_download(str(model_id), revision=revision, allow_patterns=_FILES))
 
 
@@ -72,14 +78,17 @@ class Checkpoint:
 
     Raises:
         FileNotFoundError: if the model is not stored as safetensors.
-        ValueError: if a tensor of the model is not in the files.
+        ValueError: if a tensor of the model is not in the files, or a file is damaged.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
         index = folder / "model.safetensors.index.json"
         files = {"model.safetensors"}
         if index.is_file():
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            try:
+                files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index} is damaged ({error!r}); copy or download it again.") from error
         missing_files = sorted(name for name in files if not (folder / name).is_file())
         if missing_files:
             raise FileNotFoundError(
@@ -88,12 +97,8 @@ class Checkpoint:
         shapes: dict[str, list[int]] = {}
         self._file: dict[str, Path] = {}
         for file in sorted(files):
-            with safe_open(folder / file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118  it is no dict
-                    entry = tensors.get_slice(key)
-                    # Codes of a quantized checkpoint are no weights.
-                    if entry.get_dtype() in ("F64", "F32", "F16", "BF16"):
-                        self._file[key], shapes[key] = folder / file, entry.get_shape()
+            for key, shape in _float_tensors(folder / file).items():
+                self._file[key], shapes[key] = folder / file, shape
         state = model.state_dict(keep_vars=True)
         self.names = list(state)
         # By name, the first of those that are tied to it.
@@ -134,6 +139,21 @@ class Checkpoint:
         """Put tensors back to the meta device."""
         for name in names:
             replace_tensor(model, name, lambda old: old.to("meta"))
+
+
+def _float_tensors(file: Path) -> dict[str, list[int]]:
+    """Shapes of a file's tensors, but for codes: those of a quantized checkpoint are no weights.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            entries = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  it is no dict
+            floating = ("F64", "F32", "F16", "BF16")
+            return {key: entry.get_shape() for key, entry in entries.items() if entry.get_dtype() in floating}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short ({error}); copy or download it again.") from error
 
 
 def initialise_layer(model: Any, adapter_name: str, name: str, layer: DLQATLayer) -> None:

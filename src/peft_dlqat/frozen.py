@@ -64,29 +64,19 @@ class FrozenWeight(BaseTunerLayer):
         """Keep W0 in `stored_bits` bits a weight, in units of the adapter's grid, which must not move any more.
 
         The full-precision weight is gone afterwards. Codes of an untrained adapter stay as they are, see `storage`.
+        Nothing happens the second time.
 
         Args:
             adapter_name: the only adapter.
             stored_bits: 2, 4 or 8, and not below the grid's bits.
 
         Raises:
-            ValueError: if there are other adapters, or a merged one, or W0 is packed with other bits already.
+            ValueError: what `check_packable` raises.
         """
-        if self.merged or list(self.dlqat_grid) != [adapter_name]:
-            what = "it is merged" if self.merged else f"there are {sorted(self.dlqat_grid)}"
-            raise ValueError(
-                f"the frozen weight can be packed for one adapter, unmerged, but {what}; unmerge it, and delete the "
-                "others."
-            )
+        self.check_packable(adapter_name, stored_bits)
         if self.packed:
-            if self.dlqat_stored_bits[adapter_name] != stored_bits:
-                raise ValueError(
-                    f"the frozen weight is packed in {self.dlqat_stored_bits[adapter_name]} bits already, not in "
-                    f"{stored_bits}; load the base model again."
-                )
             return
         dtype, weight = self.weight_dtype, self.get_base_layer().weight
-        check_here(self.get_base_layer(), "pack")
         grid = self.dlqat_grid[adapter_name]
         packed = store(self.original_weight(), self.quantizer(adapter_name), grid, stored_bits)
         # Not in the state dict: it only follows the model's dtype.
@@ -96,6 +86,33 @@ class FrozenWeight(BaseTunerLayer):
         weight.requires_grad_(False)
         weight.data = packed
         self.stored_in(adapter_name, stored_bits)
+
+    def check_packable(self, adapter_name: str, stored_bits: int) -> None:
+        """Raise what `pack` would raise; changes nothing.
+
+        Raises:
+            ValueError: if there are other adapters, or a merged one, or W0 is packed in other bits already, or the
+                adapter was trained on a W0 that was.
+        """
+        if self.merged or list(self.dlqat_grid) != [adapter_name]:
+            what = "it is merged" if self.merged else f"there are {sorted(self.dlqat_grid)}"
+            raise ValueError(
+                f"the frozen weight can be packed for one adapter, unmerged, but {what}; unmerge it, and delete the "
+                "others."
+            )
+        known = self.dlqat_stored_bits[adapter_name]
+        if known not in (0, stored_bits):
+            if self.packed:
+                raise ValueError(
+                    f"the frozen weight is packed in {known} bits already, not in {stored_bits}; load the base model "
+                    "again."
+                )
+            raise ValueError(
+                f"adapter {adapter_name!r} was trained on a frozen weight in {known} bits, and another one in "
+                f"{stored_bits} would change what it computes; use the storage that its own adapter_config.json names."
+            )
+        if not self.packed:
+            check_here(self.get_base_layer(), "pack")
 
     def stored_in(self, adapter_name: str, stored_bits: int) -> None:
         """Say that the adapter belongs to W0 as `stored_bits` bits tell it; 0 for W0 itself."""
@@ -112,6 +129,11 @@ class FrozenWeight(BaseTunerLayer):
             self._unmerged_weight = weight
         else:
             self.get_base_layer().weight.data = weight
+
+    def check_float(self) -> None:
+        """Refuse to put a weight into a base layer that somebody else has quantized, see `check_float_weight`."""
+        if not self.packed:
+            check_float_weight(self.get_base_layer(), "merge into")
 
     def set_aside(self, replacement: torch.Tensor) -> None:
         """Put another weight [out, in] into the base layer, and keep W0 for `put_back`."""

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from .float32 import Float32BufferDict, Float32ParameterDict
-from .frozen import FrozenWeight, check_float_weight
+from .frozen import FrozenWeight
 from .grid import Grid
 from .initialisation import initialise
 from .methods import AdapterState, Method
@@ -188,7 +188,8 @@ class DLQATLayer(FrozenWeight):
             adapter_name: defaults to the active adapter.
 
         Raises:
-            ValueError: if the layer has no such adapter, or if several are active: their sum lies on no grid.
+            ValueError: if the layer has no such adapter, or if several are active: their sum lies on no grid; or if
+                NaN or infinity takes part in choosing codes.
         """
         names = self._present(self.active_adapters if adapter_name is None else [adapter_name])
         if len(names) != 1:
@@ -197,7 +198,18 @@ class DLQATLayer(FrozenWeight):
             )
             raise ValueError(f"{what}: codes belong to one adapter; name one of {sorted(self.dlqat_grid)}.")
         name = names[0]
+        self._check_codes(name)
         return harden(self.frozen_weight(), self.quantizer(name), self.dlqat_grid[name], self.dlqat_scaling[name])
+
+    def _check_codes(self, adapter_name: str) -> None:
+        """Refuse to make codes of NaN: they are integers, which would hide that the adapter is broken."""
+        quantizer = self.quantizer(adapter_name)
+        chosen_by = (quantizer.A, quantizer.B, quantizer.step, quantizer.shift)
+        if not all(torch.isfinite(tensor).all() for tensor in chosen_by if tensor is not None):
+            raise ValueError(
+                f"NaNs detected in A, B or the grid, which choose the codes. The adapter {adapter_name} seems to be "
+                "broken; load its last good checkpoint."
+            )
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """w_hat - W0 [out, in], float32."""
@@ -217,13 +229,11 @@ class DLQATLayer(FrozenWeight):
         names = self._present([name for name in wanted if name not in self.merged_adapters])
         if not names:
             return
-        self._check_float_weight()
+        self.check_float()
+        for name in names:
+            self._check_codes(name)
         if safe_merge:
             self._finite_merged_weight(names)
-
-    def _check_float_weight(self) -> None:
-        if not self.packed:
-            check_float_weight(self.get_base_layer(), "merge into")
 
     def _finite_merged_weight(self, adapter_names: list[str]) -> torch.Tensor:
         weight = self._merged_weight(self.merged_adapters + adapter_names)
@@ -241,14 +251,15 @@ class DLQATLayer(FrozenWeight):
             adapter_names: adapters to merge; all active ones by default.
 
         Raises:
-            ValueError: with `safe_merge`, if the merged weight is not finite.
+            ValueError: if NaN or infinity takes part in choosing codes; with `safe_merge`, if the merged weight is not
+                finite.
             TypeError: if the base layer's weight is itself quantized.
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
         base_layer = self.get_base_layer()
-        self._check_float_weight()
+        self.check_float()
         check_here(base_layer, "merge into")
         merged = self.merged_adapters + names
         weight = self._finite_merged_weight(names) if safe_merge else self._merged_weight(merged)
@@ -284,7 +295,8 @@ class DLQATLayer(FrozenWeight):
         """What the layer gives without adapters."""
         if self.get_base_layer().weight.is_floating_point():
             return self.base_layer(x, *args, **kwargs)
-        _say_that_the_base_is_decoded()
+        if not torch.compiler.is_compiling():
+            _say_that_the_base_is_decoded()
         dtype = self.weight_dtype
         return F.linear(self._cast_input_dtype(x, dtype), self.original_weight(), self.bias).to(x.dtype)
 

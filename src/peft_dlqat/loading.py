@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint, holder, initialise_layer, skeleton, weights_
 from .checksum import base_record, weight_checksum
 from .config import DLQATConfig
 from .layer import adapter_layers
-from .packing import pack_weights
+from .packing import pack_weights, warn_if_trained
 from .storage import STORAGES
 
 
@@ -46,8 +46,8 @@ def load_packed(
         The model as PEFT wraps it, in eval mode.
 
     Raises:
-        FileNotFoundError: if the model is not stored as safetensors.
-        ValueError: for `storage="full"`, or a file whose tensors are not the model's.
+        FileNotFoundError: if there is no such folder, or the model is not stored as safetensors.
+        ValueError: for `storage="full"`, another task, or a file that is damaged or whose tensors are not the model's.
         TypeError: if the adapter is no DL-QAT adapter.
 
     Example:
@@ -59,6 +59,11 @@ def load_packed(
     config = copy.deepcopy(adapter) if isinstance(adapter, DLQATConfig) else DLQATConfig.from_pretrained(str(adapter))
     if not isinstance(config, DLQATConfig):
         raise TypeError(f"adapter={str(adapter)!r} is a {config.peft_type} adapter; give one of DL-QAT, or a config.")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"task_type={config.task_type!r}: only causal language models are loaded packed; load the model with "
+            "from_pretrained(), and call pack_weights()."
+        )
     if config.storage == "full":
         raise ValueError(
             "storage='full' packs nothing; use storage='int8' or 'int4' (a saved adapter that trained on full weights "
@@ -83,6 +88,8 @@ def load_packed(
     of_layers = {f"{name}.{leaf}" for name in layers for leaf in ("weight", "bias")}
     weights.load(inner, [name for name in weights.names if name not in of_layers and _is_first(weights, inner, name)])
     checksums: dict[str, str] = {}
+    if not new:
+        warn_if_trained(layers.values(), adapter_name, config)
     for name, layer in layers.items():
         own = [f"{name}.weight", f"{name}.bias"]
         weights.load(

@@ -7,6 +7,7 @@ layers on tensors without data, and adding up what is alive after each operation
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 import weakref
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ from .qweight import piece_rows
 # Bytes of optimiser state a trained number, beside the number and its gradient.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}
 # Bytes a weight of the piece of rows that the reference op works on: float32 codes and the like on the way to w_hat,
-# and, without w_hat, to the weight's gradients, dL/dw_hat itself not counted.
+# and, once w_hat is gone, to the gradients of its tensors, dL/dw_hat with them.
 _CODES_BYTES, _GRADIENTS_BYTES = 9, 17
+DEVICES = ("cuda", "cpu")
 # Decoder layers of the two models whose difference is one layer.
 _FEW = 2
 
@@ -105,7 +107,7 @@ def estimate_memory(
         A [`MemoryEstimate`].
 
     Raises:
-        ValueError: for an unknown optimiser, or sizes below 1.
+        ValueError: for an unknown optimiser or device, another task, or sizes below 1.
 
     Example:
         ```py
@@ -115,8 +117,12 @@ def estimate_memory(
     if optimizer not in OPTIMIZER_BYTES:
         raise ValueError(f"optimizer={optimizer!r} must be one of {', '.join(map(repr, OPTIMIZER_BYTES))}.")
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
+    if device not in DEVICES:
+        raise ValueError(f"device={device!r} must be one of {', '.join(map(repr, DEVICES))}.")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(f"task_type={config.task_type!r}: only causal language models can be estimated.")
     model_config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model itself will warn
@@ -137,14 +143,28 @@ def step_parts(
     device: str = "cuda",
 ) -> dict[str, int]:
     """The `activations`, `head` and `temporaries` of [`estimate_memory`], whose arguments these are."""
-    runs = []
+
+    def step(layers: int) -> dict[str, int]:
+        model = _on_meta(config, _shortened(model_config, layers), dtype)
+        return _step(model, batch_size, sequence_length, gradient_checkpointing, device)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for layers in (_FEW, _FEW + 1):
-            few = _on_meta(config, _shortened(model_config, layers), dtype)
-            runs.append(_step(few, batch_size, sequence_length, gradient_checkpointing, device))
+        if not _layers_alike(_on_meta(config, model_config, dtype), model_config.num_hidden_layers):
+            return step(model_config.num_hidden_layers)
+        few, one_more = step(_FEW), step(_FEW + 1)
     more = model_config.num_hidden_layers - _FEW
-    return {name: runs[0][name] + more * (runs[1][name] - runs[0][name]) for name in runs[0]}
+    return {name: few[name] + more * (one_more[name] - few[name]) for name in few}
+
+
+def _layers_alike(model: PeftModel, count: int) -> bool:
+    """Whether all decoder layers have the same modules adapted, so that one stands for another."""
+    by_layer: dict[str, set[str]] = {}
+    for name in adapter_layers(model)[1]:
+        if found := re.search(r"\.(\d+)\.", name):
+            by_layer.setdefault(found[1], set()).add(name[found.end() :])
+    kinds = list(by_layer.values())
+    return len(kinds) == count and all(kind == kinds[0] for kind in kinds)
 
 
 def _shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -266,5 +286,5 @@ class _Alive(TorchDispatchMode):
         made = x.numel() * size if backward else x.numel() // in_features * out_features * size
         inside = w_hat + max(_CODES_BYTES * piece, made)
         if backward and gradient != "lowrank":
-            inside = max(inside, made + (_GRADIENTS_BYTES + size) * piece)
+            inside = max(inside, made + _GRADIENTS_BYTES * piece)
         return inside

@@ -245,7 +245,7 @@ class DLQATModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """As PEFT's, then checks the tensors before any of them reaches the model."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_state(model, adapter_name, remapped)
+        check_state(model, adapter_name, remapped, config.storage)
         for name, layer in model.named_modules():
             if isinstance(layer, DLQATLayer) and adapter_name in layer.dlqat_grid:
                 layer.stored_in(adapter_name, int(remapped[f"{name}.dlqat_spec.{adapter_name}"][STORED_BITS]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
-from .layer import adapter_layers
+from .config import DLQATConfig
+from .layer import DLQATLayer, adapter_layers
 from .storage import STORAGES
 
 
@@ -16,19 +19,44 @@ def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
     [`calibrate`] and the callback call it when the grid is frozen. Call it yourself after [`calibrate_blocks`], to
     train on the initial grid, or for an adapter that was trained on packed weights, and was loaded: it computes the
     same to the bit without, but packs anew in each forward pass. [`load_packed`] does both without the full model in
-    memory. Nothing happens with storage="full", and nothing the second time.
+    memory. Nothing happens with storage="full", and nothing the second time. A warning says so where the adapter was
+    trained on full weights, and packed ones change what it computes.
 
     Args:
         model: a model with one DL-QAT adapter, not merged.
         adapter_name: defaults to the active one.
 
     Raises:
-        ValueError: if there are several adapters, or it is merged.
+        ValueError: if there are several adapters, or it is merged, or was trained on weights in another storage. No
+            layer is packed then.
     """
     adapter_name, layers = adapter_layers(model, adapter_name)
     config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr,index]
     if config.storage == "full":
         return
+    check_packable(layers.values(), adapter_name, config)
+    warn_if_trained(layers.values(), adapter_name, config)
     for layer in layers.values():
         layer.pack(adapter_name, STORAGES[config.storage])
     config.record["storage"] = config.storage
+
+
+def check_packable(layers: Collection[DLQATLayer], adapter_name: str, config: DLQATConfig) -> None:
+    """Raise what [`pack_weights`] would raise; changes nothing."""
+    if config.storage != "full":
+        for layer in layers:
+            layer.check_packable(adapter_name, STORAGES[config.storage])
+
+
+def warn_if_trained(layers: Collection[DLQATLayer], adapter_name: str, config: DLQATConfig) -> None:
+    """Warn where weights are about to be packed under an adapter that was trained on full ones: its B is not zero."""
+    if config.init_weights and any(
+        layer.dlqat_stored_bits[adapter_name] == 0 and bool(layer.dlqat_B[adapter_name].any())
+        for layer in layers
+        if adapter_name in layer.dlqat_B and not layer.dlqat_B[adapter_name].is_meta
+    ):
+        warnings.warn(
+            f"adapter {adapter_name!r} was trained on full weights, and storage={config.storage!r} changes what it "
+            "computes: evaluate it again, or train on.",
+            stacklevel=3,
+        )

@@ -6,25 +6,21 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .grid import SCALE_DTYPES, ZERO_POINTS
 from .layer import DLQATLayer
-from .methods import METHODS
-from .spec import STORED_BITS, encode_spec
+from .spec import STORED_BITS, encode_spec, spec_differences
 from .storage import STORAGES
 
 _NAMED = (*DLQATLayer.adapter_layer_names, "dlqat_scale", "dlqat_zero_point", "dlqat_offset", "dlqat_spec")
-# The fields of `encode_spec`, and what the position in a list stands for.
-_SPEC_FIELDS = ("bits", "group_size", "zero_point", "scale_dtype", "lora scaling", "method", "stored bits", "format")
-_SPEC_CHOICES = {"zero_point": ZERO_POINTS, "scale_dtype": tuple(SCALE_DTYPES), "method": tuple(METHODS)}
 
 
-def check_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+def check_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], storage: str) -> None:
     """Refuse tensors that do not belong to this adapter.
 
     Args:
         model: the model, with the adapter injected.
         adapter_name: the adapter to be loaded into.
         state_dict: tensors by the model's own keys.
+        storage: of the adapter's config.
 
     Raises:
         ValueError: for missing or extra tensors, shapes of another base or config, values that are not finite, a scale
@@ -74,10 +70,12 @@ def check_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch
             )
     for name, layer in layers.items():
         own = {kind: found.get(f"{name}.{kind}.{adapter_name}") for kind in _NAMED}
-        _check_layer(name, layer, adapter_name, own)
+        _check_layer(name, layer, adapter_name, own, storage)
 
 
-def _check_layer(name: str, layer: DLQATLayer, adapter_name: str, state: dict[str, torch.Tensor | None]) -> None:
+def _check_layer(
+    name: str, layer: DLQATLayer, adapter_name: str, state: dict[str, torch.Tensor | None], storage: str
+) -> None:
     grid = layer.dlqat_grid[adapter_name]
     for kind, tensor in state.items():
         if tensor is not None and not torch.isfinite(tensor).all():
@@ -93,13 +91,13 @@ def _check_layer(name: str, layer: DLQATLayer, adapter_name: str, state: dict[st
         )
     if stored_bits not in (0, *STORAGES.values()) or 0 < stored_bits < grid.bits:
         raise ValueError(f"{name}.dlqat_spec of the saved adapter says {stored_bits} stored bits: the file is broken.")
+    if stored_bits and STORAGES[storage] not in (0, stored_bits):
+        raise ValueError(
+            f"{name}: the saved adapter was trained on a frozen weight in {stored_bits} bits, and storage={storage!r} "
+            "would make another weight of it; use the adapter_config.json beside it, or storage='full'."
+        )
     own = encode_spec(grid, layer.dlqat_scaling[adapter_name], layer.dlqat_method[adapter_name], stored_bits)
-    if not torch.allclose(spec.float().cpu(), own):
-        differences = [
-            f"{field}: {_spec_value(i, spec[i].item())} in the file, {_spec_value(i, own[i].item())} here"
-            for i, field in enumerate(_SPEC_FIELDS)
-            if not torch.isclose(spec[i].float().cpu(), own[i])
-        ]
+    if differences := spec_differences(spec, own):
         raise ValueError(
             f"{name}: the saved adapter was made with another config ({'; '.join(differences)}); use the "
             "adapter_config.json beside it, or start a new run in an empty folder."
@@ -143,10 +141,3 @@ def _known(key: str, allowed: set[str]) -> bool:
     With bias="all" PEFT saves the biases of modules_to_save twice, once by a name that it does not load.
     """
     return ".modules_to_save." in key or key in allowed or key.removeprefix("base_model.model.") in allowed
-
-
-def _spec_value(index: int, value: float) -> object:
-    choices = _SPEC_CHOICES.get(_SPEC_FIELDS[index])
-    if choices is not None:
-        return repr(choices[int(value)]) if 0 <= value < len(choices) else value
-    return round(value, 6) if value != int(value) else int(value)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..initialisation import WEIGHTED
 from ..layer import adapter_layers
-from ..packing import pack_weights
+from ..packing import check_packable, pack_weights
 from ..placement import device_of
 from ..recipe import RECIPE
 from .activations import fit_to_inputs, input_moments
@@ -98,6 +98,7 @@ def calibrate(
     adapter_name, layers = adapter_layers(model, adapter_name)
     config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr,index,operator]
     check_active(layers.values(), adapter_name)
+    check_packable(layers.values(), adapter_name, config)
     grid = [tensor for layer in layers.values() for tensor in grid_tensors(layer, adapter_name)]
     # Blocks take what batches there are, once; steps on the model as many as they need.
     device = device_of(model)

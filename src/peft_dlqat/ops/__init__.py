@@ -87,7 +87,8 @@ def _fake_quantize_linear_backward(
 
 @_fake_quantize_linear_backward.register_fake
 def _(grad: torch.Tensor, needs: list[bool], y: Any, *arguments: Any) -> list[torch.Tensor]:
-    return [torch.empty_like(tensor) for tensor, need in zip(arguments, needs, strict=False) if need]
+    # Contiguous, as the real ones are, whatever the strides of the argument.
+    return [tensor.new_empty(tensor.shape) for tensor, need in zip(arguments, needs, strict=False) if need]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -59,11 +59,13 @@ def backward(
     grads: dict[str, torch.Tensor] = {}
     flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     if "x" in needs:
-        w_hat = kernels.quantized(weight, quantizer, grid, scaling, grad.dtype, fan_in_fan_out)
-        grads["x"] = (flat_grad @ w_hat).view_as(x)
+        # w_hat has no name here, so that it is gone before the pieces of its gradient come.
+        grads["x"] = (
+            flat_grad @ kernels.quantized(weight, quantizer, grid, scaling, grad.dtype, fan_in_fan_out)
+        ).view(x.shape)
     if "bias" in needs:
         grads["bias"] = flat_grad.sum(0)
-    if gradient == "lowrank":
+    if gradient == "lowrank" and not needs & {"step", "shift"}:  # these move only while the grid is calibrated
         flat_y = None if y is None else y.reshape(-1, y.shape[-1])
         return grads | lowrank.weight_grads(flat_grad, needs, flat_x, flat_y, bias, quantizer, grid, scaling)
     wanted = {name for name in _OF_WEIGHT if name in needs}

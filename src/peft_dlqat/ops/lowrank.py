@@ -52,7 +52,8 @@ def weight_grads(
         total = (grad * product).sum(0, dtype=quantizer.scale.dtype).unsqueeze(1)
         if of_offset is not None and quantizer.zero is not None and grid.zero_point == "float":
             total = total - (quantizer.zero * of_offset).sum(1, keepdim=True)
-        grads["scale"] = total / (quantizer.scale * quantizer.scale.shape[1])
+        share = total / (quantizer.scale * quantizer.scale.shape[1])
+        grads["scale"] = torch.where(quantizer.scale == 0, 0, share)  # of m = 0 the output says nothing
     if "zero" in needs:
         assert of_offset is not None
         grads["zero"] = of_offset if grid.zero_point == "float" else -quantizer.scale * of_offset

@@ -49,8 +49,9 @@ def quantized(
     """w_hat [out, in]."""
     w_hat = torch.empty((quantizer.B.shape[0], quantizer.A.shape[1]), dtype=dtype, device=weight.device)
     for rows, piece, own in pieces(as_rows(weight, fan_in_fan_out), quantizer):
-        codes = round_codes(unrounded_codes(piece, own, grid, scaling), grid)
-        w_hat[rows] = dequantize(codes, *ship(own.scale, own.zero, grid), grid)
+        shipped = ship(own.scale, own.zero, grid)
+        # The codes have no name: that would keep one piece's alive while the next one's are made.
+        w_hat[rows] = dequantize(round_codes(unrounded_codes(piece, own, grid, scaling), grid), *shipped, grid)
     return w_hat
 
 
