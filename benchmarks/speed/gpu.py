@@ -1,7 +1,8 @@
 """One layer, and a whole model, on an NVIDIA GPU in bfloat16, against PEFT's LoRA on the same base.
 
     python benchmarks/speed/gpu.py layer [--tokens 512 2048 8192]   forward and backward, shapes of a LLaMA of 7 B
-    python benchmarks/speed/gpu.py model [--size 7B 13B]            steps of 1024 tokens, gradient checkpointing, AdamW
+    python benchmarks/speed/gpu.py model [--size 7B 13B] [--batch 1 8]  steps of so many times 1024 tokens, gradient
+                                                                    checkpointing, AdamW
 
 `layer`: contenders take turns in one process (A B C, C B A, ...), and each is set against LoRA in its round. `model`:
 they take turns as processes, each with the whole card, so that tokens a second and peak memory are its own.
@@ -87,10 +88,10 @@ def adapted(name: str, base: nn.Module, targets: Any) -> nn.Module:
         config = LoraConfig(r=R, target_modules=targets)
         return get_peft_model(base.to(DEVICE), config, autocast_adapter_dtype=False)
     model = get_peft_model(base, DLQATConfig(**GRID, **kwargs, target_modules=targets))
+    pack_weights(model)
     for parameter_name, parameter in model.named_parameters():
         if "dlqat_B" in parameter_name:
-            nn.init.normal_(parameter, std=1e-3)
-    pack_weights(model)
+            nn.init.normal_(parameter, std=0.1)
     return model.to(DEVICE)
 
 
@@ -202,7 +203,7 @@ def alone(run: Callable[[], None]) -> dict[str, Any]:
     return {"ms": elapsed, "bytes_of_step": torch.cuda.max_memory_allocated() - before if DEVICE == "cuda" else None}
 
 
-def measure_model(name: str, size: str, steps: int) -> dict[str, float | None]:
+def measure_model(name: str, size: str, batch: int, steps: int) -> dict[str, float | None]:
     """In this process, which has the card to itself: tokens a second, and peak memory in GB while training."""
     torch.manual_seed(0)
     config = LlamaConfig(**MODELS[size], vocab_size=32000, max_position_embeddings=LENGTH)
@@ -216,7 +217,7 @@ def measure_model(name: str, size: str, steps: int) -> dict[str, float | None]:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = torch.randint(0, config.vocab_size, (1, LENGTH), device=DEVICE)
+    ids = torch.randint(0, config.vocab_size, (batch, LENGTH), device=DEVICE)
 
     def run() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -233,24 +234,25 @@ def measure_model(name: str, size: str, steps: int) -> dict[str, float | None]:
         run()
     synchronize()
     return {
-        "tokens_per_second": round(steps * LENGTH / (time.perf_counter() - started), 1),
+        "tokens_per_second": round(steps * batch * LENGTH / (time.perf_counter() - started), 1),
         "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 3) if DEVICE == "cuda" else None,
     }
 
 
-def time_model(size: str, rounds: int, steps: int) -> dict[str, Any]:
+def time_model(size: str, batch: int, rounds: int, steps: int) -> dict[str, Any]:
     """By contender: each process's figures, and the ratio of step times to LoRA's of the same round."""
     names = available()
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for i in range(rounds):
         for name in names if i % 2 == 0 else reversed(names):
-            command = [sys.executable, __file__, "model", "--size", size, "--only", name, "--steps", str(steps)]
+            command = [sys.executable, __file__, "model", "--size", size, "--batch", str(batch), "--only", name]
+            command += ["--steps", str(steps)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:  # too large for the card, or refused: the others go on
                 found[name].append({"error": result.stderr.strip().splitlines()[-1]})
             else:
                 found[name].append(json.loads(result.stdout.splitlines()[-1]))
-            print(f"  {size}, {name}: {found[name][-1]}", flush=True)
+            print(f"  {size}, {batch} x {LENGTH} tokens, {name}: {found[name][-1]}", flush=True)
     rows = {}
     for name, runs in found.items():
         pairs = [
@@ -283,6 +285,7 @@ def main() -> None:
     parser.add_argument("mode", choices=["layer", "model"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--size", nargs="+", choices=MODELS, default=["7B", "13B"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences of 1024 tokens a step")
     parser.add_argument("--rounds", type=int, help="default: 11 of a layer, 2 of a model")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a model in each process")
     parser.add_argument("--quick", action="store_true", help="a small layer, to see that it runs, without a GPU too")
@@ -291,7 +294,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*never calibrated.*")
     if args.only:
-        print(json.dumps(measure_model(args.only, args.size[0], args.steps)))
+        print(json.dumps(measure_model(args.only, args.size[0], args.batch[0], args.steps)))
         return
     if DEVICE == "cpu" and not args.quick:
         raise SystemExit("there is no CUDA device; --quick shows on a CPU that the script runs.")
@@ -304,7 +307,9 @@ def main() -> None:
             rows[name] = time_layer(n_in, n_out, tokens, args.rounds or 11, work)
     else:
         for size in ["quick"] if args.quick else args.size:
-            rows[size] = time_model(size, args.rounds or 2, args.steps)
+            for batch in args.batch:
+                name = f"{size}, {batch} x {LENGTH} tokens"
+                rows[name] = time_model(size, batch, args.rounds or 2, args.steps)
     path = args.results or RESULTS / f"gpu-{args.mode}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "benchmarks/speed/gpu.py", *sys.argv[1:]])

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from paired import machine, ratios
+from peers import CheckpointedLRQAT, FakeQuantizedWithLoRA, FullWeightQAT
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,12 +45,23 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
     "DL-QAT, lowrank gradient, int8 storage": {"gradient": "lowrank", "magnitude": "row", "storage": "int8"},
     "DL-QAT, lowrank gradient, int4 storage": {"gradient": "lowrank", "magnitude": "row", "storage": "int4"},
 }
+PEERS: dict[str, type[nn.Module]] = {
+    "LR-QAT, checkpointed, eager": CheckpointedLRQAT,
+    "fake-quantized weight + LoRA, eager": FakeQuantizedWithLoRA,
+    "QAT of the full weight, eager": FullWeightQAT,
+}
 
 
 def make(name: str, shape: dict[str, int]) -> nn.Module:
     """The base model of random weights, with the contender's adapter on all linear layers but the head."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=LENGTH, attn_implementation="sdpa"))
+    if name in PEERS:
+        base.requires_grad_(False)
+        for path, layer in list(base.named_modules()):
+            if isinstance(layer, nn.Linear) and layer is not base.lm_head:
+                base.set_submodule(path, PEERS[name](layer.weight, 3, 128, R))
+        return base
     kwargs = CONTENDERS[name]
     if kwargs is None:
         return get_peft_model(base, LoraConfig(r=R, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -93,9 +105,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and two rounds, to see that it runs")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--memory-of", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--memory-of", choices=[*CONTENDERS, *PEERS], help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, help="default: the committed file, or with --quick one in outputs/")
     args = parser.parse_args()
+    args.results = args.results or (Path("outputs", "quick", RESULTS.name) if args.quick else RESULTS)
     warnings.filterwarnings("ignore", message=".*never calibrated.*")
     shape = QUICK if args.quick else SHAPE
     if args.memory_of:
@@ -103,12 +116,12 @@ def main() -> None:
         return
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     rows: dict[str, dict[str, Any]] = {}
-    for name in CONTENDERS:
+    for name in (*CONTENDERS, *PEERS):
         command = [sys.executable, __file__, "--memory-of", name, *(["--quick"] if args.quick else [])]
         output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
         rows[name] = {"resident bytes": json.loads(output.splitlines()[-1])}
         print(name, rows[name]["resident bytes"], flush=True)
-    models = {name: make(name, shape) for name in CONTENDERS}
+    models = {name: make(name, shape) for name in (*CONTENDERS, *PEERS)}
     parameters = models["LoRA"].get_base_model().num_parameters()
     times = ratios({name: trainer(model) for name, model in models.items()}, 2 if args.quick else args.rounds)
     for name, ratio in times.items():

@@ -21,19 +21,29 @@ METHODS = Path(__file__).parents[1] / "results" / "methods" / "stories260k"
 # Settings of benchmarks/methods/experiments/shortcuts.json, by what they are set against.
 SHORTCUTS = {
     "3bit-row": ("3bit-row-bf16-gradient", "3bit-row-lowrank", "3bit-row-int8", "3bit-row-int4"),
-    "3bit-g32": ("3bit-g32-lowrank",),
+    "3bit-g32": ("3bit-g32-row-magnitude", "3bit-g32-lowrank"),
     "2bit-row": ("2bit-row-lowrank",),
-    "2bit-g32": ("2bit-g32-lowrank", "2bit-g32-int8", "2bit-g32-int4", "2bit-g32-int2"),
+    "2bit-g32": ("2bit-g32-row-magnitude", "2bit-g32-lowrank", "2bit-g32-int8", "2bit-g32-int4", "2bit-g32-int2"),
 }
 
 
 def layer_table(results: dict[str, Any]) -> str:
-    """One line a contender, one column a piece of work."""
+    """One line a contender: time, with its quartiles, and what is kept for backward, of the first piece of work."""
+    row = next(iter(results["rows"].values()))
+    lines = ["| | time / LoRA's | quartiles | kept for backward beside the input, MB |", "|---|---|---|---|"]
+    for contender, ratio in row["time_ratio"].items():
+        kept, quartiles = row["kept_bytes"][contender] / 1e6, f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+        lines.append(f"| {contender} | {ratio['median']:.2f} | {quartiles} | {kept:.1f} |")
+    return "\n".join(lines)
+
+
+def growth_table(results: dict[str, Any]) -> str:
+    """Time over LoRA's, one line a piece of work, one column a contender that has done them all."""
     rows = {name: row["time_ratio"] for name, row in results["rows"].items()}
-    lines = ["| | " + " | ".join(rows) + " |", "|---" * (1 + len(rows)) + "|"]
-    for contender in next(iter(rows.values())):
-        cells = [f"{row[contender]['median']:.2f}" if contender in row else "" for row in rows.values()]
-        lines.append(f"| {contender} | " + " | ".join(cells) + " |")
+    names = [name for name in next(iter(rows.values())) if all(name in row for row in rows.values())][1:]
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for work, row in rows.items():
+        lines.append(f"| {work} | " + " | ".join(f"{row[name]['median']:.2f}" for name in names) + " |")
     return "\n".join(lines)
 
 
@@ -101,8 +111,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def tables() -> dict[str, str]:
     """Markdown by name of the results file, for those that are there."""
     made = {}
-    for name, make in (("layer", layer_table), ("model", model_table)):
-        path = RESULTS / f"{name}.json"
+    for name, make in (("layer", layer_table), ("growth", growth_table), ("model", model_table)):
+        path = RESULTS / f"{'layer' if name == 'growth' else name}.json"
         if path.exists():
             made[name] = make(json.loads(path.read_text()))
     return {**made, "shortcuts": shortcut_table()}
