@@ -203,9 +203,11 @@ class DLQATLayer(FrozenWeight):
 
     def _check_codes(self, adapter_name: str) -> None:
         """Refuse to make codes of NaN: they are integers, which would hide that the adapter is broken."""
-        quantizer = self.quantizer(adapter_name)
-        chosen_by = (quantizer.A, quantizer.B, quantizer.step, quantizer.shift)
-        if not all(torch.isfinite(tensor).all() for tensor in chosen_by if tensor is not None):
+        with at_hand(self):
+            quantizer = self.quantizer(adapter_name)
+            chosen_by = (quantizer.A, quantizer.B, quantizer.step, quantizer.shift)
+            finite = all(torch.isfinite(tensor).all() for tensor in chosen_by if tensor is not None)
+        if not finite:
             raise ValueError(
                 f"NaNs detected in A, B or the grid, which choose the codes. The adapter {adapter_name} seems to be "
                 "broken; load its last good checkpoint."
