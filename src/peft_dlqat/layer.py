@@ -232,7 +232,6 @@ class DLQATLayer(FrozenWeight):
         if not names:
             return
         self.check_float()
-        check_here(self.get_base_layer(), "merge into")
         for name in names:
             self._check_codes(name)
         if safe_merge:
