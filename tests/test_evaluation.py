@@ -142,12 +142,16 @@ def test_layers_quantize_once_for_all_batches(monkeypatch):
     model, merges = adapted(), []
     merge = DLQATLayer.merge
     monkeypatch.setattr(DLQATLayer, "merge", lambda self, *a, **k: (merges.append(self), merge(self, *a, **k)))
-    made = []
-    harden = layer_module.harden
+    made, faked = [], []
+    harden, fake = layer_module.harden, layer_module.fake_quantize_linear
     monkeypatch.setattr(layer_module, "harden", lambda *a: (made.append(1), harden(*a))[1])
+    monkeypatch.setattr(layer_module, "fake_quantize_linear", lambda *a, **k: (faked.append(1), fake(*a, **k))[1])
     evaluate_model(model, lm_batches(4))
     layers = [m for m in model.modules() if isinstance(m, DLQATLayer)]
     assert len(merges) == len(set(map(id, merges))) == len(layers) == len(made)
+    assert not faked
+    model(**lm_batches(1)[0])
+    assert len(faked) == len(layers)  # the count sees what it should
 
 
 def test_an_error_leaves_the_model_as_it_was():

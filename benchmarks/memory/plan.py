@@ -12,7 +12,6 @@ from transformers import LlamaConfig
 from transformers.utils import logging as transformers_logging
 
 from peft_dlqat import DLQATConfig, estimate_memory
-from peft_dlqat.memory import step_parts
 
 MODELS = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -46,8 +45,8 @@ def shapes(model: str) -> LlamaConfig:
 
 def step_bytes(model: str, length: int) -> list[int]:
     """What a step takes beside what stays, by batch; the storage has no part in it."""
-    parts = [step_parts(config("full"), shapes(model), batch, length) for batch in BATCHES]
-    return [part["activations"] + max(part["head"], part["temporaries"]) for part in parts]
+    found = [estimate_memory(config("full"), shapes(model), batch, length) for batch in BATCHES]
+    return [part.activations + max(part.head, part.temporaries) for part in found]
 
 
 def largest_batch(steps: list[int], room: float) -> int:

@@ -38,12 +38,13 @@ def layer_table(results: dict[str, Any]) -> str:
 
 
 def growth_table(results: dict[str, Any]) -> str:
-    """Time over LoRA's, one line a piece of work, one column a contender that has done them all."""
-    rows = {name: row["time_ratio"] for name, row in results["rows"].items()}
-    names = [name for name in next(iter(rows.values())) if all(name in row for row in rows.values())][1:]
+    """Time over LoRA's, one line a piece of work, one column a contender that has done more than the first."""
+    first, *others = (row["time_ratio"] for row in results["rows"].values())
+    names = [name for name in first if name != "LoRA" and any(name in row for row in others)]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
-    for work, row in rows.items():
-        lines.append(f"| {work} | " + " | ".join(f"{row[name]['median']:.2f}" for name in names) + " |")
+    for work, row in results["rows"].items():
+        cells = (f"{row['time_ratio'][name]['median']:.2f}" if name in row["time_ratio"] else "" for name in names)
+        lines.append(f"| {work} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

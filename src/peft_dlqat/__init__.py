@@ -38,6 +38,7 @@ from .layer import DLQATLayer, DLQATLinear
 from .loading import load_packed
 from .memory import MemoryEstimate, estimate_memory
 from .model import DLQATModel
+from .ops import compile_on_cpu
 from .optimizer import create_dlqat_optimizer
 from .packing import pack_weights
 from .push import keep_section_on_push
@@ -82,6 +83,7 @@ __all__ = [
     "calibrate",
     "calibrate_blocks",
     "calibrate_blocks_from_disk",
+    "compile_on_cpu",
     "create_dlqat_optimizer",
     "distillation_loss",
     "estimate_memory",

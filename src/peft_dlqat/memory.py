@@ -124,37 +124,20 @@ def estimate_memory(
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"task_type={config.task_type!r}: only causal language models can be estimated.")
     model_config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
+    layers = model_config.num_hidden_layers
+
+    def step(count: int) -> dict[str, int]:
+        short = _on_meta(config, _shortened(model_config, count), dtype)
+        return _step(short, batch_size, sequence_length, gradient_checkpointing, device)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model itself will warn
-        static = _static(_on_meta(config, model_config, dtype), optimizer)
-    return MemoryEstimate(
-        **static,
-        **step_parts(config, model_config, batch_size, sequence_length, gradient_checkpointing, dtype, device),
-    )
-
-
-def step_parts(
-    config: DLQATConfig,
-    model_config: PretrainedConfig,
-    batch_size: int,
-    sequence_length: int,
-    gradient_checkpointing: bool = True,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cuda",
-) -> dict[str, int]:
-    """The `activations`, `head` and `temporaries` of [`estimate_memory`], whose arguments these are."""
-
-    def step(layers: int) -> dict[str, int]:
-        model = _on_meta(config, _shortened(model_config, layers), dtype)
-        return _step(model, batch_size, sequence_length, gradient_checkpointing, device)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if not _layers_alike(_on_meta(config, model_config, dtype), model_config.num_hidden_layers):
-            return step(model_config.num_hidden_layers)
+        whole = _on_meta(config, model_config, dtype)
+        if not _layers_alike(whole, layers):
+            return MemoryEstimate(**_static(whole, optimizer), **step(layers))
         few, one_more = step(_FEW), step(_FEW + 1)
-    more = model_config.num_hidden_layers - _FEW
-    return {name: few[name] + more * (one_more[name] - few[name]) for name in few}
+    parts = {name: few[name] + (layers - _FEW) * (one_more[name] - few[name]) for name in few}
+    return MemoryEstimate(**_static(whole, optimizer), **parts)
 
 
 def _layers_alike(model: PeftModel, count: int) -> bool:

@@ -13,7 +13,7 @@ import torch
 from ..grid import Grid
 from ..qweight import Quantizer
 from . import linear
-from .dispatch import harden
+from .dispatch import compile_on_cpu, harden
 
 _ARGUMENTS = ("x", "bias", "weight", "A", "B", "step", "shift", "scale", "zero")
 GRADIENTS = ("exact", "bf16", "lowrank")
@@ -160,4 +160,4 @@ def fake_quantize_linear(
     )
 
 
-__all__ = ["GRADIENTS", "fake_quantize_linear", "harden"]
+__all__ = ["GRADIENTS", "compile_on_cpu", "fake_quantize_linear", "harden"]

@@ -23,6 +23,8 @@ Rows have nothing to do with each other, but for adding up in dL/dA: everything 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..grid import Grid
@@ -45,14 +47,20 @@ def quantized(
     scaling: float,
     dtype: torch.dtype,
     fan_in_fan_out: bool = False,
+    of_rows: Callable[[torch.Tensor, Quantizer, Grid, float], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """w_hat [out, in]."""
+    """w_hat [out, in]; by another function than `quantized_rows`, if one is given."""
+    of_rows = of_rows or quantized_rows
     w_hat = torch.empty((quantizer.B.shape[0], quantizer.A.shape[1]), dtype=dtype, device=weight.device)
     for rows, piece, own in pieces(as_rows(weight, fan_in_fan_out), quantizer):
-        shipped = ship(own.scale, own.zero, grid)
-        # The codes have no name: that would keep one piece's alive while the next one's are made.
-        w_hat[rows] = dequantize(round_codes(unrounded_codes(piece, own, grid, scaling), grid), *shipped, grid)
+        w_hat[rows] = of_rows(piece, own, grid, scaling)
     return w_hat
+
+
+def quantized_rows(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float) -> torch.Tensor:
+    """w_hat of some rows, in float32 (float64 if W0 is)."""
+    codes = round_codes(unrounded_codes(weight, quantizer, grid, scaling), grid)
+    return dequantize(codes, *ship(quantizer.scale, quantizer.zero, grid), grid)
 
 
 def weight_grads(
