@@ -22,9 +22,33 @@ RESULTS = HERE.parent / "results" / "methods"
 TABLES = {
     "stories260k": ("stories260k", ("3bit-row", "3bit-g32", "2bit-g32", "3bit-row-r32")),
     "groups of 43": ("stories260k", ("3bit-g32-g43", "2bit-g32-g43")),
+    "domains": (
+        "embedded",
+        (
+            "fit-on-training-text",
+            "fit-on-other-text",
+            "calibration-100-on-training-text",
+            "calibration-100-on-other-text",
+        ),
+    ),
     "k-quants": ("embedded", ("q3_k", "3bit-g32-symmetric", "q2_k", "2bit-g32-float")),
 }
 CEILING = "lsq"
+# What is changed in the default recipe, row-wise at 3 bits with r = 8, and the setting where it is.
+QUESTIONS = {
+    "nothing": "3bit-row",
+    "100 of the 800 steps calibrate s and b": "calibration-100",
+    "1000 steps calibrate s and b before 800 train": "calibration-1000-before-800",
+    "the grid is fitted on random tokens": "calibration-on-random-tokens",
+    "4 bits": "4bit-row",
+    "2 bits": "2bit-row",
+    "groups of 32": "3bit-g32",
+    "groups of 16": "groups-16",
+    "r = 32": "3bit-row-r32",
+    "r = 64": "rank-64",
+    "integer zeros": "integer-zero",
+    "no zeros": "symmetric",
+}
 
 
 def results_of(model: str, setting: str) -> dict[str, dict[str, Any]]:
@@ -57,6 +81,16 @@ def table(model: str, settings: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def question_table() -> str:
+    """Held-out KL of DL-QAT, one line a question."""
+    lines = ["| changed in the default | bits per weight | held-out KL | runs |", "|---|---|---|---|"]
+    for changed, setting in QUESTIONS.items():
+        if found := results_of("stories260k", setting).get("dlqat"):
+            width, text = found["runs"][0]["bits_per_weight"], spread([run["kl"] for run in found["runs"]], 3)
+            lines.append(f"| {changed} | {width:.2f} | {text} | {len(found['runs'])} |")
+    return "\n".join(lines)
+
+
 def cost(model: str) -> str:
     """How long the runs of a model took, the search of the learning rates with them."""
     found = [json.loads(path.read_text()) for path in sorted((RESULTS / model).glob("*/*.json"))]
@@ -73,7 +107,7 @@ def tables() -> dict[str, str]:
     }
     models = sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
     lines = ["| model | in all |", "|---|---|", *(f"| {model} | {cost(model)} |" for model in models)]
-    return {**found, "cost": "\n".join(lines)}
+    return {**found, "questions": question_table(), "cost": "\n".join(lines)}
 
 
 if __name__ == "__main__":

@@ -226,7 +226,10 @@ class DLQATLayer(FrozenWeight):
         return weight.to(self.weight_dtype)
 
     def check_mergeable(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raise what `merge` would raise; changes nothing."""
+        """Raise what `merge` would raise of dtypes and numbers; changes nothing.
+
+        Where the base layer lies is not asked: merging a whole model loads what is offloaded.
+        """
         wanted = self.active_adapters if adapter_names is None else adapter_names
         names = self._present([name for name in wanted if name not in self.merged_adapters])
         if not names:
