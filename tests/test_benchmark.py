@@ -121,9 +121,42 @@ def test_the_best_of_the_learning_rates_is_used_and_autoround_has_its_own_width(
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((task / "results" / "a" / "l4q.json").read_text())
     searched = {run["lr"]: run["kl"] for run in results["search"]}
-    assert searched.keys() == {1e-6, 2e-2}
     best = min(searched, key=searched.get)
+    assert {1e-6, 2e-2} < searched.keys()  # one of the two was the best, at an end
+    assert len(searched) == 5 or min(searched) < best < max(searched)
     assert [(run["seed"], run["lr"]) for run in results["runs"]] == [(0, best), (1, best)]
+
+
+def test_a_search_goes_on_while_the_best_is_at_an_end(tmp_path):
+    runner = load_runner()
+    results = runner.Results(tmp_path / "l4q.json", {})
+    other_seed = {"seed": 1, "lr": 9.0, "kl": 0.0}
+    results.data["search"] = [{"seed": 0, "lr": 0.2, "kl": 0.5}, other_seed]
+    assert results.next_rates([0.1, 0.2], 0) == [0.1]
+    results.add("search", {"seed": 0, "lr": 0.1, "kl": 0.6})
+    assert results.next_rates([0.1, 0.2], 0) == [0.4] and results.best_lr(0) == 0.2
+    results.add("search", {"seed": 0, "lr": 0.4, "kl": 0.55})
+    assert results.next_rates([0.1, 0.2], 0) == [] and results.best_lr(0) == 0.2
+    for lr in (0.05, 0.025):
+        results.add("search", {"seed": 0, "lr": lr, "kl": lr})
+    assert results.next_rates([0.1, 0.2], 0) == []  # three beyond, and no more
+
+
+def test_runs_of_a_rate_that_was_bettered_are_put_aside_and_two_runners_share_a_file(tmp_path):
+    runner = load_runner()
+    first, second = (runner.Results(tmp_path / "l4q.json", {}) for _ in range(2))
+    first.add("runs", {"seed": 0, "lr": 0.1, "kl": 0.5})
+    second.add("runs", {"seed": 0, "lr": 0.2, "kl": 0.4})
+    second.keep_runs_of(0.2)
+    found = runner.Results(tmp_path / "l4q.json", {}).data
+    assert [run["lr"] for run in found["runs"]] == [0.2] and [run["lr"] for run in found["other_rates"]] == [0.1]
+
+
+def load_runner():
+    spec = importlib.util.spec_from_file_location("benchmark_runner", METHODS / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_figures_of_a_run(task, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from peft_dlqat import DLQATConfig, distillation_loss, teacher_logits
 from peft_dlqat.calibration.blocks import calibrate_blocks
 from peft_dlqat.calibration.decoder import NoDecoderLayers
 from peft_dlqat.calibration.streaming import calibrate_blocks_from_disk
+from peft_dlqat.layer import adapter_layers
 
 KINDS = ("llama", "gpt2", "opt")
 GRID = {"dlqat_scale", "dlqat_zero_point", "dlqat_offset"}
@@ -104,6 +106,28 @@ def test_the_adapter_is_fitted_on_request_and_gains_more():
     without, with_adapter = run(alone, steps=40), run(both, steps=40, train_adapter=True)
     assert all(a.after > b.after for a, b in zip(without, with_adapter, strict=True))
     assert ADAPTER.issubset(moved(both, before))
+
+
+def test_the_adapter_is_fitted_alike_whatever_the_size_of_the_weights():
+    """v_proj / 32 and o_proj * 32 are the same function."""
+    ends = []
+    for factor in (1.0, 32.0):
+        base = tiny_model()
+        for layer in base.model.layers:
+            layer.self_attn.v_proj.weight.data /= factor
+            layer.self_attn.o_proj.weight.data *= factor
+        torch.manual_seed(0)
+        model = get_peft_model(base, config(bits=2, target_modules=["v_proj", "o_proj"]))
+        ends.append([error.after for error in run(model, steps=30, train_adapter=True)])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3)
+
+
+def test_weights_are_packed_as_by_calibrate_but_not_under_an_adapter_that_was_fitted():
+    model = adapted(storage="int8")
+    run(model, steps=2)
+    assert all(layer.packed for layer in adapter_layers(model)[1].values())
+    with pytest.raises(ValueError, match=r"train_adapter=True with storage='int8'.*leave one of the two out"):
+        run(adapted(storage="int8"), train_adapter=True)
 
 
 @pytest.mark.parametrize("zero_point", ["none", "integer", "float"])
@@ -367,6 +391,17 @@ def test_an_output_folder_that_exists_is_refused_and_stays(tmp_path):
     with pytest.raises(FileExistsError, match="name a new folder"):
         from_disk(tmp_path / "base", tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "keep"
+
+
+def test_an_adapter_whose_folder_was_taken_meanwhile_is_kept_beside_it(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "base")
+    streaming = peft_dlqat.calibration.streaming
+    save = streaming._save
+    monkeypatch.setattr(streaming, "_save", lambda *a: (save(*a), (tmp_path / "out" / "other").mkdir(parents=True)))
+    with pytest.raises(FileExistsError, match=r"cannot be written any more.*the adapter is in") as caught:
+        from_disk(tmp_path / "base", tmp_path / "out")
+    kept = Path(str(caught.value).split("is in '")[1].split("'")[0])
+    assert (kept / "adapter_model.safetensors").exists() and [*(tmp_path / "out").iterdir()]
 
 
 def test_nothing_is_written_after_a_failure(tmp_path):

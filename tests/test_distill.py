@@ -27,7 +27,7 @@ from transformers import (
 import peft_dlqat.distillation.cache
 import peft_dlqat.distillation.divergence
 import peft_dlqat.distillation.store
-from peft_dlqat import DLQATConfig, calibrate, distillation_loss, evaluate_model, teacher_logits
+from peft_dlqat import DLQATCallback, DLQATConfig, calibrate, distillation_loss, evaluate_model, teacher_logits
 from peft_dlqat.distillation.cache import TeacherCache
 from peft_dlqat.distillation.divergence import TopTokens, token_divergence
 from peft_dlqat.distillation.store import base_fingerprint
@@ -129,6 +129,28 @@ def test_chunks_are_not_all_kept_for_the_backward_pass(monkeypatch):
     whole, in_chunks = kept(2**24), kept(8 * VOCAB)
     assert whole[0] > logits.nbytes and in_chunks[0] < logits.nbytes / 4
     assert in_chunks[1].item() == pytest.approx(whole[1].item(), rel=1e-6)
+
+
+def test_labels_and_masks_of_another_shape_are_refused():
+    logits, teacher = pair()
+    for given in ({"labels": some_labels()[:, :-1]}, {"labels": some_labels().flatten()}, {"mask": torch.ones(3, 6)}):
+        with pytest.raises(ValueError, match=r"must have that of the logits' positions, \[3, 7\]"):
+            distillation_loss(logits, teacher, **given)
+
+
+def test_what_does_not_count_may_be_nan_and_what_is_impossible_adds_nothing():
+    logits, teacher = (tensor.detach() for tensor in pair())
+    mask = torch.ones(3, 7).long()
+    mask[0, :3] = 0
+    expected = distillation_loss(logits, teacher, mask=mask)
+    logits[0, :3] = torch.nan
+    assert distillation_loss(logits, teacher, mask=mask) == expected
+    logits, teacher = pair()
+    wider = [F.pad(tensor, (0, 2), value=-torch.inf) for tensor in (logits, teacher)]
+    wide, narrow = distillation_loss(*wider, reverse=0.5), distillation_loss(logits, teacher, reverse=0.5)
+    assert wide.item() == pytest.approx(narrow.item(), rel=1e-6)
+    (gradient,), (expected,) = torch.autograd.grad(wide, logits), torch.autograd.grad(narrow, logits)
+    torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("reverse", [-0.1, 1.5, True, "cakld", None, float("nan")])
@@ -347,6 +369,20 @@ def test_a_classifier():
     assert loss(outputs, labels, num_items_in_batch=8).item() == pytest.approx(expected.item() / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("head", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}], ids=str)
+def test_a_head_without_a_distribution_is_refused(head):
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, **head
+    )
+    model = get_peft_model(
+        BertForSequenceClassification(config),
+        DLQATConfig(bits=2, group_size=32, task_type="SEQ_CLS", target_modules=["query"]),
+    )
+    for use in (DistillationLoss, lambda model: calibrate(model, [{"input_ids": tokens()}], progress=False)):
+        with pytest.raises(ValueError, match=r"no distribution over classes.*objective='task'"):
+            use(model)
+
+
 def test_remove_takes_the_hook_away():
     model = adapted()
     loss = DistillationLoss(model)
@@ -463,6 +499,23 @@ def test_a_later_run_finds_the_folder_of_an_earlier_one(tmp_path, teacher_rows):
         assert sum(teacher_rows) == 12
 
 
+def test_a_run_on_packed_weights_is_resumed_with_its_cache(tmp_path):
+    """The folder is claimed before the weights are packed, and the base model's own weights are gone."""
+    curves = []
+    for resume in (False, True):
+        model = adapted(storage="int8")
+        cache = TeacherCache(k=4, folder=tmp_path / "cache")
+        if not resume:
+            for batch in data():
+                cache.teacher(model, {"input_ids": torch.tensor([batch["input_ids"]])})
+        options = {"save_strategy": "steps", "save_steps": 3}
+        run = trainer(model, tmp_path, DistillationLoss(model, cache=cache), **options)
+        run.add_callback(DLQATCallback())
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume else None)
+        curves.append(losses(run))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-6)
+
+
 def test_a_cache_of_few_tokens_trains_too(tmp_path):
     model = adapted()
     before = batch_loss(model, data())
@@ -520,6 +573,26 @@ def test_packed_rows_are_known_by_their_sequences(teacher_rows):
     order = torch.tensor([2, 0, 0])
     assert torch.allclose(cache.teacher(model, {"input_ids": ids[order]}), expected[order], atol=1e-5)
     assert teacher_rows == [3]
+
+
+def test_packed_sequences_of_many_lengths_are_not_padded_to_the_longest(monkeypatch):
+    model, ran = adapted(), []
+
+    def counting(model, batch):
+        ran.append(batch["input_ids"].numel())
+        return teacher_logits(model, batch)
+
+    monkeypatch.setattr(peft_dlqat.distillation.cache, "teacher_logits", counting)
+    ids = tokens(1, 60)
+    lengths = [30, *[3] * 10]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    found = TeacherCache().teacher(model, {"input_ids": ids, "position_ids": positions})
+    assert sum(ran) <= 2 * 60 and max(ran) <= 60
+    start = 0
+    for length in lengths:
+        alone = teacher_logits(model, {"input_ids": ids[:, start : start + length]})[0]
+        torch.testing.assert_close(found[0, start : start + length], alone, atol=1e-5, rtol=1e-4)
+        start += length
 
 
 def test_the_same_sequence_twice_in_a_batch_runs_once(teacher_rows):
@@ -638,6 +711,19 @@ def test_a_folder_belongs_to_one_base_model(tmp_path):
         header.write_text(text)
         with pytest.raises(ValueError, match="cannot be read"):
             TeacherCache(k=4, folder=tmp_path).teacher(adapted(), batch)
+
+
+def test_the_fingerprint_tells_configs_and_takes_weights_of_any_size():
+    plain = base_fingerprint(tiny_model())
+    stretched = tiny_model()
+    stretched.config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    beside = tiny_model()
+    beside.config.use_cache, beside.config.pad_token_id = False, 5
+    assert base_fingerprint(stretched) != plain == base_fingerprint(beside)
+    large = torch.nn.Embedding(2**22 + 1, 4)  # more values than float32 can count
+    fingerprint = base_fingerprint(large)
+    large.weight.data[-1, -1] += 1
+    assert base_fingerprint(large) != fingerprint
 
 
 def test_a_cache_in_memory_belongs_to_one_base_model():

@@ -51,6 +51,22 @@ def test_the_seed_decides_and_the_callers_random_state_stays():
     assert generate(model, seed=5)["input_ids"] == first != generate(model, seed=6)["input_ids"]
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"suppress_tokens": list(range(30))}, {"guidance_scale": 3.0}, {"max_time": 1e-9}, {"stop_strings": ["w1"]}],
+    ids=str,
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_models_generation_config_changes_nothing_and_stays(setting, wrapped):
+    model = adapted() if wrapped else tiny_model()
+    expected = generate(model)["input_ids"]
+    for name, value in setting.items():
+        setattr(model.generation_config, name, value)
+    before = model.generation_config
+    assert generate(model)["input_ids"] == expected
+    assert model.generation_config is before
+
+
 def test_3_to_5_tokens_are_the_likeliest_and_the_others_are_drawn():
     model = tiny_model()
     rows = [row for row in generate(model, 64, batch_size=32, temperature=5.0)["input_ids"] if len(row) == 16]

@@ -57,10 +57,19 @@ def results_of(model: str, setting: str) -> dict[str, dict[str, Any]]:
     return {name: results for name, results in found.items() if results["runs"]}
 
 
+def unfinished(results: dict[str, Any]) -> bool:
+    """Whether the best learning rate is at an end of the tried ones, as in searches that were not let go on."""
+    tried = {run["lr"]: run["kl"] for run in results["search"]}
+    return bool(tried) and min(tried, key=lambda lr: tried[lr]) in (min(tried), max(tried))
+
+
 def table(model: str, settings: tuple[str, ...]) -> str:
     """Held-out KL, one line a contender and one column a setting; the lowest but the ceiling's in bold."""
     columns = {name: found for name in settings if (found := results_of(model, name))}
-    width = {name: next(iter(found.values()))["runs"][0]["bits_per_weight"] for name, found in columns.items()}
+    width = {
+        name: found.get("dlqat", next(iter(found.values())))["runs"][0]["bits_per_weight"]
+        for name, found in columns.items()
+    }
     contenders = {name for found in columns.values() for name in found}
 
     def order(contender: str) -> tuple[float, ...]:
@@ -72,7 +81,8 @@ def table(model: str, settings: tuple[str, ...]) -> str:
             return ""
         lowest = min((kl(results), other) for other, results in found.items() if other != CEILING)[1]
         text = spread([run["kl"] for run in found[contender]["runs"]], 3 if kl(found[lowest]) > 0.02 else 4)
-        return f"**{text}**" if contender == lowest and len(found) > 1 else text
+        text = f"**{text}**" if contender == lowest and len(found) > 1 else text
+        return f"{text} °" if unfinished(found[contender]) else text
 
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     lines.append("| bits per weight | " + " | ".join(f"{width[name]:.2f}" for name in columns) + " |")

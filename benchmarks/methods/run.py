@@ -3,10 +3,11 @@
     python benchmarks/methods/run.py benchmarks/methods/experiments/small.json [--model PATH_OR_HUB_ID] [--tokens FILE]
 
 An experiment is a JSON file: settings (arguments of `DLQATConfig`), contenders, how to train, learning rates and
-seeds. A contender that trains first tries each learning rate for a part of the steps, on the first seed; the best is
-used for all seeds. "dlqat" is the default recipe, and takes its learning rate. Results are one JSON file a setting and
-contender, under benchmarks/results/methods/MODEL; runs that are there already are not repeated, so an interrupted
-benchmark goes on where it stopped. A contender whose library is not installed is left out, and said so.
+seeds. A contender that trains first tries each learning rate for a part of the steps, on the first seed, and while the
+best is the lowest or the highest, half or twice that; the best is used for all seeds. "dlqat" is the default recipe,
+and takes its learning rate. Results are one JSON file a setting and contender, under benchmarks/results/methods/MODEL;
+runs that are there already are not repeated, so an interrupted benchmark goes on where it stopped. A contender whose
+library is not installed is left out, and said so.
 
 `--tokens` is a safetensors file with integer tensors `train` [n, length] and `heldout` [m, length], and of another
 domain `other` [k, length], for settings that calibrate on it. Without it, an experiment's `text` says what is made:
@@ -35,6 +36,7 @@ sys.path.insert(0, str(HERE))
 # Large buffers are kept for the next step rather than given back to the system and zeroed again: a third of the time.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 QUICK = {"steps": 3, "warmup_steps": 1, "batch_size": 2, "calibration_steps": 0}
+_BEYOND = 3  # learning rates that a search goes beyond the given ones, at most
 _ROWS, _QUICK_ROWS = (2048, 256, 256), (8, 8, 64)  # of training and held-out text, and the tokens of each
 
 
@@ -50,23 +52,43 @@ def work(
 
 
 class Results:
-    """The file of one setting and contender: {"setting", "training", "versions", "search": [...], "runs": [...]}."""
+    """The file of one setting and contender: {"setting", "training", "versions", "search": [...], "runs": [...]}.
+
+    "other_rates" holds runs with a learning rate that a longer search has found a better one for.
+    """
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path = path
         self.data: dict[str, Any] = {**head, "search": [], "runs": []}
         if path.exists():
             found = json.loads(path.read_text())
-            if any(found.get(key) != head.get(key) for key in ("setting", "training", "text")):
+            if any(found.get(key) != head.get(key) for key in ("setting", "training", "search_share", "text")):
                 raise SystemExit(
                     f"{path} is of another setting, training or text; remove it, or give the setting another name."
                 )
             self.data = found
 
     def add(self, kind: str, figures: dict[str, Any]) -> None:
-        """Keep a run, and write the file."""
+        """Keep a run, and write the file, which another runner may have written to meanwhile."""
+        self._read()
         self.data[kind].append(figures)
         self.data[kind].sort(key=lambda run: (run["seed"], run.get("lr") or 0))
+        self._write()
+
+    def keep_runs_of(self, lr: float | None) -> None:
+        """Put runs with another learning rate aside."""
+        self._read()
+        others = [run for run in self.data["runs"] if run.get("lr") != lr]
+        if others:
+            self.data["runs"] = [run for run in self.data["runs"] if run not in others]
+            self.data["other_rates"] = [*self.data.get("other_rates", []), *others]
+            self._write()
+
+    def _read(self) -> None:
+        if self.path.exists():
+            self.data = json.loads(self.path.read_text())
+
+    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.data, indent=1) + "\n")
@@ -76,10 +98,23 @@ class Results:
         """Whether a run is there."""
         return any(run["seed"] == seed and run.get("lr") == lr for run in self.data[kind])
 
-    @property
-    def best_lr(self) -> float:
+    def next_rates(self, rates: list[float], seed: int) -> list[float]:
+        """What the search has still to try: `rates`, then what lies beyond them while the best is at an end."""
+        tried = self._tried(seed)
+        if missing := [lr for lr in rates if lr not in tried]:
+            return missing
+        best = self.best_lr(seed)
+        beyond = {min(tried): best / 2, max(tried): best * 2}
+        return [beyond[best]] if best in beyond and len(tried) < len(rates) + _BEYOND else []
+
+    def best_lr(self, seed: int) -> float:
         """Of the search."""
-        return min(self.data["search"], key=lambda run: run["kl"])["lr"]
+        tried = self._tried(seed)
+        return min(tried, key=lambda lr: tried[lr])
+
+    def _tried(self, seed: int) -> dict[float, float]:
+        """KL by learning rate."""
+        return {run["lr"]: run["kl"] for run in self.data["search"] if run["seed"] == seed}
 
 
 def plan(experiment: dict[str, Any], only: list[str], results: Path) -> list[tuple[str, str, Results]]:
@@ -104,6 +139,7 @@ def plan(experiment: dict[str, Any], only: list[str], results: Path) -> list[tup
                 "contender": contender,
                 "training": training,
                 "model": experiment["model_name"],
+                **({"search_share": experiment["search_share"]} if training else {}),
                 **({"text": experiment["text"]} if "text" in experiment else {}),
                 "versions": {
                     **{name: version(name) for name in ("torch", "transformers", "peft")},
@@ -146,20 +182,26 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
             future = pool.submit(work, args.model, args.tokens, contender, setting, training, seed, lr)
             futures[future] = (name, contender, results, kind)
 
-        def submit_runs(job: tuple[str, str, Results]) -> None:
-            lr, rates = None, rates_of(experiment, job[1])
-            if is_trained(job[1]):
-                lr = recipe_lr if job[1] in BY_RECIPE else rates[0] if len(rates) == 1 else job[2].best_lr
+        def go_on(job: tuple[str, str, Results]) -> None:
+            """Submit what comes next: more of the search, or the runs."""
+            contender, results, lr = job[1], job[2], None
+            rates = rates_of(experiment, contender)
+            if contender in BY_RECIPE:
+                lr = recipe_lr
+            elif is_trained(contender):
+                lr = rates[0]
+                if len(rates) > 1:
+                    if left := results.next_rates(rates, seeds[0]):
+                        for rate in left:
+                            submit("search", job, seeds[0], rate)
+                        return
+                    lr = results.best_lr(seeds[0])
+            results.keep_runs_of(lr)
             for seed in seeds:
                 submit("runs", job, seed, lr)
 
         for job in plan(experiment, args.only, args.results):
-            rates = rates_of(experiment, job[1])
-            searched = is_trained(job[1]) and job[1] not in BY_RECIPE and len(rates) > 1
-            for lr in rates if searched else ():
-                submit("search", job, seeds[0], lr)
-            if not searched or len(job[2].data["search"]) == len(rates):
-                submit_runs(job)
+            go_on(job)
         while futures:
             for future in wait(futures, return_when="FIRST_COMPLETED").done:
                 name, contender, results, kind = futures.pop(future)
@@ -178,8 +220,9 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
                     f"({figures['seconds']:.0f} s, {len(futures)} to go)",
                     flush=True,
                 )
-                if kind == "search" and len(results.data["search"]) == len(rates_of(experiment, contender)):
-                    submit_runs((name, contender, results))
+                job = (name, contender, results)
+                if kind == "search" and all(left[:3] != job for left in futures.values()):
+                    go_on(job)
 
 
 def parse(description: str | None) -> argparse.Namespace:

@@ -107,32 +107,29 @@ def _generate(
     model: nn.Module, prompt: torch.Tensor, greedy: torch.Tensor, settings: GenerationConfig
 ) -> torch.Tensor:
     """Continue a prompt [batch, tokens], greedily for greedy [batch] steps: [batch, length], padded after an end."""
-    with adapters_disabled(model):
-        return model.generate(  # type: ignore[operator]
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([_GreedyStart(prompt.shape[1], greedy)]),
-        )
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    own = base.generation_config
+    base.generation_config = GenerationConfig()  # generate takes from it what its argument leaves unset
+    try:
+        with adapters_disabled(model):
+            return base.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([_GreedyStart(prompt.shape[1], greedy)]),
+            )
+    finally:
+        base.generation_config = own
 
 
 def _settings(new_tokens: int, temperature: float, ends: list[int]) -> GenerationConfig:
-    """Plain sampling. What is left unset here, generate would take from the model's own generation config."""
+    """Plain sampling."""
     return GenerationConfig(
         do_sample=True,
         temperature=float(temperature),
         top_k=0,
-        top_p=1.0,
-        typical_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        num_beams=1,
-        num_return_sequences=1,
-        min_p=0.0,
-        min_new_tokens=0,
         max_new_tokens=new_tokens,
         use_cache=True,
-        return_dict_in_generate=False,
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,  # fills rows that have ended, and is cut off again
     )

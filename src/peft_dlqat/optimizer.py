@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
+from .layer import DLQATLayer
 from .recipe import RECIPE
 
 # What the Trainer exempts from weight decay; m and shift are added to it below.
@@ -37,7 +38,7 @@ def create_dlqat_optimizer(
         model: a model with a DL-QAT adapter.
         optimizer_cls: for example `torch.optim.AdamW`.
         lr: learning rate of A, B and whatever else is trainable; the recipe's for the model's width by default.
-        magnitude_lr: learning rate of m; the recipe's multiple of `lr` by default.
+        magnitude_lr: learning rate of m; the method's multiple of `lr` by default.
         weight_decay: of all but m, biases and norms.
         **kwargs: further arguments of the optimiser.
 
@@ -57,17 +58,32 @@ def create_dlqat_optimizer(
     if not trainable:
         raise ValueError("the model has no trainable parameter; add an adapter, or load one with is_trainable=True.")
     lr = RECIPE.lr(model) if lr is None else lr
-    magnitude_lr = RECIPE.magnitude_factor * lr if magnitude_lr is None else magnitude_lr
+    factors = _magnitude_factors(model)
     decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
-    magnitudes: list[nn.Parameter] = []
+    magnitudes: dict[float, list[nn.Parameter]] = {}
     others: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in trainable.items():
-        group = magnitudes if scales_the_grid(name) else others if name in decayed else exempt
-        group.append(parameter)
+        if scales_the_grid(name):
+            own_lr = factors[parameter] * lr if magnitude_lr is None else magnitude_lr
+            magnitudes.setdefault(own_lr, []).append(parameter)
+        else:
+            (others if name in decayed else exempt).append(parameter)
     groups = [
         {"params": others, "lr": lr, "weight_decay": weight_decay},
         {"params": exempt, "lr": lr, "weight_decay": 0.0},
-        {"params": magnitudes, "lr": magnitude_lr, "weight_decay": 0.0},
+        *({"params": group, "lr": own_lr, "weight_decay": 0.0} for own_lr, group in magnitudes.items()),
     ]
     return optimizer_cls([group for group in groups if group["params"]], **kwargs)
+
+
+def _magnitude_factors(model: nn.Module) -> dict[nn.Parameter, float]:
+    """Of each m and shift, its learning rate over that of A and B."""
+    return {
+        tensors[name]: RECIPE.magnitude_factor * method.magnitude_share
+        for layer in model.modules()
+        if isinstance(layer, DLQATLayer)
+        for name, method in layer.dlqat_method.items()
+        for tensors in (layer.dlqat_magnitude, layer.dlqat_shift)
+        if name in tensors
+    }

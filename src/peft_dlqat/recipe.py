@@ -25,7 +25,8 @@ class Recipe:
         calibration_lr: their learning rate.
         learning_rate: of A and B, the latter in units of the step, for models of up to `reference_width` hidden units.
         reference_width: beyond it, the learning rate falls as 1 / width.
-        magnitude_factor: the learning rate of m and shift is so many times that of A and B.
+        magnitude_factor: the learning rate of m and shift is so many times that of A and B; less for L4Q, whose m
+            rounds.
         warmup: share of the steps in which the learning rate rises.
         schedule: transformers' name of what it does then: it falls to 0 as the square of the steps left, and gives the
             codes time to settle.

@@ -22,7 +22,7 @@ from ..checksum import base_record, weight_checksum
 from ..config import DLQATConfig
 from ..distillation import evaluating
 from ..layer import DLQATLayer, adapter_layers
-from .blocks import BlockError, Fit, calibrate_block, summary
+from .blocks import BlockError, Fit, calibrate_block, check_storage, summary
 from .decoder import capture, decoder_layers, hidden_states
 from .grid_state import random_state_kept, several_processes
 
@@ -73,6 +73,7 @@ def calibrate_blocks_from_disk(
         FloatingPointError: if an error turns NaN or infinite; nothing is written then.
     """
     fit = Fit(_ADAPTER, steps, lr, train_adapter, config.init)
+    check_storage(fit, config)
     if several_processes() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RuntimeError(
             "calibrate_blocks_from_disk works in one process, and each of these would do all of it and write the same "
@@ -127,8 +128,21 @@ def calibrate_blocks_from_disk(
         )
         kept["calibration"] = asdict(summary(errors, fit))
         _save(model, parts, folder / "adapter")
-        os.rename(folder / "adapter", output)
+        _put_in_place(folder / "adapter", output)
     return errors
+
+
+def _put_in_place(finished: Path, output: Path) -> None:
+    """Rename a finished folder, or where something has come in its way meanwhile, leave it beside that."""
+    try:
+        os.rename(finished, output)
+    except OSError as error:
+        kept = Path(tempfile.mkdtemp(dir=output.parent, prefix=f"{output.name}-")) / "adapter"
+        os.rename(finished, kept)
+        raise FileExistsError(
+            f"output_dir={str(output)!r} cannot be written any more ({error.strerror}); the adapter is in "
+            f"{str(kept)!r}."
+        ) from error
 
 
 def _check_inside(model: nn.Module, blocks: dict[str, nn.Module]) -> None:

@@ -38,7 +38,9 @@ class TeacherCache:
     """Keeps what the base model predicts, by sequence of tokens, for [`DistillationLoss`] of a causal language model.
 
     A sequence is what a row attends to, or one of several that are packed into a row. On a miss the teacher runs on
-    the missing sequences alone, without their padding, so that left and right padding give the same.
+    the missing sequences alone, without their padding, so that left and right padding give the same. (To models that
+    count positions through padding on the left where no `position_ids` are given, as GPT-2 does, they are not the
+    same: pad on the right, or pass them.)
 
     With k, the k likeliest tokens of a position are kept, as float16 log-probabilities (rounding them moves a
     probability by a two-thousandth, less than bfloat16 logits are off by) and int32 ids: 6 bytes a token. The loss is
@@ -82,7 +84,7 @@ class TeacherCache:
                 trained), or the batch has inputs other than tokens, or a row has a hole in its attention mask, or
                 positions that do not count from 0.
         """
-        self._check_model(model)
+        self.claim(model)
         sequences = list(_sequences(batch))
         entries = {}
         for sequence in sequences:
@@ -92,15 +94,24 @@ class TeacherCache:
         missing = {s.key: s.tokens for s in sequences if s.key not in entries}
         if missing:
             self._check_drift(model)
-            for key, entry in zip(missing, self._run(model, list(missing.values()), batch["input_ids"]), strict=True):
-                self._entries[key] = entries[key] = entry
+            for part in _of_like_lengths(missing, batch["input_ids"].numel()):
+                found = self._run(model, [missing[key] for key in part], batch["input_ids"])
+                for key, entry in zip(part, found, strict=True):
+                    self._entries[key] = entries[key] = entry
         placed = {
             name: _place(batch["input_ids"], [(s, entries[s.key][name]) for s in sequences])
             for name in (("logits",) if self.k is None else ("log_p", "ids"))
         }
         return placed["logits"] if self.k is None else TopTokens(placed["log_p"], placed["ids"].long())
 
-    def _check_model(self, model: nn.Module) -> None:
+    def claim(self, model: nn.Module) -> None:
+        """Keep the predictions of this model's base, and of no other.
+
+        Before its weights are packed: packed ones are not told from another model's.
+
+        Raises:
+            ValueError: if those of another are kept here.
+        """
         if self._model is not None and self._model() is model:
             return
         fingerprint = base_fingerprint(model)
@@ -140,6 +151,17 @@ class TeacherCache:
             else:
                 top = TopTokens.of(logits, self.k)
                 yield {"log_p": top.log_p.clamp(min=SMALLEST_KEPT).half().cpu(), "ids": top.ids.int().cpu()}
+
+
+def _of_like_lengths(sequences: dict[str, torch.Tensor], tokens: int) -> Iterator[list[str]]:
+    """Keys of sequences to run together, none padded to more than so many tokens in all; one at least."""
+    part: list[str] = []
+    for key in sorted(sequences, key=lambda key: len(sequences[key])):
+        if part and (len(part) + 1) * len(sequences[key]) > tokens:
+            yield part
+            part = []
+        part.append(key)
+    yield part
 
 
 def _sequences(batch: dict[str, Any]) -> Iterator[_Sequence]:

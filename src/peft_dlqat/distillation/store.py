@@ -9,6 +9,7 @@ import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +24,9 @@ Entry = dict[str, torch.Tensor]
 _HEADER = "teacher.json"
 # Values of each weight that go into a fingerprint: training moves nearly all of them.
 _SAMPLES = 64
+# What a config says beside what the model computes from tokens; names that end so, too.
+_BESIDE = {"architectures", "transformers_version", "use_cache", "problem_type", "id2label", "label2id", "return_dict"}
+_BESIDE_ENDINGS = ("dtype", "_token_id", "_name_or_path", "attn_implementation", "gradient_checkpointing")
 
 
 class EntryMemory:
@@ -116,7 +120,7 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 @torch.no_grad()
 def base_fingerprint(model: nn.Module) -> str:
-    """A hash of the base model under the adapters: shape, dtype and some values of each of its weights.
+    """A hash of the base model under the adapters: its config, and shape, dtype and some values of each weight.
 
     The same whether an adapter is wrapped around it or injected, merged or not, and whichever layers it adapts.
     """
@@ -126,11 +130,29 @@ def base_fingerprint(model: nn.Module) -> str:
         if isinstance(module, DLQATLayer):
             weight = module.original_weight()
             originals[id(module.get_base_layer().weight)] = weight.t() if module.fan_in_fan_out else weight
-    digest = hashlib.blake2b(digest_size=20)
+    digest = hashlib.blake2b(_what_computes(model).encode(), digest_size=20)
     for parameter in model.parameters():
         if id(parameter) not in own and parameter.numel():
             values = originals.get(id(parameter), parameter).detach().reshape(-1)
-            sample = values[torch.linspace(0, len(values) - 1, _SAMPLES, device=values.device).long()]
+            # Integers: float32 cannot tell the last two indices of 2**24 values apart.
+            sample = values[torch.arange(_SAMPLES, device=values.device) * (len(values) - 1) // (_SAMPLES - 1)]
             digest.update(f"{list(parameter.shape)} {parameter.dtype}".encode())
             digest.update(sample.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _what_computes(model: nn.Module) -> str:
+    """The config without what does not change the logits; rope scaling, say, is in no weight."""
+    config: Any = getattr(model, "config", None)
+    known = config.to_dict() if hasattr(config, "to_dict") else {}
+    return json.dumps(_without_the_rest(known), sort_keys=True, default=str)
+
+
+def _without_the_rest(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: _without_the_rest(value)
+        for key, value in config.items()
+        if key not in _BESIDE and not str(key).endswith(_BESIDE_ENDINGS) and not str(key).startswith(("_", "output_"))
+    }

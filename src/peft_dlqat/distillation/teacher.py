@@ -26,8 +26,10 @@ def teacher_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         Logits, [batch, length, vocabulary] for a language model.
 
     Raises:
-        ValueError: for an encoder-decoder, whose decoder takes its inputs from the labels, or a model without logits.
+        ValueError: for an encoder-decoder, whose decoder takes its inputs from the labels, a head for regression or
+            for several labels at once, or a model without logits.
     """
+    check_classes(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError("an encoder-decoder cannot be run without labels; use objective='task' for it.")
     with evaluating(model), adapters_disabled(model):
@@ -35,6 +37,20 @@ def teacher_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     if getattr(output, "logits", None) is None:
         raise ValueError(f"the model returns a {type(output).__name__} without logits; use objective='task' for it.")
     return output.logits
+
+
+def check_classes(model: nn.Module) -> None:
+    """Raises a ValueError if the model's head gives no distribution over classes, which the divergence compares."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    config = getattr(base, "config", None)
+    problem, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+    one_class = labels == 1 and type(base).__name__.endswith("Classification")
+    if one_class or problem in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"a {type(base).__name__} with num_labels={labels} and problem_type={problem!r} gives no distribution "
+            "over classes, and so there is no divergence between two; use objective='task', or train without "
+            "compute_loss_func."
+        )
 
 
 def distillation_loss(
@@ -72,12 +88,18 @@ def distillation_loss(
         A scalar, differentiable in `logits`; 0 where nothing counts.
 
     Raises:
-        ValueError: for another `reverse`.
+        ValueError: for another `reverse`, or labels or a mask of another shape.
     """
     check_reverse(reverse)
-    counts = counted_positions(labels, mask)
-    if counts is not None and counts.shape != logits.shape[:-1]:
-        counts = None  # as for a classifier: one distribution a sequence
+    counts = None
+    if logits.dim() > 2:  # a classifier has one distribution a sequence, whatever its mask
+        for name, tensor in (("labels", labels), ("mask", mask)):
+            if tensor is not None and tensor.shape != logits.shape[:-1]:
+                raise ValueError(
+                    f"{name} of shape {list(tensor.shape)} must have that of the logits' positions, "
+                    f"{list(logits.shape[:-1])}."
+                )
+        counts = counted_positions(labels, mask)
     weight = mean_over(confidence(teacher), counts) if isinstance(reverse, str) else reverse
     return mean_over(token_divergence(logits, teacher, weight), counts, num_items)
 
@@ -98,7 +120,8 @@ def mean_over(
     """Mean of values [...] over the positions that count (bool [...], None for all), or their sum / num_items."""
     if counts is None:
         return values.mean() if num_items is None else values.sum() / num_items
-    return (values * counts).sum() / (counts.sum().clamp(min=1) if num_items is None else num_items)
+    values = torch.where(counts, values, 0)  # not multiplied: what does not count may be NaN
+    return values.sum() / (counts.sum().clamp(min=1) if num_items is None else num_items)
 
 
 def counted_positions(labels: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:

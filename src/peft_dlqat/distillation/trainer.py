@@ -13,7 +13,15 @@ from ..layer import adapter_layers
 from .cache import TeacherCache
 from .divergence import TopTokens, cross_entropy
 from .running import trained_base_parameters
-from .teacher import Reverse, check_reverse, counted_positions, distillation_loss, mean_over, teacher_logits
+from .teacher import (
+    Reverse,
+    check_classes,
+    check_reverse,
+    counted_positions,
+    distillation_loss,
+    mean_over,
+    teacher_logits,
+)
 
 
 class DistillationLoss:
@@ -22,7 +30,7 @@ class DistillationLoss:
     The teacher is the model itself with its adapters switched off. A Trainer does not tell its `compute_loss_func`
     what the batch was, so this object looks at what the model is called with, by a hook that `remove()` takes away.
 
-    For causal language models and sequence classifiers, wrapped by PEFT or with an injected adapter. Batches of an
+    For causal language models and classifiers into one of several classes, wrapped by PEFT or injected. Batches of an
     optimiser step (gradient accumulation) and processes count by their tokens, as in one big batch.
 
     Args:
@@ -35,8 +43,9 @@ class DistillationLoss:
             before training.
 
     Raises:
-        ValueError: for an impossible argument, an encoder-decoder, a model whose adapter is missing or merged, or one
-            of whose base parameters train without a cache.
+        ValueError: for an impossible argument, an encoder-decoder, a head for regression or for several labels at
+            once, a model whose adapter is missing or merged, or one of whose base parameters train without a cache;
+            or if the cache is another model's.
 
     Example:
         ```py
@@ -78,6 +87,9 @@ class DistillationLoss:
                 "teacher would drift with them; leave them frozen (DLQATConfig(bias='none')), or fill a cache before "
                 "training, cache.teacher(model, batch) for each batch of the data, and pass it as cache=."
             )
+        check_classes(model)
+        if cache is not None:
+            cache.claim(model)
         self.reverse: Reverse = reverse
         self.task_weight = task_weight
         self.cache = cache
@@ -109,7 +121,8 @@ class DistillationLoss:
             A scalar, in nats a token.
 
         Raises:
-            ValueError: without labels or logits, or if the model was not called before.
+            ValueError: without labels or logits, with labels of another shape than theirs, or if the model was not
+                called before.
         """
         batch, self._batch = self._batch, None
         logits = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)

@@ -81,6 +81,7 @@ class Method(ABC):
     arxiv: ClassVar[str]
     magnitudes: ClassVar[tuple[Magnitude, ...]] = ("group",)
     trains_step: ClassVar[bool] = False  # whether what W0 is divided by moves while training
+    magnitude_share: ClassVar[float] = 1.0  # of the recipe's learning rate of m and shift
     zero_points: ClassVar[tuple[ZeroPoint, ...]] = ("none", "integer", "float")
 
     def shapes(self, out_features: int, n_groups: int, grid: Grid, r: int) -> dict[str, tuple[int, ...]]:

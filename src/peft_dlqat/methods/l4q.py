@@ -20,6 +20,7 @@ class L4Q(Method):
     title = "L4Q"
     arxiv = "2402.04902"
     trains_step = True
+    magnitude_share = 1 / 12  # m rounds here, and at the others' rate it would move all codes of its group
 
     def shapes(self, out_features: int, n_groups: int, grid: Grid, r: int) -> dict[str, tuple[int, ...]]:
         """A, B, s / s0 and the shift of the zero."""
