@@ -55,6 +55,7 @@ ALSO_OURS: dict[str, dict[str, Any]] = {
     "DL-QAT, compiled": {},
     "DL-QAT, bf16 gradient, int8 storage": {"gradient": "bf16", "storage": "int8"},
     "DL-QAT, bf16 gradient, compiled": {"gradient": "bf16"},
+    "DL-QAT, bf16 gradient, int8 storage, compiled": {"gradient": "bf16", "storage": "int8"},
 }
 WORK = {
     "2048 x 2048": Work(),
