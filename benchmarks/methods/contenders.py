@@ -29,7 +29,7 @@ POST_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn-minmax": ("rtn", {"method": "minmax"}),
     "rtn-mse": ("rtn", {"method": "mse"}),
     "gptq": ("gptq", {}),
-    "autoround": ("autoround", {}),
+    "autoround": ("autoround", {"steps": 200}),
 }
 TRAINED_PEERS = {"lsq": "lsq", "torchao-qat-lora": "torchao_qat_lora", "lora-rtn": "lora_rtn", "loftq": "loftq"}
 # LoRA in full precision has nothing to learn from its own teacher, so it learns the text.
@@ -55,9 +55,13 @@ def is_trained(name: str) -> bool:
     return name in METHODS or name in TRAINED_PEERS
 
 
-def quantize(name: str, model: PreTrainedModel, setting: dict[str, Any], batches: Batches) -> PreTrainedModel:
-    """The low-bit model of a post-training contender."""
+def quantize(
+    name: str, model: PreTrainedModel, setting: dict[str, Any], batches: Batches, most_steps: int | None = None
+) -> PreTrainedModel:
+    """The low-bit model of a post-training contender; with no more than `most_steps` steps, if it takes any."""
     module, kwargs = POST_TRAINING[name]
+    if most_steps is not None and "steps" in kwargs:
+        kwargs = {**kwargs, "steps": min(most_steps, kwargs["steps"])}
     quantizer: Callable[..., PreTrainedModel] = importlib.import_module(f"peers.{module}").quantize
     return quantizer(model, DLQATConfig(**setting), batches, **kwargs)
 

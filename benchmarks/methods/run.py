@@ -177,7 +177,7 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
             setting, training = results.data["setting"], results.data["training"]
             if kind == "search":
                 training = {**training, "steps": int(training["steps"] * experiment["search_share"])}
-            if args.quick and training:
+            if args.quick:
                 training = {**training, **QUICK}
             future = pool.submit(work, args.model, args.tokens, contender, setting, training, seed, lr)
             futures[future] = (name, contender, results, kind)

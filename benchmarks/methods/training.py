@@ -139,7 +139,7 @@ def run(
     width = bits_per_weight(model, contenders.own_grid(contender, setting))
     if not contenders.is_trained(contender):
         started = time.process_time()
-        model = contenders.quantize(contender, model, setting, calibration)
+        model = contenders.quantize(contender, model, setting, calibration, training.get("steps"))
         return {
             "seed": seed,
             "bits_per_weight": width,

@@ -26,14 +26,14 @@ except ImportError as error:
     raise ImportError("the peer autoround needs auto-round: pip install auto-round==0.16.1") from error
 
 
-def quantize(model: PreTrainedModel, config: Config, batches: Batches, steps: int = 200) -> PreTrainedModel:
+def quantize(model: PreTrainedModel, config: Config, batches: Batches, steps: int) -> PreTrainedModel:
     """Quantize every linear layer but the head.
 
     Args:
         model: a causal language model.
         config: the grid; "float" becomes "integer".
         batches: calibration data, all of one length.
-        steps: of signed gradient descent, a decoder layer.
+        steps: of signed gradient descent, a decoder layer; the library's default is 200.
     """
     rows, length = batches[0]["input_ids"].shape
     symmetric = config.zero_point == "none"
