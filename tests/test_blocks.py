@@ -363,6 +363,21 @@ def test_from_disk_equals_in_memory_to_the_bit(folder, tmp_path, train_adapter):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
+def test_from_disk_for_packed_weights_says_so_as_in_memory(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    in_memory = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config(storage="int8"))
+    run(in_memory, steps=2)
+    in_memory.save_pretrained(tmp_path / "in_memory")
+    torch.manual_seed(0)
+    from_disk(tmp_path / "base", tmp_path / "out", steps=2, adapter=config(storage="int8"))
+    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("in_memory", "out"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected if name.endswith("dlqat_spec"))
+    for name in ("in_memory", "out"):
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["record"]["storage"] == "int8"
+
+
 def test_from_disk_in_another_dtype(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")  # one file
     torch.manual_seed(3)
@@ -398,7 +413,7 @@ def test_an_adapter_whose_folder_was_taken_meanwhile_is_kept_beside_it(tmp_path,
     streaming = peft_dlqat.calibration.streaming
     save = streaming._save
     monkeypatch.setattr(streaming, "_save", lambda *a: (save(*a), (tmp_path / "out" / "other").mkdir(parents=True)))
-    with pytest.raises(FileExistsError, match=r"cannot be written any more.*the adapter is in") as caught:
+    with pytest.raises(OSError, match=r"cannot be written any more.*the adapter is in") as caught:
         from_disk(tmp_path / "base", tmp_path / "out")
     kept = Path(str(caught.value).split("is in '")[1].split("'")[0])
     assert (kept / "adapter_model.safetensors").exists() and [*(tmp_path / "out").iterdir()]

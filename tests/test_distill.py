@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from conftest import VOCAB, lm_batches, perturb, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -131,6 +132,13 @@ def test_chunks_are_not_all_kept_for_the_backward_pass(monkeypatch):
     assert in_chunks[1].item() == pytest.approx(whole[1].item(), rel=1e-6)
 
 
+def test_a_mask_of_flat_positions_counts():
+    logits, teacher = (tensor.detach()[0] for tensor in pair())
+    mask = torch.tensor([1, 1, 0, 1, 0, 0, 1])
+    expected = distillation_loss(logits[None], teacher[None], mask=mask[None])
+    assert distillation_loss(logits, teacher, mask=mask) == expected != distillation_loss(logits, teacher)
+
+
 def test_labels_and_masks_of_another_shape_are_refused():
     logits, teacher = pair()
     for given in ({"labels": some_labels()[:, :-1]}, {"labels": some_labels().flatten()}, {"mask": torch.ones(3, 6)}):
@@ -151,6 +159,9 @@ def test_what_does_not_count_may_be_nan_and_what_is_impossible_adds_nothing():
     assert wide.item() == pytest.approx(narrow.item(), rel=1e-6)
     (gradient,), (expected,) = torch.autograd.grad(wide, logits), torch.autograd.grad(narrow, logits)
     torch.testing.assert_close(gradient, expected)
+    impossible = logits.detach().clone()
+    impossible[0, 0, 0] = -torch.inf  # for the model, though not for its teacher
+    assert distillation_loss(impossible, teacher) == torch.inf
 
 
 @pytest.mark.parametrize("reverse", [-0.1, 1.5, True, "cakld", None, float("nan")])
@@ -713,12 +724,22 @@ def test_a_folder_belongs_to_one_base_model(tmp_path):
             TeacherCache(k=4, folder=tmp_path).teacher(adapted(), batch)
 
 
+def test_a_cache_takes_wrapped_and_offloaded_models():
+    model, batch = adapted(), {"input_ids": tokens(2)}
+    cache = TeacherCache()
+    cache.teacher(torch.nn.DataParallel(model), batch)
+    DistillationLoss(torch.nn.DataParallel(model), cache=cache)
+    offloaded = cpu_offload(adapted())
+    assert base_fingerprint(offloaded) == base_fingerprint(model)
+    assert torch.equal(TeacherCache().teacher(offloaded, batch), cache.teacher(model, batch))
+
+
 def test_the_fingerprint_tells_configs_and_takes_weights_of_any_size():
     plain = base_fingerprint(tiny_model())
     stretched = tiny_model()
     stretched.config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     beside = tiny_model()
-    beside.config.use_cache, beside.config.pad_token_id = False, 5
+    beside.config.use_cache, beside.config.pad_token_id, beside.config.attention_dropout = False, 5, 0.1
     assert base_fingerprint(stretched) != plain == base_fingerprint(beside)
     large = torch.nn.Embedding(2**22 + 1, 4)  # more values than float32 can count
     fingerprint = base_fingerprint(large)

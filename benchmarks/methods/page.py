@@ -58,9 +58,12 @@ def results_of(model: str, setting: str) -> dict[str, dict[str, Any]]:
 
 
 def unfinished(results: dict[str, Any]) -> bool:
-    """Whether the best learning rate is at an end of the tried ones, as in searches that were not let go on."""
+    """Whether the best learning rate is at an end of the tried ones, as in searches that were not let go on.
+
+    They try three, and no more than three beyond these.
+    """
     tried = {run["lr"]: run["kl"] for run in results["search"]}
-    return bool(tried) and min(tried, key=lambda lr: tried[lr]) in (min(tried), max(tried))
+    return 0 < len(tried) < 6 and min(tried, key=lambda lr: tried[lr]) in (min(tried), max(tried))
 
 
 def table(model: str, settings: tuple[str, ...]) -> str:

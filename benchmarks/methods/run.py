@@ -71,6 +71,8 @@ class Results:
     def add(self, kind: str, figures: dict[str, Any]) -> None:
         """Keep a run, and write the file, which another runner may have written to meanwhile."""
         self._read()
+        if self.has(kind, figures["seed"], figures.get("lr")):
+            return
         self.data[kind].append(figures)
         self.data[kind].sort(key=lambda run: (run["seed"], run.get("lr") or 0))
         self._write()

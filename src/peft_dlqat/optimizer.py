@@ -65,14 +65,16 @@ def create_dlqat_optimizer(
     exempt: list[nn.Parameter] = []
     for name, parameter in trainable.items():
         if scales_the_grid(name):
-            own_lr = factors[parameter] * lr if magnitude_lr is None else magnitude_lr
-            magnitudes.setdefault(own_lr, []).append(parameter)
+            magnitudes.setdefault(factors[parameter] if magnitude_lr is None else 1.0, []).append(parameter)
         else:
             (others if name in decayed else exempt).append(parameter)
     groups = [
         {"params": others, "lr": lr, "weight_decay": weight_decay},
         {"params": exempt, "lr": lr, "weight_decay": 0.0},
-        *({"params": group, "lr": own_lr, "weight_decay": 0.0} for own_lr, group in magnitudes.items()),
+        *(
+            {"params": group, "lr": factor * (lr if magnitude_lr is None else magnitude_lr), "weight_decay": 0.0}
+            for factor, group in magnitudes.items()
+        ),
     ]
     return optimizer_cls([group for group in groups if group["params"]], **kwargs)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 
@@ -28,6 +29,11 @@ def device_of(module: nn.Module) -> torch.device:
 def is_partitioned(parameter: torch.Tensor) -> bool:
     """Whether ZeRO-3 spreads the parameter over processes."""
     return hasattr(parameter, "ds_shape")
+
+
+def several_processes() -> bool:
+    """Whether others take part, under torch.distributed."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:

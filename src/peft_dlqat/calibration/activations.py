@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from ..distillation import adapters_disabled, evaluating, forward
 from ..initialisation import initialise
 from ..layer import DLQATLayer
-from ..placement import device_of
-from .grid_state import set_grid, several_processes
+from ..placement import device_of, several_processes
+from .grid_state import set_grid
 
 
 class InputMoments:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..initialisation import snap
 from ..layer import DLQATLayer
+from ..placement import several_processes
 
 
 def grid_tensors(layer: DLQATLayer, adapter_name: str) -> list[torch.Tensor]:
@@ -121,11 +122,6 @@ def check_active(layers: Iterable[DLQATLayer], adapter_name: str) -> None:
                 f"adapter {adapter_name!r} must be the active one and switched on; call "
                 f"set_adapter({adapter_name!r}) first, outside of disable_adapter()."
             )
-
-
-def several_processes() -> bool:
-    """Whether others take part, under torch.distributed."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def smallest_over_processes(count: int, device: torch.device) -> int:

@@ -32,11 +32,17 @@ def _share(batch: dict[str, Any]) -> torch.Tensor | float:
 
     A mean over processes of losses weighted so is the mean over all tokens, as in one process with all of them.
     """
-    counts = counted_positions(batch.get("labels"), batch.get("attention_mask"))
+    counts = counted_positions(batch.get("labels"), _mask(batch))
     if counts is None:
         return 1.0
     own = counts.sum().float()
     return own / mean_over_processes(own.clone()).clamp(min=1)
+
+
+def _mask(batch: dict[str, Any]) -> torch.Tensor | None:
+    """The mask that says what is padding, [batch, length]; one of who attends to whom does not."""
+    mask = batch.get("attention_mask")
+    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
 def _own_loss(model: nn.Module, batch: dict[str, Any], objective: Objective) -> torch.Tensor:
@@ -44,7 +50,7 @@ def _own_loss(model: nn.Module, batch: dict[str, Any], objective: Objective) -> 
     if objective == "distill":
         teacher = teacher_logits(model, batch)
         logits = forward(model, {key: value for key, value in batch.items() if key != "labels"}).logits
-        return distillation_loss(logits, teacher, batch.get("labels"), batch.get("attention_mask"))
+        return distillation_loss(logits, teacher, batch.get("labels"), _mask(batch))
     loss = forward(model, batch).loss
     if loss is None:
         raise ValueError("the model returned no loss for objective='task'; give the batches labels, or use 'distill'.")

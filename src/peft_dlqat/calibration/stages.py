@@ -57,11 +57,11 @@ def calibrate(
 ) -> Calibration:
     """Fit scale and zero of all layers to data, then freeze them: first to the layers' inputs, then by gradient.
 
-    The fit to the inputs runs the full-precision model on the first 8 batches, or on `steps` if these are fewer, and
-    searches each group's grid anew, an error counted by the mean square of the input that it multiplies. The gradient
-    steps, if any, go through the straight-through quantizer. With "distill" the loss is the KL divergence to the model
-    with its adapters disabled: a teacher that costs a forward pass and no memory. With "task" it is the loss that the
-    model returns. Of the grids before, fitted and after, the one of lowest loss is kept.
+    The fit to the inputs runs the full-precision model on the first 8 batches (fewer if the model is trained for fewer
+    steps) and searches each group's grid anew, an error counted by the mean square of the input that it multiplies.
+    The gradient steps, if any, go through the straight-through quantizer. With "distill" the loss is the KL divergence
+    to the model with its adapters disabled: a teacher that costs a forward pass and no memory. With "task" it is the
+    loss that the model returns. Of the grids before, fitted and after, the one of lowest loss is kept.
 
     Only s and z (or b) move; A, B, m and the base model stay. Under torch.distributed, gradients are averaged over the
     processes, each of which passes its own share of the data. The gradient steps run in the mode (train or eval) that

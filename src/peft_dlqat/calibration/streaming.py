@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,9 +23,11 @@ from ..checksum import base_record, weight_checksum
 from ..config import DLQATConfig
 from ..distillation import evaluating
 from ..layer import DLQATLayer, adapter_layers
+from ..placement import several_processes
+from ..storage import STORAGES
 from .blocks import BlockError, Fit, calibrate_block, check_storage, summary
 from .decoder import capture, decoder_layers, hidden_states
-from .grid_state import random_state_kept, several_processes
+from .grid_state import random_state_kept
 
 _ADAPTER = "default"
 
@@ -67,6 +70,7 @@ def calibrate_blocks_from_disk(
     Raises:
         RuntimeError: if several processes were started, by torchrun, say.
         FileExistsError: if `output_dir` exists.
+        OSError: if it cannot be written at the end; the message says where the adapter is.
         FileNotFoundError: if the model is not stored as safetensors.
         NoDecoderLayers: a ValueError; load such a model and use [`calibrate`].
         ValueError: for an impossible argument or config, no batches, or a file whose tensors are not the model's.
@@ -118,6 +122,10 @@ def calibrate_blocks_from_disk(
                     f"base_model.model.{name}", block, [call[index] for call in calls], hidden, fit
                 )
             weights.release(inner, own)
+            if config.storage != "full":  # what packing says of the adapter: it belongs to weights so stored
+                for layer in block.modules():
+                    if isinstance(layer, DLQATLayer):
+                        layer.stored_in(_ADAPTER, STORAGES[config.storage])
             if error is not None:
                 parts.append(_put_away(model, f"base_model.model.{name}", folder / f"{index}.safetensors"))
                 errors.append(error)
@@ -127,21 +135,27 @@ def calibrate_blocks_from_disk(
             base_record(checksums, [layer.original_weight() for layer in adapter_layers(inner, _ADAPTER)[1].values()])
         )
         kept["calibration"] = asdict(summary(errors, fit))
+        if config.storage != "full":
+            kept["storage"] = config.storage
         _save(model, parts, folder / "adapter")
         _put_in_place(folder / "adapter", output)
     return errors
 
 
 def _put_in_place(finished: Path, output: Path) -> None:
-    """Rename a finished folder, or where something has come in its way meanwhile, leave it beside that."""
+    """Rename a finished folder, or where it cannot take its place any more, keep it elsewhere."""
     try:
         os.rename(finished, output)
     except OSError as error:
-        kept = Path(tempfile.mkdtemp(dir=output.parent, prefix=f"{output.name}-")) / "adapter"
-        os.rename(finished, kept)
-        raise FileExistsError(
+        try:
+            kept = Path(tempfile.mkdtemp(dir=output.parent, prefix=f"{output.name}-")) / "adapter"
+        except OSError:
+            kept = Path(tempfile.mkdtemp(prefix=f"{output.name}-")) / "adapter"
+        shutil.move(finished, kept)
+        raise OSError(
+            error.errno,
             f"output_dir={str(output)!r} cannot be written any more ({error.strerror}); the adapter is in "
-            f"{str(kept)!r}."
+            f"{str(kept)!r}",
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import weakref
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..placement import several_processes
 from .divergence import SMALLEST_KEPT, TopTokens
-from .running import trained_base_parameters
+from .running import trained_base_parameters, unwrapped
 from .store import Entry, EntryFolder, EntryMemory, base_fingerprint
 from .teacher import teacher_logits
 
@@ -94,7 +96,9 @@ class TeacherCache:
         missing = {s.key: s.tokens for s in sequences if s.key not in entries}
         if missing:
             self._check_drift(model)
-            for part in _of_like_lengths(missing, batch["input_ids"].numel()):
+            # Each pass of a sharded model waits for the other processes: all run one.
+            at_once = batch["input_ids"].numel() if not several_processes() else math.inf
+            for part in _of_like_lengths(missing, at_once):
                 found = self._run(model, [missing[key] for key in part], batch["input_ids"])
                 for key, entry in zip(part, found, strict=True):
                     self._entries[key] = entries[key] = entry
@@ -112,6 +116,7 @@ class TeacherCache:
         Raises:
             ValueError: if those of another are kept here.
         """
+        model = unwrapped(model)
         if self._model is not None and self._model() is model:
             return
         fingerprint = base_fingerprint(model)
@@ -153,7 +158,7 @@ class TeacherCache:
                 yield {"log_p": top.log_p.clamp(min=SMALLEST_KEPT).half().cpu(), "ids": top.ids.int().cpu()}
 
 
-def _of_like_lengths(sequences: dict[str, torch.Tensor], tokens: int) -> Iterator[list[str]]:
+def _of_like_lengths(sequences: dict[str, torch.Tensor], tokens: float) -> Iterator[list[str]]:
     """Keys of sequences to run together, none padded to more than so many tokens in all; one at least."""
     part: list[str] = []
     for key in sorted(sequences, key=lambda key: len(sequences[key])):

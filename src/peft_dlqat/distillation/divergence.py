@@ -49,8 +49,9 @@ def coarse_log_probabilities(logits: torch.Tensor, ids: torch.Tensor) -> torch.T
 
 
 def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) over the last dimension, in nats; what has no probability in either adds nothing."""
-    log_p, log_q = (values.clamp(min=torch.finfo(values.dtype).min) for values in (log_p, log_q))
+    """KL(p || q) over the last dimension, in nats; what has no probability in p adds nothing."""
+    impossible = log_p.isneginf()
+    log_p, log_q = (values.masked_fill(impossible, torch.finfo(values.dtype).min) for values in (log_p, log_q))
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 

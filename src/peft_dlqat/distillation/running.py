@@ -10,8 +10,14 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..layer import DLQATLayer
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model that DDP or DataParallel wraps: they hand on neither its config nor its methods."""
+    return model.module if isinstance(model, DistributedDataParallel | DataParallel) else model
 
 
 def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:

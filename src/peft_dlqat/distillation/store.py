@@ -5,28 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..layer import DLQATLayer
-from .running import adapter_parameters
+from ..placement import is_offloaded
+from .running import adapter_parameters, unwrapped
 
 Entry = dict[str, torch.Tensor]
 
 _HEADER = "teacher.json"
 # Values of each weight that go into a fingerprint: training moves nearly all of them.
 _SAMPLES = 64
-# What a config says beside what the model computes from tokens; names that end so, too.
-_BESIDE = {"architectures", "transformers_version", "use_cache", "problem_type", "id2label", "label2id", "return_dict"}
-_BESIDE_ENDINGS = ("dtype", "_token_id", "_name_or_path", "attn_implementation", "gradient_checkpointing")
+# What a config's fields are called that change the logits and leave the weights as they are. No others: new releases
+# of transformers add fields.
+_COMPUTES = re.compile("model_type|rope|scal|window|layer_types|act|softcap|multiplier|eps|alibi|causal")
 
 
 class EntryMemory:
@@ -100,8 +104,8 @@ class EntryFolder:
             raise ValueError(f"{self.folder} was filled with k={found_k}, not k={k}; use that, or another folder.")
         if found_fingerprint != fingerprint:
             raise ValueError(
-                f"{self.folder} holds the predictions of another base model, or of this one in another dtype; use "
-                "another folder."
+                f"{self.folder} holds the predictions of another base model, or of this one in another dtype or with "
+                "another config; use another folder."
             )
 
     def _path(self, key: str) -> Path:
@@ -124,35 +128,35 @@ def base_fingerprint(model: nn.Module) -> str:
 
     The same whether an adapter is wrapped around it or injected, merged or not, and whichever layers it adapts.
     """
-    own = adapter_parameters(model)
-    originals: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        if isinstance(module, DLQATLayer):
-            weight = module.original_weight()
-            originals[id(module.get_base_layer().weight)] = weight.t() if module.fan_in_fan_out else weight
+    model = unwrapped(model)
+    seen = adapter_parameters(model)
+    layers = {id(module.get_base_layer()): module for module in model.modules() if isinstance(module, DLQATLayer)}
     digest = hashlib.blake2b(_what_computes(model).encode(), digest_size=20)
-    for parameter in model.parameters():
-        if id(parameter) not in own and parameter.numel():
-            values = originals.get(id(parameter), parameter).detach().reshape(-1)
-            # Integers: float32 cannot tell the last two indices of 2**24 values apart.
-            sample = values[torch.arange(_SAMPLES, device=values.device) * (len(values) - 1) // (_SAMPLES - 1)]
-            digest.update(f"{list(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(sample.cpu().view(torch.uint8).numpy().tobytes())
+    for module in model.modules():
+        own = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.numel()}
+        new = [name for name, parameter in own.items() if id(parameter) not in seen]
+        seen.update(map(id, own.values()))
+        with align_module_device(module) if is_offloaded(module) else nullcontext():
+            layer = layers.get(id(module))
+            for name in new:
+                parameter = getattr(module, name)
+                values = parameter.detach()
+                if layer is not None and name == "weight":  # perhaps merged
+                    original = layer.original_weight()
+                    values = original.t() if layer.fan_in_fan_out else original
+                values = values.reshape(-1)
+                # Integers: float32 cannot tell the last two indices of 2**24 values apart.
+                sample = values[torch.arange(_SAMPLES, device=values.device) * (len(values) - 1) // (_SAMPLES - 1)]
+                digest.update(f"{list(parameter.shape)} {parameter.dtype}".encode())
+                digest.update(sample.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _what_computes(model: nn.Module) -> str:
-    """The config without what does not change the logits; rope scaling, say, is in no weight."""
+    """What of the config changes the logits; rope scaling, say, is in no weight."""
     config: Any = getattr(model, "config", None)
-    known = config.to_dict() if hasattr(config, "to_dict") else {}
-    return json.dumps(_without_the_rest(known), sort_keys=True, default=str)
-
-
-def _without_the_rest(config: Any) -> Any:
-    if not isinstance(config, dict):
-        return config
-    return {
-        key: _without_the_rest(value)
-        for key, value in config.items()
-        if key not in _BESIDE and not str(key).endswith(_BESIDE_ENDINGS) and not str(key).startswith(("_", "output_"))
-    }
+    if not hasattr(config, "to_dict"):
+        return ""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known = {key: value for key, value in text.to_dict().items() if _COMPUTES.search(key)}
+    return json.dumps(known, sort_keys=True, default=str)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .divergence import TopTokens, confidence, token_divergence
-from .running import adapters_disabled, evaluating, forward
+from .running import adapters_disabled, evaluating, forward, unwrapped
 
 Reverse = float | Literal["confidence"]
 
@@ -41,11 +41,12 @@ def teacher_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
 def check_classes(model: nn.Module) -> None:
     """Raises a ValueError if the model's head gives no distribution over classes, which the divergence compares."""
+    model = unwrapped(model)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     config = getattr(base, "config", None)
     problem, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
-    one_class = labels == 1 and type(base).__name__.endswith("Classification")
-    if one_class or problem in ("regression", "multi_label_classification"):
+    of_classes = labels != 1 and problem not in ("regression", "multi_label_classification")
+    if type(base).__name__.endswith("Classification") and not of_classes:
         raise ValueError(
             f"a {type(base).__name__} with num_labels={labels} and problem_type={problem!r} gives no distribution "
             "over classes, and so there is no divergence between two; use objective='task', or train without "
@@ -92,7 +93,9 @@ def distillation_loss(
     """
     check_reverse(reverse)
     counts = None
-    if logits.dim() > 2:  # a classifier has one distribution a sequence, whatever its mask
+    if logits.dim() == 2:  # a classifier has one distribution a sequence, whatever the mask of its tokens
+        counts = mask.bool() if mask is not None and mask.shape == logits.shape[:-1] else None
+    else:
         for name, tensor in (("labels", labels), ("mask", mask)):
             if tensor is not None and tensor.shape != logits.shape[:-1]:
                 raise ValueError(
@@ -120,7 +123,7 @@ def mean_over(
     """Mean of values [...] over the positions that count (bool [...], None for all), or their sum / num_items."""
     if counts is None:
         return values.mean() if num_items is None else values.sum() / num_items
-    values = torch.where(counts, values, 0)  # not multiplied: what does not count may be NaN
+    values = torch.where(counts, values, 0)  # not multiplied: at padding it may be NaN
     return values.sum() / (counts.sum().clamp(min=1) if num_items is None else num_items)
 
 

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..layer import adapter_layers
 from .cache import TeacherCache
 from .divergence import TopTokens, cross_entropy
-from .running import trained_base_parameters
+from .running import trained_base_parameters, unwrapped
 from .teacher import (
     Reverse,
     check_classes,
@@ -70,8 +69,7 @@ class DistillationLoss:
             raise ValueError(
                 f"task_weight={task_weight!r} must be a number, 0 or more; 0 trains on the teacher alone."
             )
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            model = model.module
+        model = unwrapped(model)
         adapter_name, layers = adapter_layers(model)
         if any(layer.merged for layer in layers.values()):
             raise ValueError(f"adapter {adapter_name!r} is merged and does not train; call unmerge_adapter() first.")

@@ -1,4 +1,4 @@
-"""The arithmetic of `reference` through torch.compile, for CPUs: a third faster, for a C++ compiler.
+"""The arithmetic of `reference` through torch.compile, for CPUs.
 
 Codes and w_hat are the same to the bit: casts to 16 bits are kept, and no product is fused with a sum. Only sums over
 a group add up in another order. Each shape is compiled when it first comes, which takes seconds; when torch.compile

@@ -23,8 +23,8 @@ _compiled: ModuleType | None = None
 def compile_on_cpu(enabled: bool = True) -> None:
     """Have the op's arithmetic for CPUs compiled by torch.compile, in this process and from now on.
 
-    It takes a third less time beside the matrix products, see docs/speed.md; codes and merged weights are the same to
-    the bit. The first step takes some seconds more for each shape of layer. A C++ compiler is needed.
+    For what it saves see docs/speed.md; codes and merged weights are the same to the bit. The first step takes some
+    seconds more for each shape of layer. A C++ compiler is needed.
 
     Args:
         enabled: False goes back to plain torch.
