@@ -87,7 +87,7 @@ def test_a_model_that_trained_compiled_merges_into_what_it_computed(storage):
 
 
 def test_a_machine_without_a_compiler_says_so_at_once(monkeypatch):
-    dispatch._needs_a_compiler.cache_clear()
+    dispatch._check_compiler.cache_clear()
     peft_dlqat.compile_on_cpu(False)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: (_ for _ in ()).throw(OSError("no g++")))
     with pytest.raises(RuntimeError, match=r"no g\+\+.*leave compile_on_cpu\(\) out"):

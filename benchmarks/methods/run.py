@@ -36,7 +36,7 @@ sys.path.insert(0, str(HERE))
 # Large buffers are kept for the next step rather than given back to the system and zeroed again: a third of the time.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 QUICK = {"steps": 3, "warmup_steps": 1, "batch_size": 2, "calibration_steps": 0}
-_BEYOND = 3  # learning rates that a search goes beyond the given ones, at most
+BEYOND = 3  # learning rates that a search goes beyond the given ones, at most
 _ROWS, _QUICK_ROWS = (2048, 256, 256), (8, 8, 64)  # of training and held-out text, and the tokens of each
 
 
@@ -107,7 +107,7 @@ class Results:
             return missing
         best = self.best_lr(seed)
         beyond = {min(tried): best / 2, max(tried): best * 2}
-        return [beyond[best]] if best in beyond and len(tried) < len(rates) + _BEYOND else []
+        return [beyond[best]] if best in beyond and len(tried) < len(rates) + BEYOND else []
 
     def best_lr(self, seed: int) -> float:
         """Of the search."""
@@ -190,14 +190,15 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
             rates = rates_of(experiment, contender)
             if contender in BY_RECIPE:
                 lr = recipe_lr
-            elif is_trained(contender):
+            elif is_trained(contender) and len(rates) == 1:
                 lr = rates[0]
-                if len(rates) > 1:
-                    if left := results.next_rates(rates, seeds[0]):
-                        for rate in left:
-                            submit("search", job, seeds[0], rate)
-                        return
-                    lr = results.best_lr(seeds[0])
+            elif is_trained(contender):
+                left = results.next_rates(rates, seeds[0])
+                for rate in left:
+                    submit("search", job, seeds[0], rate)
+                if left:
+                    return
+                lr = results.best_lr(seeds[0])
             results.keep_runs_of(lr)
             for seed in seeds:
                 submit("runs", job, seed, lr)

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from .distillation import adapters_disabled, evaluating
+from .distillation.running import base_model
 from .placement import device_of
 
 # So many tokens after the first are the likeliest ones, as a random first token needs some context to make sense of.
@@ -107,7 +108,7 @@ def _generate(
     model: nn.Module, prompt: torch.Tensor, greedy: torch.Tensor, settings: GenerationConfig
 ) -> torch.Tensor:
     """Continue a prompt [batch, tokens], greedily for greedy [batch] steps: [batch, length], padded after an end."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_model(model)
     own = base.generation_config
     base.generation_config = GenerationConfig()  # generate takes from it what its argument leaves unset
     try:

@@ -133,10 +133,11 @@ def estimate_memory(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model itself will warn
         whole = _on_meta(config, model_config, dtype)
-        if not _layers_alike(whole, layers):
-            return MemoryEstimate(**_static(whole, optimizer), **step(layers))
-        few, one_more = step(_FEW), step(_FEW + 1)
-    parts = {name: few[name] + (layers - _FEW) * (one_more[name] - few[name]) for name in few}
+        if _layers_alike(whole, layers):
+            few, one_more = step(_FEW), step(_FEW + 1)
+            parts = {name: few[name] + (layers - _FEW) * (one_more[name] - few[name]) for name in few}
+        else:
+            parts = step(layers)
     return MemoryEstimate(**_static(whole, optimizer), **parts)
 
 

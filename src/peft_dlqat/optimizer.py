@@ -38,7 +38,7 @@ def create_dlqat_optimizer(
         model: a model with a DL-QAT adapter.
         optimizer_cls: for example `torch.optim.AdamW`.
         lr: learning rate of A, B and whatever else is trainable; the recipe's for the model's width by default.
-        magnitude_lr: learning rate of m; the method's multiple of `lr` by default.
+        magnitude_lr: learning rate of m; the recipe's multiple of `lr` by default, and the method's share of that.
         weight_decay: of all but m, biases and norms.
         **kwargs: further arguments of the optimiser.
 
@@ -58,21 +58,24 @@ def create_dlqat_optimizer(
     if not trainable:
         raise ValueError("the model has no trainable parameter; add an adapter, or load one with is_trainable=True.")
     lr = RECIPE.lr(model) if lr is None else lr
-    factors = _magnitude_factors(model)
+    if magnitude_lr is None:
+        magnitude_base, factors = lr, _magnitude_factors(model)
+    else:
+        magnitude_base, factors = magnitude_lr, dict.fromkeys(trainable.values(), 1.0)
     decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
     magnitudes: dict[float, list[nn.Parameter]] = {}
     others: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in trainable.items():
         if scales_the_grid(name):
-            magnitudes.setdefault(factors[parameter] if magnitude_lr is None else 1.0, []).append(parameter)
+            magnitudes.setdefault(factors[parameter], []).append(parameter)
         else:
             (others if name in decayed else exempt).append(parameter)
     groups = [
         {"params": others, "lr": lr, "weight_decay": weight_decay},
         {"params": exempt, "lr": lr, "weight_decay": 0.0},
         *(
-            {"params": group, "lr": factor * (lr if magnitude_lr is None else magnitude_lr), "weight_decay": 0.0}
+            {"params": group, "lr": factor * magnitude_base, "weight_decay": 0.0}
             for factor, group in magnitudes.items()
         ),
     ]

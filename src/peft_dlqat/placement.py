@@ -6,7 +6,7 @@ A DL-QAT layer reads the base layer's weight and never calls the base layer, on 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,11 @@ def check_here(layer: nn.Module, action: str) -> None:
         )
 
 
+def loaded(module: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block a module's own tensors are here where a device_map keeps them elsewhere."""
+    return align_module_device(module) if is_offloaded(module) else nullcontext()
+
+
 @contextmanager
 def at_hand(module: nn.Module) -> Iterator[None]:
     """Inside the block all tensors of a module are here and whole, to be read.
@@ -65,8 +70,7 @@ def at_hand(module: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for part in module.modules():
-            if is_offloaded(part):
-                stack.enter_context(align_module_device(part))
+            stack.enter_context(loaded(part))
         partitioned = [parameter for parameter in module.parameters() if _lacks(parameter)]
         if partitioned:
             import deepspeed

@@ -111,7 +111,7 @@ class TeacherCache:
     def claim(self, model: nn.Module) -> None:
         """Keep the predictions of this model's base, and of no other.
 
-        Before its weights are packed: packed ones are not told from another model's.
+        To be called before its weights are packed, which do not tell what they were.
 
         Raises:
             ValueError: if those of another are kept here.

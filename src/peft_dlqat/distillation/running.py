@@ -20,13 +20,17 @@ def unwrapped(model: nn.Module) -> Any:
     return model.module if isinstance(model, DistributedDataParallel | DataParallel) else model
 
 
+def base_model(model: nn.Module) -> Any:
+    """The model itself, without what PEFT has wrapped around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
 def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """What the model returns for a batch of its keyword arguments; it keeps no keys and values for generation.
 
     They would take twice the hidden size a token and layer, and models keep them unless told otherwise.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if "use_cache" in inspect.signature(base.forward).parameters:
+    if "use_cache" in inspect.signature(base_model(model).forward).parameters:
         batch = {**batch, "use_cache": False}
     return model(**batch)
 

@@ -9,18 +9,16 @@ import re
 import uuid
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..layer import DLQATLayer
-from ..placement import is_offloaded
+from ..placement import loaded
 from .running import adapter_parameters, unwrapped
 
 Entry = dict[str, torch.Tensor]
@@ -136,7 +134,7 @@ def base_fingerprint(model: nn.Module) -> str:
         own = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.numel()}
         new = [name for name, parameter in own.items() if id(parameter) not in seen]
         seen.update(map(id, own.values()))
-        with align_module_device(module) if is_offloaded(module) else nullcontext():
+        with loaded(module):
             layer = layers.get(id(module))
             for name in new:
                 parameter = getattr(module, name)

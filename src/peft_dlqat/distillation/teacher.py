@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .divergence import TopTokens, confidence, token_divergence
-from .running import adapters_disabled, evaluating, forward, unwrapped
+from .running import adapters_disabled, base_model, evaluating, forward, unwrapped
 
 Reverse = float | Literal["confidence"]
 
@@ -41,8 +41,7 @@ def teacher_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
 def check_classes(model: nn.Module) -> None:
     """Raises a ValueError if the model's head gives no distribution over classes, which the divergence compares."""
-    model = unwrapped(model)
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_model(unwrapped(model))
     config = getattr(base, "config", None)
     problem, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
     of_classes = labels != 1 and problem not in ("regression", "multi_label_classification")
@@ -92,7 +91,6 @@ def distillation_loss(
         ValueError: for another `reverse`, or labels or a mask of another shape.
     """
     check_reverse(reverse)
-    counts = None
     if logits.dim() == 2:  # a classifier has one distribution a sequence, whatever the mask of its tokens
         counts = mask.bool() if mask is not None and mask.shape == logits.shape[:-1] else None
     else:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..grid import Grid
 from ..qweight import Quantizer
 from . import reference
 
@@ -37,19 +37,6 @@ def _detached(argument: Any) -> Any:
     return argument.detach() if isinstance(argument, torch.Tensor) else argument
 
 
-_quantized_rows = _compile(reference.quantized_rows)
-
 codes = reference.codes  # once, at merge: not worth compiling
+quantized = partial(reference.quantized, of_rows=_compile(reference.quantized_rows))
 weight_grads = _compile(reference.weight_grads)
-
-
-def quantized(
-    weight: torch.Tensor,
-    quantizer: Quantizer,
-    grid: Grid,
-    scaling: float,
-    dtype: torch.dtype,
-    fan_in_fan_out: bool = False,
-) -> torch.Tensor:
-    """w_hat [out, in]."""
-    return reference.quantized(weight, quantizer, grid, scaling, dtype, fan_in_fan_out, _quantized_rows)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -39,13 +38,17 @@ def compile_on_cpu(enabled: bool = True) -> None:
         ```
     """
     global _compiled
-    if enabled:
-        _needs_a_compiler()
-    _compiled = import_module(".compiled", __package__) if enabled else None
+    if not enabled:
+        _compiled = None
+        return
+    _check_compiler()
+    from . import compiled  # here: torch's compiler takes a second to import
+
+    _compiled = compiled
 
 
 @cache
-def _needs_a_compiler() -> None:
+def _check_compiler() -> None:
     try:
         torch.compile(torch.neg, dynamic=False)(torch.zeros(1))
     except Exception as error:

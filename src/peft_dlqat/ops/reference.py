@@ -40,6 +40,12 @@ def codes(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float
     return result
 
 
+def quantized_rows(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float) -> torch.Tensor:
+    """w_hat of some rows, in float32 (float64 if W0 is)."""
+    codes = round_codes(unrounded_codes(weight, quantizer, grid, scaling), grid)
+    return dequantize(codes, *ship(quantizer.scale, quantizer.zero, grid), grid)
+
+
 def quantized(
     weight: torch.Tensor,
     quantizer: Quantizer,
@@ -47,20 +53,13 @@ def quantized(
     scaling: float,
     dtype: torch.dtype,
     fan_in_fan_out: bool = False,
-    of_rows: Callable[[torch.Tensor, Quantizer, Grid, float], torch.Tensor] | None = None,
+    of_rows: Callable[[torch.Tensor, Quantizer, Grid, float], torch.Tensor] = quantized_rows,
 ) -> torch.Tensor:
-    """w_hat [out, in]; by another function than `quantized_rows`, if one is given."""
-    of_rows = of_rows or quantized_rows
+    """w_hat [out, in]; `of_rows` computes a piece of it."""
     w_hat = torch.empty((quantizer.B.shape[0], quantizer.A.shape[1]), dtype=dtype, device=weight.device)
     for rows, piece, own in pieces(as_rows(weight, fan_in_fan_out), quantizer):
         w_hat[rows] = of_rows(piece, own, grid, scaling)
     return w_hat
-
-
-def quantized_rows(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float) -> torch.Tensor:
-    """w_hat of some rows, in float32 (float64 if W0 is)."""
-    codes = round_codes(unrounded_codes(weight, quantizer, grid, scaling), grid)
-    return dequantize(codes, *ship(quantizer.scale, quantizer.zero, grid), grid)
 
 
 def weight_grads(
