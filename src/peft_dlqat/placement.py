@@ -70,7 +70,8 @@ def at_hand(module: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for part in module.modules():
-            stack.enter_context(loaded(part))
+            if is_offloaded(part):  # torch.compile cannot trace a null context in the stack
+                stack.enter_context(align_module_device(part))
         partitioned = [parameter for parameter in module.parameters() if _lacks(parameter)]
         if partitioned:
             import deepspeed
