@@ -212,6 +212,26 @@ def test_attention_in_blocks_is_exact_for_each_shape(kind, tmp_path):
     assert torch.allclose(*logits, atol=1e-5)
 
 
+def test_attention_in_heads_of_8_has_autograds_gradients():
+    import attention
+
+    torch.manual_seed(0)
+    query, key, value, grad = (5 * torch.randn(2, heads, 48, 8) for heads in (4, 2, 2, 4))
+    results = []
+    for dtype in (torch.float32, torch.float64):  # float64 goes to autograd through the formula
+        inputs = [x.detach().to(dtype).requires_grad_(True) for x in (query, key, value)]
+        if dtype == torch.float32:
+            output = attention.attend(torch.nn.Identity(), *inputs, None, 0.3)[0].transpose(1, 2)
+        else:
+            q, k, v = (x.repeat_interleave(4 // x.shape[1], 1) for x in inputs)
+            scores = 0.3 * q @ k.mT + torch.full((48, 48), -torch.inf, dtype=dtype).triu(1)
+            output = scores.softmax(-1) @ v
+        output.backward(grad.to(dtype))
+        results.append([output.detach(), *(x.grad for x in inputs)])
+    for found, true in zip(*results, strict=True):
+        assert ((found - true).norm() / true.norm()).item() < 1e-5
+
+
 def test_tokens_of_pythons_own_text(tmp_path):
     from safetensors.torch import load_file
     from tokens import python_tokens

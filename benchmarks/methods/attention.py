@@ -1,13 +1,20 @@
 """Causal attention in blocks of queries: exact, and on a CPU several times faster backwards for heads as small as 8.
 
 PyTorch's fused kernel is made for heads of 64 and more; on the small models here it takes most of a training step.
+Heads of 8 have a kernel of their own in attention.cpp, where a C++ compiler is at hand.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +52,45 @@ class _Attention(torch.autograd.Function):
         return dquery, dkey, dvalue
 
 
+class _HeadsOf8(torch.autograd.Function):
+    """Of [n, length, 8] all, length a multiple of 16."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output, logsum = torch.empty_like(query), query.new_empty(query.shape[:2])
+        _call("forward", query, key, value, output, logsum)
+        ctx.save_for_backward(query, key, value, output, logsum)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value, output, logsum = ctx.saved_tensors
+        dquery, dkey, dvalue = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        _call("backward", query, key, value, output, logsum, grads[0].contiguous(), dquery, dkey, dvalue)
+        return dquery, dkey, dvalue
+
+
+@cache
+def _kernel() -> ctypes.CDLL | None:
+    """attention.cpp, compiled for this machine; None where that fails."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:  # once loaded, the file is not needed any more
+        library, source = Path(folder) / "attention.so", Path(__file__).with_suffix(".cpp")
+        fast = ["-O3", "-march=native", "-ffast-math"]
+        # -nostartfiles: linked with -ffast-math, the library would switch denormals off in the whole process.
+        command = [compiler, *fast, "-shared", "-fPIC", "-nostartfiles", "-o", library, source]
+        if subprocess.run(command, capture_output=True).returncode:
+            return None
+        return ctypes.CDLL(str(library))
+
+
+def _call(name: str, query: torch.Tensor, *tensors: torch.Tensor) -> None:
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (query, *tensors)]
+    getattr(_kernel(), name)(query.shape[0], query.shape[1], *pointers)
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -57,11 +103,14 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """[batch, length, heads, size] from query [batch, heads, length, size]; rows without padding, no dropout."""
     batch, heads, length, size = query.shape
-    query, key, value = (
-        x.mT.repeat_interleave(heads // x.shape[1], 1).reshape(-1, size, length).contiguous()
-        for x in (query * scaling, key, value)
-    )
-    return _Attention.apply(query, key, value).view(batch, heads, size, length).permute(0, 3, 1, 2), None
+    repeated = (x.repeat_interleave(heads // x.shape[1], 1) for x in (query * scaling, key, value))
+    query, key, value = (x.flatten(0, 1) for x in repeated)
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.float32
+    if on_cpu and size == 8 and length % 16 == 0 and _kernel() is not None:
+        output = _HeadsOf8.apply(*(x.contiguous() for x in (query, key, value)))
+    else:
+        output = _Attention.apply(*(x.mT.contiguous() for x in (query, key, value))).mT
+    return output.view(batch, heads, length, size).transpose(1, 2), None
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
