@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from peft_dlqat import DLQATConfig, Grid
 from peft_dlqat.initialisation import initialise
 from peft_dlqat.kquant import K_QUANTS
-from peft_dlqat.ops import _fake_quantize_linear, fake_quantize_linear
+from peft_dlqat.ops import _fake_quantize_linear, fake_quantize_linear, reference
 from peft_dlqat.qweight import Quantizer, unrounded_codes
 
 NAMES = ("x", "bias", "A", "B", "step", "shift", "scale", "zero")
@@ -110,6 +110,17 @@ def test_a_zero_that_clips_nothing_has_no_gradient(zero_point):
     inside = unrounded_codes(args["weight"], quantizer, grid, 1.0)
     nothing_clipped = ((inside >= grid.qmin) & (inside <= grid.qmax)).all(-1)
     assert nothing_clipped.any() and (zero.grad[nothing_clipped] == 0).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ends_of_the_grid_are_inside(bits, dtype):
+    grid = Grid(bits, 4, "none", torch.float32)
+    ends = torch.tensor([grid.qmin, grid.qmax], dtype=dtype)
+    beyond, within = (torch.nextafter(ends, sign * torch.tensor([-torch.inf, torch.inf])) for sign in (1, -1))
+    assert reference._inside(torch.ones(6, dtype=dtype), torch.cat([beyond, ends, within]), grid).tolist() == [
+        0, 0, 1, 1, 1, 1,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)

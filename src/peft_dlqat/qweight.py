@@ -82,13 +82,15 @@ def shipped_zero(zero: torch.Tensor | None, grid: Grid) -> torch.Tensor | None:
     return zero.round() if zero is not None and grid.zero_point == "integer" else zero
 
 
-def in_grid_units(weight: torch.Tensor, step: torch.Tensor, shift: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+def in_grid_units(
+    weight: torch.Tensor, step: torch.Tensor, shift: torch.Tensor | None, grid: Grid, in_place: bool = False
+) -> torch.Tensor:
     """A weight [out, in] in units of the grid, grouped: weight / step + z, or (weight - b) / step."""
-    weight = grid.group(weight)
+    weight, step = grid.group(weight), step.unsqueeze(-1)
     if grid.zero_point == "float":
         assert shift is not None
-        return (weight - shift.unsqueeze(-1)).div_(step.unsqueeze(-1))
-    units = weight / step.unsqueeze(-1)
+        return (weight.sub_ if in_place else weight.sub)(shift.unsqueeze(-1)).div_(step)
+    units = (weight.div_ if in_place else weight.div)(step)
     return units if shift is None else units.add_(shift.unsqueeze(-1))
 
 
@@ -113,34 +115,45 @@ def decode_weight(packed: torch.Tensor, quantizer: Quantizer, grid: Grid) -> tor
     return units.mul_(step).add_(shift.unsqueeze(-1)).flatten(-2)
 
 
-def unrounded_codes(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float) -> torch.Tensor:
-    """The latent weight in units of the grid, float32 (float64 if W0 is), [out, n_groups, group_size].
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """In which codes are chosen: float32, or float64 if W0 is."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def unrounded_codes(
+    weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The latent weight in units of the grid, [out, n_groups, group_size] in `compute_dtype`.
 
     Args:
         weight: W0 [out, in], any floating dtype; with `quantizer.stored_bits`, that or what [`store`] packed.
         quantizer: see [`Quantizer`].
         grid: the grid.
         scaling: lora_alpha / r.
+        out: [out, in], contiguous, where they go.
     """
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(weight)
     A, B = quantizer.A.to(dtype), quantizer.B.to(dtype)
     shift = shipped_zero(quantizer.shift, grid)
     with torch.autocast(weight.device.type, enabled=False):
         if quantizer.stored_bits:
             packed = store(weight, quantizer, grid, quantizer.stored_bits) if weight.is_floating_point() else weight
-            update = grid.group(torch.mm(B, A).mul_(scaling))
-            if not quantizer.update_in_grid_units:
-                update.div_(quantizer.step.unsqueeze(-1))
-            return update.add_(grid.group(decode(packed, grid, quantizer.stored_bits)))
+            units, update = (
+                grid.group(x) for x in (decode(packed, grid, quantizer.stored_bits), torch.mm(B, A, out=out))
+            )
+            if quantizer.update_in_grid_units:
+                return update.mul_(scaling).add_(units)
+            return torch.addcdiv(units, update, quantizer.step.unsqueeze(-1), value=scaling, out=update)
         if quantizer.update_in_grid_units:
             units = in_grid_units(weight.to(dtype), quantizer.step, shift, grid)
-            return torch.addmm(units.flatten(-2), B, A, alpha=scaling).view_as(units)
-        return in_grid_units(torch.addmm(weight.to(dtype), B, A, alpha=scaling), quantizer.step, shift, grid)
+            return grid.group(torch.addmm(units.flatten(-2), B, A, alpha=scaling, out=out))
+        latent = torch.addmm(weight.to(dtype), B, A, alpha=scaling, out=out)
+        return in_grid_units(latent, quantizer.step, shift, grid, in_place=True)
 
 
-def round_codes(unrounded: torch.Tensor, grid: Grid) -> torch.Tensor:
+def round_codes(unrounded: torch.Tensor, grid: Grid, in_place: bool = False) -> torch.Tensor:
     """Round half to even, then clip to [qmin, qmax]."""
-    return unrounded.round().clamp_(grid.qmin, grid.qmax)
+    return (unrounded.round_ if in_place else unrounded.round)().clamp_(grid.qmin, grid.qmax)
 
 
 def ship(scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -157,20 +170,22 @@ def ship(scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> tuple[to
     return shipped, shipped_zero(zero, grid)
 
 
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+def dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid, in_place: bool = False
+) -> torch.Tensor:
     """w_hat [out, in] from grouped codes [out, n_groups, group_size] and a shipped scale and zero.
 
     With a 16-bit scale every product is exact in float32, so any engine that dequantizes in float32 finds the same
     bits, with or without fused multiply-add.
     """
-    scale = scale.unsqueeze(-1)
+    scale, sub = scale.unsqueeze(-1), codes.sub_ if in_place else codes.sub
     if grid.zero_point == "float":
         assert zero is not None
-        weight = (codes - grid.qmin).mul_(scale).add_(zero.unsqueeze(-1))
+        weight = sub(grid.qmin).mul_(scale).add_(zero.unsqueeze(-1))
     elif zero is not None:
-        weight = (codes - zero.unsqueeze(-1)).mul_(scale)
+        weight = sub(zero.unsqueeze(-1)).mul_(scale)
     else:
-        weight = scale * codes
+        weight = (codes.mul_ if in_place else codes.mul)(scale)
     return weight.flatten(-2)
 
 

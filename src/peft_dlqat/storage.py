@@ -61,6 +61,7 @@ def _pack(numbers: torch.Tensor, stored_bits: int) -> torch.Tensor:
 
 
 def _unpack(packed: torch.Tensor, stored_bits: int) -> torch.Tensor:
+    if stored_bits == 8:
+        return packed
     mask = 2**stored_bits - 1
-    columns = [(packed >> shift) & mask for shift in range(0, 8, stored_bits)]
-    return columns[0] if len(columns) == 1 else torch.stack(columns, -1).flatten(-2)
+    return torch.stack([(packed >> shift) & mask for shift in range(0, 8, stored_bits)], -1).flatten(-2)

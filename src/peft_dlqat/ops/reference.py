@@ -28,7 +28,17 @@ from collections.abc import Callable
 import torch
 
 from ..grid import Grid
-from ..qweight import Quantizer, dequantize, in_grid_units, pieces, round_codes, ship, shipped_zero, unrounded_codes
+from ..qweight import (
+    Quantizer,
+    compute_dtype,
+    dequantize,
+    in_grid_units,
+    pieces,
+    round_codes,
+    ship,
+    shipped_zero,
+    unrounded_codes,
+)
 from ..storage import as_rows
 
 
@@ -36,16 +46,19 @@ def codes(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float
     """Codes, int8 [out, in]; the weight has outputs as rows."""
     result = torch.empty((quantizer.B.shape[0], quantizer.A.shape[1]), dtype=torch.int8, device=weight.device)
     for rows, piece, own in pieces(weight, quantizer):
-        result[rows] = round_codes(unrounded_codes(piece, own, grid, scaling), grid).flatten(-2).to(torch.int8)
+        result[rows] = round_codes(unrounded_codes(piece, own, grid, scaling), grid, in_place=True).flatten(-2)
     return result
 
 
-def quantized_rows(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float) -> torch.Tensor:
-    """w_hat of some rows, in float32 (float64 if W0 is)."""
-    codes = round_codes(unrounded_codes(weight, quantizer, grid, scaling), grid)
-    return dequantize(codes, *ship(quantizer.scale, quantizer.zero, grid), grid)
+def quantized_rows(
+    weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """w_hat of some rows, in `compute_dtype`, and in `out` if that is given."""
+    codes = round_codes(unrounded_codes(weight, quantizer, grid, scaling, out), grid, in_place=True)
+    return dequantize(codes, *ship(quantizer.scale, quantizer.zero, grid), grid, in_place=True)
 
 
+@torch.no_grad()  # the op has its own backward
 def quantized(
     weight: torch.Tensor,
     quantizer: Quantizer,
@@ -57,9 +70,21 @@ def quantized(
 ) -> torch.Tensor:
     """w_hat [out, in]; `of_rows` computes a piece of it."""
     w_hat = torch.empty((quantizer.B.shape[0], quantizer.A.shape[1]), dtype=dtype, device=weight.device)
+    in_place = of_rows is quantized_rows and dtype == compute_dtype(weight)
     for rows, piece, own in pieces(as_rows(weight, fan_in_fan_out), quantizer):
-        w_hat[rows] = of_rows(piece, own, grid, scaling)
+        if in_place:  # a third of the time: nothing is allocated, and nothing copied
+            quantized_rows(piece, own, grid, scaling, out=w_hat[rows])
+        else:
+            w_hat[rows] = of_rows(piece, own, grid, scaling)
     return w_hat
+
+
+def _inside(g: torch.Tensor, unrounded: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """`g` where qmin <= unrounded <= qmax, and 0 elsewhere."""
+    # One pass over memory. What lies on hardtanh's bounds is outside to it, so these are the next numbers beyond.
+    eps = torch.finfo(unrounded.dtype).eps
+    below, above = grid.qmin - 2 ** (grid.bits - 1) * eps, grid.qmax + 2 ** (grid.bits - 2) * eps
+    return torch.ops.aten.hardtanh_backward(g, unrounded, below, above)
 
 
 def weight_grads(
@@ -80,7 +105,7 @@ def weight_grads(
     if not wanted & {"A", "B", "step", "shift"}:
         return grads
 
-    g = g.mul_(unrounded.clamp(grid.qmin, grid.qmax) == unrounded)  # now only of what is inside
+    g = _inside(g, unrounded, grid)
     step, shift = quantizer.step, shipped_zero(quantizer.shift, grid)
     if "shift" in wanted:
         # Where shift and zero are one, nothing is clipped and S is step, this and dL/dzero add up to 0, exactly: Adam
