@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -212,9 +213,14 @@ def test_attention_in_blocks_is_exact_for_each_shape(kind, tmp_path):
     assert torch.allclose(*logits, atol=1e-5)
 
 
-def test_attention_in_heads_of_8_has_autograds_gradients():
+@pytest.mark.parametrize("compiler", ["g++", "no such compiler"])
+def test_attention_in_heads_of_8_has_autograds_gradients(compiler, monkeypatch, request):
     import attention
 
+    monkeypatch.setenv("CXX", compiler)
+    attention.kernel.cache_clear()
+    request.addfinalizer(attention.kernel.cache_clear)
+    assert (attention.kernel() is not None) == (shutil.which(compiler) is not None)
     torch.manual_seed(0)
     query, key, value, grad = (5 * torch.randn(2, heads, 48, 8) for heads in (4, 2, 2, 4))
     results = []

@@ -14,8 +14,8 @@ from test_ops import NAMES, problem
 import peft_dlqat
 from peft_dlqat import DLQATConfig, Grid, calibrate
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.ops import dispatch, fake_quantize_linear, harden, reference
-from peft_dlqat.qweight import Quantizer
+from peft_dlqat.ops import compiled, dispatch, fake_quantize_linear, harden, reference
+from peft_dlqat.qweight import Quantizer, unrounded_codes
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,13 +34,13 @@ def _compiled():
     torch.compiler.reset()
 
 
-def results(args, grid, stored_bits, **kwargs):
+def results(args, grid, stored_bits, in_grid_units):
     """w_hat as the op multiplies with it, codes, and all gradients."""
     given = [name for name in NAMES if args[name] is not None]
     for name in given:
         args[name].grad = None
-    quantizer = Quantizer(*(args[name] for name in NAMES[2:]), update_in_grid_units=True, stored_bits=stored_bits)
-    y = fake_quantize_linear(args["x"], args["bias"], args["weight"], quantizer, grid, 0.7, **kwargs)
+    quantizer = Quantizer(*(args[name] for name in NAMES[2:]), in_grid_units, stored_bits)
+    y = fake_quantize_linear(args["x"], args["bias"], args["weight"], quantizer, grid, 0.7)
     y.square().sum().backward()
     hardened = harden(args["weight"], quantizer, grid, 0.7)
     return y.detach(), hardened, {name: args[name].grad for name in given}
@@ -56,18 +56,31 @@ GRIDS = {
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize("stored_bits", [0, 4])
-def test_compiled_arithmetic_gives_the_same_bits(grid, stored_bits):
+@pytest.mark.parametrize("in_grid_units", [False, True])
+def test_compiled_arithmetic_gives_the_same_bits(grid, stored_bits, in_grid_units):
     """Of codes and w_hat, and so of y; sums over a group add up in another order."""
     args = problem(grid, n_in=256)
     assert dispatch.implementation(args["weight"], None, grid) is not reference
-    y, hardened, grads = results(args, grid, stored_bits)
+    y, hardened, grads = results(args, grid, stored_bits, in_grid_units)
     peft_dlqat.compile_on_cpu(False)
     assert dispatch.implementation(args["weight"], None, grid) is reference
-    plain_y, plain_hardened, plain_grads = results(args, grid, stored_bits)
+    plain_y, plain_hardened, plain_grads = results(args, grid, stored_bits, in_grid_units)
     assert torch.equal(y, plain_y)
     assert torch.equal(hardened.codes, plain_hardened.codes)
     for name in grads:
         torch.testing.assert_close(grads[name], plain_grads[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("stored_bits", [0, 8])
+@pytest.mark.parametrize("in_grid_units", [False, True])
+@torch.no_grad()
+def test_what_is_rounded_has_the_same_bits(grid, stored_bits, in_grid_units):
+    """Codes hide a difference in the last bit, until a weight lies on the edge between two."""
+    args = problem(grid, n_in=256)
+    quantizer = Quantizer(*(args[name] for name in NAMES[2:]), in_grid_units, stored_bits)
+    arguments = (args["weight"], quantizer, grid, 0.7)
+    assert torch.equal(compiled._compile(unrounded_codes)(*arguments), unrounded_codes(*arguments))
 
 
 @pytest.mark.parametrize("storage", ["full", "int8"])

@@ -1,9 +1,9 @@
-// Causal attention in heads of 8, for 16 queries at a time, which lie in the lanes of vectors: their weights never leave
-// the first cache, and backward makes them again from the logarithm of their sum. Tensors are [heads, length, 8], the
-// query scaled already; length is a multiple of 16.
+// Causal attention in heads of 8, for 16 queries at a time, which lie in the lanes of vectors: their weights stay in a
+// cache, and backward makes them again from the logarithm of their sum. Tensors are [heads, length, 8], the query scaled
+// already; length is a multiple of 16.
 
 #include <cmath>
-#include <memory>
+#include <vector>
 
 constexpr int SIZE = 8, LANES = 16;
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));  // one number of 16 queries
@@ -29,32 +29,33 @@ static inline void products(const Lanes* columns, const float* rows, int end, La
     }
 }
 
-// Keys after a query itself, for the queries i, ..., i + 15: zero, or as harmless the number of the first key.
-static inline void mask(Lanes* scores, int i, bool zero) {
+// The queries i, ..., i + 15 do not see the keys after themselves: these take the first key's score, which changes no
+// maximum.
+static inline void hide(Lanes* scores, int i) {
     for (int j = 1; j < LANES; ++j)
-        for (int lane = 0; lane < j; ++lane) scores[i + j][lane] = zero ? 0 : scores[0][lane];
+        for (int lane = 0; lane < j; ++lane) scores[i + j][lane] = scores[0][lane];
 }
 
-// e^(scores - subtract), and zero for the keys after a query
+// e^(scores - subtract), and zero for the keys that are hidden
 static inline void exponentials(Lanes* scores, int i, Lanes subtract) {
     const int end = i + LANES;
-    mask(scores, i, false);
     for (int j = 0; j < end; ++j) scores[j] -= subtract;
     float* numbers = reinterpret_cast<float*>(scores);
     for (int j = 0; j < end * LANES; ++j) numbers[j] = std::exp(numbers[j]);
-    mask(scores, i, true);
+    for (int j = 1; j < LANES; ++j)
+        for (int lane = 0; lane < j; ++lane) scores[i + j][lane] = 0;
 }
 
 extern "C" void forward(int heads, int length, const float* query, const float* key, const float* value, float* output,
                         float* logsum) {
-    std::unique_ptr<Lanes[]> weights(new Lanes[length]);
-    Lanes* weight = weights.get();
+    std::vector<float> weights(LANES * length);
+    Lanes* weight = reinterpret_cast<Lanes*>(weights.data());
     for (int n = 0; n < heads; ++n, key += SIZE * length, value += SIZE * length)
         for (int i = 0; i < length; i += LANES, query += SIZE * LANES, output += SIZE * LANES, logsum += LANES) {
             Lanes columns[SIZE], mean[SIZE] = {}, sum = {};
             transpose(query, columns);
             products(columns, key, i + LANES, sum, weight);
-            mask(weight, i, false);
+            hide(weight, i);
             Lanes most = weight[0];
             for (int j = 1; j < i + LANES; ++j) most = weight[j] > most ? weight[j] : most;
             exponentials(weight, i, most);
@@ -72,8 +73,8 @@ extern "C" void forward(int heads, int length, const float* query, const float* 
 extern "C" void backward(int heads, int length, const float* query, const float* key, const float* value,
                          const float* output, const float* logsum, const float* grad, float* dquery, float* dkey,
                          float* dvalue) {
-    std::unique_ptr<Lanes[]> weights(new Lanes[length]), dscores(new Lanes[length]);
-    Lanes *weight = weights.get(), *dscore = dscores.get();
+    std::vector<float> weights(LANES * length), dscores(LANES * length);
+    Lanes *weight = reinterpret_cast<Lanes*>(weights.data()), *dscore = reinterpret_cast<Lanes*>(dscores.data());
     for (int n = 0; n < heads; ++n, key += SIZE * length, value += SIZE * length, dkey += SIZE * length,
              dvalue += SIZE * length)
         for (int i = 0; i < length; i += LANES, query += SIZE * LANES, output += SIZE * LANES, logsum += LANES,
@@ -84,6 +85,7 @@ extern "C" void backward(int heads, int length, const float* query, const float*
             transpose(output, outputs);
             for (int d = 0; d < SIZE; ++d) inner -= grads[d] * outputs[d];
             products(columns, key, i + LANES, zero, weight);
+            hide(weight, i);
             exponentials(weight, i, *reinterpret_cast<const Lanes*>(logsum));
             products(grads, value, i + LANES, inner, dscore);
             for (int j = 0; j < i + LANES; ++j) {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -71,24 +71,31 @@ class _HeadsOf8(torch.autograd.Function):
 
 
 @cache
-def _kernel() -> ctypes.CDLL | None:
+def kernel() -> ctypes.CDLL | None:
     """attention.cpp, compiled for this machine; None where that fails."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:  # once loaded, the file is not needed any more
-        library, source = Path(folder) / "attention.so", Path(__file__).with_suffix(".cpp")
-        fast = ["-O3", "-march=native", "-ffast-math"]
-        # -nostartfiles: linked with -ffast-math, the library would switch denormals off in the whole process.
-        command = [compiler, *fast, "-shared", "-fPIC", "-nostartfiles", "-o", library, source]
-        if subprocess.run(command, capture_output=True).returncode:
+    compiler, fast = shlex.split(os.environ.get("CXX", "g++")), ["-O3", "-march=native", "-ffast-math"]
+    with tempfile.TemporaryDirectory() as folder:  # once loaded, the files are not needed any more
+        parts, library = str(Path(folder, "attention.o")), str(Path(folder, "attention.so"))
+        try:
+            compiled = [*compiler, *fast, "-fPIC", "-c", str(Path(__file__).with_suffix(".cpp")), "-o", parts]
+            subprocess.run(compiled, check=True, capture_output=True)
+            # Not with -ffast-math, which would switch denormals off in the whole process.
+            subprocess.run([*compiler, "-shared", parts, "-o", library, "-lm"], check=True, capture_output=True)
+            return ctypes.CDLL(library)
+        except (OSError, subprocess.CalledProcessError):
             return None
-        return ctypes.CDLL(str(library))
+
+
+def _fits(*tensors: torch.Tensor) -> bool:
+    """Whether the kernel is made for these, [n, length, size]."""
+    shape = tensors[0].shape
+    alike = all(x.shape == shape and x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+    return alike and shape[2] == 8 and shape[1] % 16 == 0
 
 
 def _call(name: str, query: torch.Tensor, *tensors: torch.Tensor) -> None:
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (query, *tensors)]
-    getattr(_kernel(), name)(query.shape[0], query.shape[1], *pointers)
+    getattr(kernel(), name)(query.shape[0], query.shape[1], *pointers)
 
 
 def attend(
@@ -105,8 +112,7 @@ def attend(
     batch, heads, length, size = query.shape
     repeated = (x.repeat_interleave(heads // x.shape[1], 1) for x in (query * scaling, key, value))
     query, key, value = (x.flatten(0, 1) for x in repeated)
-    on_cpu = query.device.type == "cpu" and query.dtype == torch.float32
-    if on_cpu and size == 8 and length % 16 == 0 and _kernel() is not None:
+    if _fits(query, key, value) and kernel() is not None:
         output = _HeadsOf8.apply(*(x.contiguous() for x in (query, key, value)))
     else:
         output = _Attention.apply(*(x.mT.contiguous() for x in (query, key, value))).mT

@@ -138,12 +138,10 @@ def unrounded_codes(
     with torch.autocast(weight.device.type, enabled=False):
         if quantizer.stored_bits:
             packed = store(weight, quantizer, grid, quantizer.stored_bits) if weight.is_floating_point() else weight
-            units, update = (
-                grid.group(x) for x in (decode(packed, grid, quantizer.stored_bits), torch.mm(B, A, out=out))
-            )
-            if quantizer.update_in_grid_units:
-                return update.mul_(scaling).add_(units)
-            return torch.addcdiv(units, update, quantizer.step.unsqueeze(-1), value=scaling, out=update)
+            update = grid.group(torch.mm(B, A, out=out).mul_(scaling))
+            if not quantizer.update_in_grid_units:
+                update.div_(quantizer.step.unsqueeze(-1))
+            return update.add_(grid.group(decode(packed, grid, quantizer.stored_bits)))
         if quantizer.update_in_grid_units:
             units = in_grid_units(weight.to(dtype), quantizer.step, shift, grid)
             return grid.group(torch.addmm(units.flatten(-2), B, A, alpha=scaling, out=out))

@@ -58,7 +58,7 @@ def quantized_rows(
     return dequantize(codes, *ship(quantizer.scale, quantizer.zero, grid), grid, in_place=True)
 
 
-@torch.no_grad()  # the op has its own backward
+@torch.no_grad()  # what is written in place of another tensor has no gradient
 def quantized(
     weight: torch.Tensor,
     quantizer: Quantizer,
@@ -70,9 +70,10 @@ def quantized(
 ) -> torch.Tensor:
     """w_hat [out, in]; `of_rows` computes a piece of it."""
     w_hat = torch.empty((quantizer.B.shape[0], quantizer.A.shape[1]), dtype=dtype, device=weight.device)
+    # What torch.compile has made cannot write into a given tensor.
     in_place = of_rows is quantized_rows and dtype == compute_dtype(weight)
     for rows, piece, own in pieces(as_rows(weight, fan_in_fan_out), quantizer):
-        if in_place:  # a third of the time: nothing is allocated, and nothing copied
+        if in_place:  # a new tensor costs more than what is computed
             quantized_rows(piece, own, grid, scaling, out=w_hat[rows])
         else:
             w_hat[rows] = of_rows(piece, own, grid, scaling)
@@ -90,7 +91,7 @@ def _inside(g: torch.Tensor, unrounded: torch.Tensor, grid: Grid) -> torch.Tenso
 def weight_grads(
     g: torch.Tensor, wanted: set[str], weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float
 ) -> dict[str, torch.Tensor]:
-    """From g = dL/dw_hat of some rows (used up): the gradients of these rows' tensors, and their part of A's."""
+    """From g = dL/dw_hat of some rows: the gradients of these rows' tensors, and their part of A's."""
     unrounded = unrounded_codes(weight, quantizer, grid, scaling)
     codes = round_codes(unrounded, grid)
     scale, zero = ship(quantizer.scale, quantizer.zero, grid)
