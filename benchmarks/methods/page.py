@@ -61,9 +61,13 @@ def results_of(model: str, setting: str) -> dict[str, dict[str, Any]]:
 
 
 def unfinished(results: dict[str, Any]) -> bool:
-    """Whether the best learning rate is at an end of the tried ones, as in searches that were not let go on."""
+    """Whether the search was not let go on while the best rate was at an end, or that rate's run is still to come."""
     tried = {run["lr"]: run["kl"] for run in results["search"]}
-    return 0 < len(tried) < GIVEN + BEYOND and min(tried, key=lambda lr: tried[lr]) in (min(tried), max(tried))
+    if not tried:
+        return False
+    best = min(tried, key=lambda lr: tried[lr])
+    at_end = len(tried) < GIVEN + BEYOND and best in (min(tried), max(tried))
+    return at_end or results["runs"][0]["lr"] != best
 
 
 def table(wanted: dict[str, tuple[str, str]]) -> str:

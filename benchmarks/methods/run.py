@@ -199,7 +199,6 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
                 if left:
                     return
                 lr = results.best_lr(seeds[0])
-            results.keep_runs_of(lr)
             for seed in seeds:
                 submit("runs", job, seed, lr)
 
@@ -217,6 +216,8 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
                     pool.shutdown(cancel_futures=True)
                     raise
                 results.add(kind, figures)
+                if kind == "runs":
+                    results.keep_runs_of(figures.get("lr"))
                 lr = f" lr {figures['lr']}" if figures.get("lr") else ""
                 print(
                     f"{name} {contender} {kind} seed {figures['seed']}{lr}: KL {figures['kl']:.4f} "

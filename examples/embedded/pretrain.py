@@ -7,8 +7,8 @@ trains a byte-level BPE tokenizer and a small Llama model from scratch, on a CPU
 the model see the training docstrings only (`text.docstrings`, `text.split`); the language reference (`text.topics`)
 is left for fine-tuning. The weights kept are those with the lowest loss on the held-out docstrings.
 
-    python examples/embedded/pretrain.py --shape gpt2 --epochs 3
-    python examples/embedded/pretrain.py --shape opt --epochs 3
+    python examples/embedded/pretrain.py --shape gpt2 --epochs 2
+    python examples/embedded/pretrain.py --shape opt --epochs 2
 
 make models of other shapes and about the same size, in outputs/gpt2 and outputs/opt, for the benchmark of shapes.
 """
