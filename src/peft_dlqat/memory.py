@@ -28,9 +28,11 @@ from .qweight import piece_rows
 
 # Bytes of optimiser state a trained number, beside the number and its gradient.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}
-# Bytes a weight of the piece of rows that the reference op works on: float32 codes and the like on the way to w_hat,
-# and, once w_hat is gone, to the gradients of its tensors, dL/dw_hat with them.
-_CODES_BYTES, _GRADIENTS_BYTES = 9, 17
+# Bytes a weight of the piece of rows that the reference op works on. On the way to w_hat: float32 codes, where it is
+# not made in its own place; and W0 in float32, or its bits unpacked.
+_CODES_BYTES, _FLOAT_BYTES, _UNPACKED_BYTES = 4, 4, 5
+# Once w_hat is gone: dL/dw_hat, and all on the way from there to the gradients of its tensors; of s alone, without BA.
+_GRADIENTS_BYTES, _GRADIENTS_BYTES_OF_S = 16, 12
 DEVICES = ("cuda", "cpu")
 # Decoder layers of the two models whose difference is one layer.
 _FEW = 2
@@ -262,13 +264,18 @@ class _Alive(TorchDispatchMode):
             return 0
         backward = "backward" in func.name()
         names = [argument.name for argument in func._schema.arguments]
-        x, A, B, gradient = (args[names.index(name)] for name in ("x", "A", "B", "gradient"))
+        x, weight, A, B, gradient = (args[names.index(name)] for name in ("x", "weight", "A", "B", "gradient"))
         size, in_features, out_features = x.element_size(), A.shape[1], len(B)
         piece = min(out_features, piece_rows(in_features, self._device)) * in_features
         # What is made of w_hat is not there yet while w_hat is made.
         w_hat = out_features * in_features * size
         made = x.numel() * size if backward else x.numel() // in_features * out_features * size
-        inside = w_hat + max(_CODES_BYTES * piece, made)
+        bytes_of_piece = 0 if x.dtype == torch.float32 else _CODES_BYTES
+        if not weight.is_floating_point():
+            bytes_of_piece += _UNPACKED_BYTES
+        elif weight.dtype != torch.float32:
+            bytes_of_piece += _FLOAT_BYTES
+        inside = w_hat + max(bytes_of_piece * piece, made)
         if backward and gradient != "lowrank":
-            inside = max(inside, made + _GRADIENTS_BYTES * piece)
+            inside = max(inside, made + (_GRADIENTS_BYTES if len(A) else _GRADIENTS_BYTES_OF_S) * piece)
         return inside

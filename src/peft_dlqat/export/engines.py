@@ -50,6 +50,8 @@ def _transformers(folder: Path, format: str, ids: torch.Tensor) -> torch.Tensor:
         model = cls.from_pretrained(folder, gguf_file=FILE, config=config, dtype=torch.float32)
     else:
         model = cls.from_pretrained(folder, dtype=torch.float32)
+    for parameter in model.parameters():  # Conv1D's come out of a GGUF transposed, and may round differently so
+        parameter.data = parameter.data.contiguous()
     return model.eval()(input_ids=ids, use_cache=False).logits.float()
 
 

@@ -70,10 +70,11 @@ def put(model: nn.Module, entry: Entry, value: torch.Tensor | QuantizedWeight) -
     """Give a model on the meta device one of its tensors, in float32."""
     if isinstance(value, QuantizedWeight):
         value = value.dequantize()
-        value = value.t().contiguous() if entry.transposed else value
+        value = value.t() if entry.transposed else value
     path, _, leaf = entry.name.rpartition(".")
     module: Any = model.get_submodule(path)
-    value = value.float() if value.is_floating_point() else value
+    # A product with a transposed view may round differently.
+    value = (value.float() if value.is_floating_point() else value).contiguous()
     if leaf in module._parameters:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     else:
