@@ -116,11 +116,10 @@ def cost(model: str) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Markdown by heading, for those that have results."""
+    """Markdown by heading."""
     found = {
-        heading: table(columns)
+        heading: table(columns) if any(results_of(*column) for column in columns.values()) else "Not run yet."
         for heading, columns in TABLES.items()
-        if any(results_of(*column) for column in columns.values())
     }
     models = sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
     lines = ["| model | in all |", "|---|---|", *(f"| {model} | {cost(model)} |" for model in models)]
