@@ -916,6 +916,19 @@ CALIBRATING_CASES = [
         loader=lambda: iter(lm_batches(10)),
         lr=0.1,
     ),
+    *(
+        calibrating(
+            f"batches whose {what}",
+            ValueError,
+            "no position of the first 2 calibration batches counts",
+            "labels are -100",
+            loader=lambda key=key, value=value: [{"input_ids": tokens(), key: torch.full_like(tokens(), value)}] * 2,
+        )
+        for what, key, value in (
+            ("labels are all -100", "labels", -100),
+            ("attention_mask is all 0", "attention_mask", 0),
+        )
+    ),
     calibrating("batches that are tensors", ValueError, "is a Tensor", *BATCH_RULE, loader=lambda: [tokens()] * 2),
     calibrating("batches that are tuples", ValueError, "is a tuple", *BATCH_RULE, loader=lambda: [(tokens(),)] * 2),
     calibrating(

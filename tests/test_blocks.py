@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import lm_batches, tiny_model
+from conftest import HIDDEN, VOCAB, lm_batches, random_model, tiny_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig
 
 import peft_dlqat.calibration.blocks
 import peft_dlqat.calibration.decoder
@@ -72,6 +72,18 @@ def test_each_layers_error_and_the_models_divergence_fall(kind, zero_point):
     assert all(isinstance(model.get_submodule(error.name), nn.Module) for error in errors)
     assert heldout_kl(model) < divergence
     assert moved(model, before) <= GRID and "dlqat_scale" in moved(model, before)
+
+
+SIZES = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("base", [BloomConfig(**SIZES), FalconConfig(**SIZES)], ids=["bloom", "falcon"])
+def test_layers_that_return_a_tuple(base):
+    model = get_peft_model(random_model(base), config(init="minmax"))
+    divergence = heldout_kl(model)
+    errors = run(model, steps=40)
+    assert len(errors) == 2 and all(error.after < 0.97 * error.before for error in errors)
+    assert heldout_kl(model) < divergence
 
 
 def test_the_first_error_is_the_layers_on_its_initial_grid():
@@ -308,6 +320,7 @@ def test_a_model_without_decoder_layers_is_refused(kind):
         ({"steps": True}, "steps=True must be"),
         ({"lr": -1.0}, "lr=-1.0 must be"),
         ({"batches": []}, "no calibration batches"),
+        ({"batches": [{"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.zeros(2, 4)}]}, "masks are 0"),
         ({"batches": [torch.zeros(2, 2)]}, "batch is a Tensor"),
         ({"adapter_name": "other"}, "no DL-QAT adapter 'other'"),
     ],

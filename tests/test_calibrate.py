@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import lm_batches, perturb, tiny_model, tokens
+from conftest import VOCAB, lm_batches, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 import peft_dlqat.qweight
 from peft_dlqat import (
+    RECIPE,
     DLQATCallback,
     DLQATConfig,
     adapters_disabled,
@@ -367,9 +368,20 @@ def test_callback_warns_about_weight_decay_on_the_magnitude(tmp_path):
     model = adapted()
     with pytest.warns(UserWarning, match="create_dlqat_optimizer"):
         trainer(model, tmp_path, DLQATCallback(calibration_steps=1), args={"weight_decay": 0.1}).train()
-    optimizer = create_dlqat_optimizer(model, torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+    optimizer = create_dlqat_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
     run = trainer(model, tmp_path, DLQATCallback(calibration_steps=1), optimizers=(optimizer, None))
     run.train()
+
+
+def test_callback_warns_of_the_trainers_own_learning_rate(tmp_path, recwarn):
+    def run(model, **args):
+        trainer(model, tmp_path, DLQATCallback(), args={"max_steps": 1, **args}).train()
+        return [str(found.message) for found in recwarn if "learning rate of A and B" in str(found.message)]
+
+    assert not run(adapted(), learning_rate=RECIPE.lr(adapted()) / 5, warmup_steps=1)
+    assert not run(adapted(method="peqa"), learning_rate=5e-5)  # has no B
+    (message,) = run(adapted(), learning_rate=5e-5, warmup_steps=1)
+    assert "5e-05, is far below the recipe's 0.014" in message and "RECIPE.training_arguments" in message
 
 
 def test_sft_trainer(tmp_path):
@@ -390,6 +402,7 @@ def test_sft_trainer(tmp_path):
         output_dir=str(tmp_path),
         max_steps=3,
         per_device_train_batch_size=4,
+        learning_rate=1e-2,
         report_to=[],
         use_cpu=True,
         bf16=False,
@@ -512,6 +525,15 @@ def test_by_blocks_falls_back_on_the_whole_model(kind, target, restartable):
         )
     assert result.kept == "after" and result.loss_after < 0.99 * result.loss_before
     assert (result.by, result.steps) == ("model", 20)
+
+
+def test_by_blocks_falls_back_on_the_whole_encoder_decoder():
+    sizes = {"d_model": 64, "d_ff": 64, "num_layers": 1, "num_heads": 2, "d_kv": 32, "decoder_start_token_id": 0}
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes))
+    model = get_peft_model(t5, DLQATConfig(bits=2, group_size=32, init="minmax"))
+    with pytest.warns(UserWarning, match="calibrated as a whole"):
+        result = calibrate(model, lm_batches(), steps=5, by="blocks", objective="task", progress=False)
+    assert (result.by, result.steps) == ("model", 5)
 
 
 def test_by_blocks_measures_the_inputs_once(monkeypatch):

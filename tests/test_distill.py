@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ import peft_dlqat.distillation.store
 from peft_dlqat import DLQATCallback, DLQATConfig, calibrate, distillation_loss, evaluate_model, teacher_logits
 from peft_dlqat.distillation.cache import TeacherCache
 from peft_dlqat.distillation.divergence import TopTokens, token_divergence
-from peft_dlqat.distillation.store import base_fingerprint
+from peft_dlqat.distillation.store import EntryFolder, base_fingerprint
 from peft_dlqat.distillation.trainer import DistillationLoss
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.placement import device_of
@@ -724,6 +725,39 @@ def test_a_folder_belongs_to_one_base_model(tmp_path):
             TeacherCache(k=4, folder=tmp_path).teacher(adapted(), batch)
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_writers_of_one_folder_the_first_has_it(tmp_path, monkeypatch, links):
+    """Both have found it empty; on a file system without links the last one has it, and the first is told."""
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse_link)
+    first, second = EntryFolder(tmp_path), EntryFolder(tmp_path)
+    first.claim(4, "one")
+    if links:
+        with pytest.raises(ValueError, match="the predictions of another base model"):
+            second.claim(4, "other")
+        first.claim(4, "one")
+    else:
+        second.claim(4, "other")
+
+
+def refuse_link(*paths):
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_a_teacher_that_predicts_nan_is_refused_and_not_kept(tmp_path, k):
+    model, batch = adapted(), {"input_ids": tokens(2)}
+    weight = model.get_base_model().model.norm.weight
+    kept = weight.data.clone()
+    weight.data[3] = torch.nan
+    cache = TeacherCache(k=k, folder=tmp_path)
+    with pytest.raises(FloatingPointError, match="predicts NaN for a sequence of 16 tokens"):
+        cache.teacher(model, batch)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    weight.data = kept
+
+
 def test_a_cache_takes_wrapped_and_offloaded_models():
     model, batch = adapted(), {"input_ids": tokens(2)}
     cache = TeacherCache()
@@ -741,6 +775,10 @@ def test_the_fingerprint_tells_configs_and_takes_weights_of_any_size():
     beside = tiny_model()
     beside.config.use_cache, beside.config.pad_token_id, beside.config.attention_dropout = False, 5, 0.1
     assert base_fingerprint(stretched) != plain == base_fingerprint(beside)
+    for kind, field in (("llama", "num_attention_heads"), ("gpt2", "n_head")):
+        model = tiny_model(kind)
+        setattr(model.config, field, 2 * getattr(model.config, field))
+        assert base_fingerprint(model) != base_fingerprint(tiny_model(kind))
     large = torch.nn.Embedding(2**22 + 1, 4)  # more values than float32 can count
     fingerprint = base_fingerprint(large)
     large.weight.data[-1, -1] += 1

@@ -107,6 +107,32 @@ def test_adapter_calibrated_from_disk(tmp_path):
     train(model)
 
 
+def saved_adapter(folder, base):
+    model = get_peft_model(base, config())
+    pack_weights(model)
+    model.save_pretrained(folder)
+
+
+def test_another_base_model_than_the_adapters_is_said(tmp_path):
+    saved_adapter(tmp_path / "adapter", tiny_model())
+    other = tiny_model()
+    other.model.layers[1].mlp.up_proj.weight.data *= 1.01
+    other.save_pretrained(tmp_path / "other")
+    with pytest.warns(UserWarning, match="are not those that the adapter was trained on"):
+        load_packed(tmp_path / "other", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("new", [True, False])
+def test_a_base_that_is_not_finite_is_refused(value, new, tmp_path):
+    saved_adapter(tmp_path / "adapter", tiny_model())
+    broken = tiny_model()
+    broken.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+    broken.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj holds NaN or infinity"):
+        load_packed(tmp_path / "broken", config() if new else tmp_path / "adapter")
+
+
 def test_tied_embeddings_stay_tied(tmp_path):
     tiny_model("opt").save_pretrained(tmp_path)
     model = load_packed(tmp_path, config()).get_base_model()

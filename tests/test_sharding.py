@@ -9,7 +9,9 @@ import torch
 from conftest import lm_batches, tiny_model
 from launching import launch, load_ranks
 from peft import PeftModel, get_peft_model_state_dict
-from scripts.sharded_training import CASES, train
+from scripts.sharded_training import BATCH, CASES, make_model, train
+
+from peft_dlqat import teacher_logits
 
 pytestmark = pytest.mark.distributed
 
@@ -57,9 +59,17 @@ def test_the_adapter_is_saved_whole(case: str, two_processes: Path) -> None:
     assert torch.isfinite(loaded(**lm_batches(1)[0]).loss)
 
 
+def test_a_teachers_cache_may_lack_in_one_process_what_it_has_in_another(two_processes: Path) -> None:
+    model = make_model("full")
+    for rank in (0, 1):
+        batch = {"input_ids": lm_batches(2, batch=BATCH)[rank]["input_ids"]}
+        found = torch.load(two_processes / f"teacher-{rank}.pt")
+        assert torch.allclose(found, teacher_logits(model, batch), atol=1e-5)
+
+
 def test_what_a_sharded_model_refuses(two_processes: Path) -> None:
     for rank in (0, 1):
         messages = torch.load(two_processes / f"refusals-{rank}.pt")
-        for name in ("calibrate", "merge", "codes"):
+        for name in ("calibrate", "merge", "codes", "cache"):
             assert "sharded by FSDP2" in messages[name]
         assert "load the base model in bfloat16" in messages["half"]

@@ -202,6 +202,19 @@ def test_packing_under_an_adapter_that_was_trained_on_full_weights_warns():
         pack_weights(model)
 
 
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize("into", ["packed", "full"])
+def test_a_state_dict_of_weights_in_another_storage_is_refused(storage, into):
+    packed, full = (get_peft_model(tiny_model(), config(storage)) for _ in range(2))
+    pack_weights(packed)
+    model, other = (packed, full) if into == "packed" else (full, packed)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="those of the state dict are"):
+        model.load_state_dict(other.state_dict())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.load_state_dict(before)
+
+
 def test_all_layers_are_packed_or_none():
     model = get_peft_model(tiny_model(), config("int8"))
     model.add_adapter("other", config("full", target_modules=["v_proj"]))

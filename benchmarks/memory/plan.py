@@ -46,7 +46,7 @@ def shapes(model: str) -> LlamaConfig:
 def step_bytes(model: str, length: int) -> list[int]:
     """What a step takes beside what stays, by batch; the storage has no part in it."""
     found = [estimate_memory(config("full"), shapes(model), batch, length) for batch in BATCHES]
-    return [part.activations + max(part.head, part.temporaries) for part in found]
+    return [part.total - part.static for part in found]
 
 
 def largest_batch(steps: list[int], room: float) -> int:
@@ -63,7 +63,8 @@ def main() -> None:
     """Print both tables."""
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
-    parts = ["frozen", "grid", "rest", "adapter", "gradients", "optimizer", "activations", "head", "temporaries"]
+    parts = ["frozen", "grid", "rest", "adapter", "gradients", "optimizer", "update"]
+    parts += ["activations", "head", "temporaries"]
     print("One sequence of 1024 tokens, GiB:\n")
     print(f"| model | storage | {' | '.join(parts)} | total |")
     print(f"|---|---|{'---:|' * (len(parts) + 1)}")

@@ -23,6 +23,8 @@ from .recipe import RECIPE
 from .report import grid_report
 
 _RECORD = "calibration/record"
+# A learning rate that is so many times lower than the recipe's is taken for an oversight.
+_FAR_BELOW = 10
 
 
 class DLQATCallback(TrainerCallback):
@@ -83,6 +85,7 @@ class DLQATCallback(TrainerCallback):
         trainer = _calling_trainer()
         _keep_card_section(trainer)
         _warn_if_magnitude_decays(model, optimizer)
+        _warn_if_learning_rate_is_low(model, optimizer)
         if state.global_step > 0:
             # The Trainer has loaded the grid from the checkpoint; its log remembers how it came about.
             for entry in state.log_history:
@@ -172,6 +175,21 @@ def _warn_if_magnitude_decays(model: nn.Module, optimizer: Any) -> None:
             warnings.warn(
                 f"the optimiser decays the magnitudes (weight_decay={group['weight_decay']}), which shrinks every "
                 "layer's output; pass optimizers=(create_dlqat_optimizer(model, ...), None) to the Trainer.",
+                stacklevel=2,
+            )
+            return
+
+
+def _warn_if_learning_rate_is_low(model: nn.Module, optimizer: Any) -> None:
+    """The Trainer's default is for weights; B counts steps of the grid, and hardly moves a code with it."""
+    of_b = {id(parameter) for name, parameter in model.named_parameters() if ".dlqat_B." in name}
+    for group in getattr(optimizer, "param_groups", []):
+        lr = group.get("initial_lr", group["lr"])  # a schedule may begin at 0
+        if lr < RECIPE.lr(model) / _FAR_BELOW and any(id(parameter) in of_b for parameter in group["params"]):
+            warnings.warn(
+                f"the learning rate of A and B, {lr:g}, is far below the recipe's {RECIPE.lr(model):.2g} for this "
+                "model; raise it, or take RECIPE.training_arguments(model, output_dir) and "
+                "optimizers=(create_dlqat_optimizer(model, torch.optim.AdamW), None).",
                 stacklevel=2,
             )
             return

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from .layer import DLQATLayer
-from .model import _check_target
+from .model import check_target
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 
@@ -168,7 +168,7 @@ def initialise_layer(model: Any, adapter_name: str, name: str, layer: DLQATLayer
     Raises:
         ValueError: if the weight is not finite.
     """
-    _check_target(name, layer)
+    check_target(name, layer)
     model.base_model._create_and_replace(
         model.peft_config[adapter_name], adapter_name, layer, "", layer, current_key=name
     )

@@ -336,6 +336,10 @@ class DLQATLinear(nn.Module, DLQATLayer):
                 return self._output(x, *args, **kwargs)
         return self._output(x, *args, **kwargs)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.check_same_storage(state_dict.get(f"{prefix}base_layer.weight"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
         if not names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,9 +12,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .checkpoint import Checkpoint, holder, initialise_layer, skeleton, weights_folder
-from .checksum import base_record, weight_checksum
+from .checksum import base_checksum, base_record, weight_checksum
 from .config import DLQATConfig
 from .layer import adapter_layers
+from .model import check_target
 from .packing import pack_weights, warn_if_trained
 from .storage import STORAGES
 
@@ -47,7 +49,8 @@ def load_packed(
 
     Raises:
         FileNotFoundError: if there is no such folder, or the model is not stored as safetensors.
-        ValueError: for `storage="full"`, another task, or a file that is damaged or whose tensors are not the model's.
+        ValueError: for `storage="full"`, another task, a weight that is not finite, or a file that is damaged or whose
+            tensors are not the model's.
         TypeError: if the adapter is no DL-QAT adapter.
 
     Example:
@@ -97,7 +100,9 @@ def load_packed(
         )
         if new:
             initialise_layer(model, adapter_name, name, layer)
-            checksums[name] = weight_checksum(layer.original_weight())
+        else:
+            check_target(name, layer)
+        checksums[name] = weight_checksum(layer.original_weight())
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.pack(adapter_name, STORAGES[config.storage])
     _tie(weights, inner)
@@ -105,6 +110,13 @@ def load_packed(
         if isinstance(module, ModulesToSaveWrapper):
             _fill(module.modules_to_save[adapter_name], module.original_module)
     pack_weights(model, adapter_name)  # all are; says so in the config
+    recorded = config.record.get("base", {}).get("checksum")
+    if recorded not in (None, base_checksum(checksums)):
+        warnings.warn(
+            f"the weights of {str(model_id)!r} are not those that the adapter was trained on, or they are in another "
+            "dtype: its codes are others here.",
+            stacklevel=2,
+        )
     if new:
         dtypes = [torch.empty(0, dtype=layer.weight_dtype) for layer in layers.values()]
         model.peft_config[adapter_name].record.update(base_record(checksums, dtypes))

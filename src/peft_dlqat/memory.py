@@ -49,6 +49,8 @@ class MemoryEstimate:
         adapter: A, B, m and other trained tensors.
         gradients: of the trained tensors.
         optimizer: the optimiser's state.
+        accumulated: gradients of the batches before, where several make a step.
+        update: beside state and gradients while the optimiser steps.
         activations: kept by the decoder layers from forward for backward.
         head: beside these while the head and the loss run: logits, their float32 copy, their gradient.
         temporaries: beside these while a decoder layer's backward runs: what it computes again, gradients of
@@ -61,6 +63,8 @@ class MemoryEstimate:
     adapter: int
     gradients: int
     optimizer: int
+    accumulated: int
+    update: int
     activations: int
     head: int
     temporaries: int
@@ -73,7 +77,8 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """The highest point. Head and layers do not run at once, and gradients come as activations go."""
-        return self.static + max(self.gradients, self.activations + max(self.head, self.temporaries))
+        step = self.accumulated + self.activations + max(self.head, self.temporaries)
+        return self.static + max(self.gradients + self.update, step)
 
     def __str__(self) -> str:
         """A line a part, in GiB."""
@@ -90,6 +95,7 @@ def estimate_memory(
     dtype: torch.dtype = torch.bfloat16,
     optimizer: str = "adamw",
     device: str = "cuda",
+    gradient_accumulation_steps: int = 1,
 ) -> MemoryEstimate:
     """Estimate the memory of a training step of a causal language model, on one device.
 
@@ -103,7 +109,9 @@ def estimate_memory(
         gradient_checkpointing: whether decoder layers are computed again in backward.
         dtype: of the weights that are not packed, and of the computation.
         optimizer: "adamw", "adamw_8bit" or "sgd".
-        device: "cuda" or "cpu", which differ in how many rows the op works on at once.
+        device: "cuda" or "cpu", which differ in how many rows the op works on at once, and in that torch's AdamW takes
+            all tensors at once on a GPU. Triton's kernels take less than the plain torch that is reckoned with.
+        gradient_accumulation_steps: batches that make a step of the optimiser.
 
     Returns:
         A [`MemoryEstimate`].
@@ -118,7 +126,11 @@ def estimate_memory(
     """
     if optimizer not in OPTIMIZER_BYTES:
         raise ValueError(f"optimizer={optimizer!r} must be one of {', '.join(map(repr, OPTIMIZER_BYTES))}.")
-    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+    for name, value in (
+        ("batch_size", batch_size),
+        ("sequence_length", sequence_length),
+        ("gradient_accumulation_steps", gradient_accumulation_steps),
+    ):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
     if device not in DEVICES:
@@ -130,7 +142,9 @@ def estimate_memory(
 
     def step(count: int) -> dict[str, int]:
         short = _on_meta(config, _shortened(model_config, count), dtype)
-        return _step(short, batch_size, sequence_length, gradient_checkpointing, device)
+        return _step(
+            short, batch_size, sequence_length, gradient_checkpointing, device, gradient_accumulation_steps > 1
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model itself will warn
@@ -140,7 +154,14 @@ def estimate_memory(
             parts = {name: few[name] + (layers - _FEW) * (one_more[name] - few[name]) for name in few}
         else:
             parts = step(layers)
-    return MemoryEstimate(**_static(whole, optimizer), **parts)
+    fixed = _static(whole, optimizer)
+    return MemoryEstimate(
+        **fixed,
+        accumulated=fixed["gradients"] if gradient_accumulation_steps > 1 else 0,
+        # The square root of the second moments.
+        update=fixed["adapter"] if optimizer == "adamw" and device == "cuda" else 0,
+        **parts,
+    )
 
 
 def _layers_alike(model: PeftModel, count: int) -> bool:
@@ -188,13 +209,18 @@ def _static(model: PeftModel, optimizer: str) -> dict[str, int]:
     }
 
 
-def _step(model: PeftModel, batch: int, length: int, checkpointing: bool, device: str) -> dict[str, int]:
+def _step(
+    model: PeftModel, batch: int, length: int, checkpointing: bool, device: str, accumulates: bool
+) -> dict[str, int]:
     """Bytes alive in one step: after the decoder layers' forward, and above that at most in head and layers."""
     with FakeTensorMode():
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")).train()
         model.get_base_model().tie_weights()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        for parameter in model.parameters():
+            if accumulates and parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
         ids = torch.empty(batch, length, dtype=torch.long, device="cpu")
         decoder = model.get_base_model().get_decoder()
         with _Alive(device) as alive:

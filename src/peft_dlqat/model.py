@@ -86,7 +86,7 @@ class DLQATModel(BaseTuner):
         smaller: dict[str, list[str]] = {}
         _check_untied(config, model, targets)
         for name, module in targets.items():
-            _check_target(name, module)
+            check_target(name, module)
             settings, in_features = _layer_settings(config, name), _in_features(module)
             asked = settings["group_size"]
             if config.scale_dtype == "k_quant":
@@ -258,7 +258,7 @@ def _is_target(config: DLQATConfig, name: str) -> bool:
     return found is True or isinstance(found, re.Match)
 
 
-def _check_target(name: str, module: nn.Module) -> None:
+def check_target(name: str, module: nn.Module) -> None:
     """Refuse a module that is no linear layer, holds a quantized weight, or one that is not finite."""
     if isinstance(module, DLQATLayer) and module.packed:
         raise ValueError(

@@ -36,6 +36,15 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def in_any_process(condition: bool, device: torch.device) -> bool:
+    """Whether it holds in this process or in another; all must ask."""
+    if not several_processes():
+        return condition
+    tensor = torch.tensor(int(condition), device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor)
+
+
 def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """The parameter's shape when all of it is here."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -78,13 +87,18 @@ def at_hand(module: nn.Module) -> Iterator[None]:
 
             stack.enter_context(deepspeed.zero.GatheredParameters(partitioned))
         for parameter in module.parameters():
-            if isinstance(parameter, _dtensor()):
-                raise ValueError(
-                    f"a weight {list(parameter.shape)} is sharded by FSDP2, so that this process has only a part of "
-                    "it; calibrate, pack, merge or export before the model is sharded, or load the saved adapter "
-                    "into a whole one."
-                )
+            check_whole(parameter)
         yield
+
+
+def check_whole(parameter: torch.Tensor) -> None:
+    """Raises a ValueError if FSDP2 shards the parameter."""
+    if isinstance(parameter, _dtensor()):
+        raise ValueError(
+            f"a weight {list(parameter.shape)} is sharded by FSDP2, so that this process has only a part of it; "
+            "calibrate, pack, merge, export or make a DistillationLoss with a cache before the model is sharded, or "
+            "load the saved adapter into a whole one."
+        )
 
 
 def gather_with(module: nn.Module) -> None:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from peft_dlqat import Calibration, DLQATConfig, calibrate, pack_weights
+from peft_dlqat import Calibration, DLQATConfig, TeacherCache, calibrate, pack_weights
 from peft_dlqat.layer import adapter_layers
 
 STEPS = 4
@@ -126,6 +126,7 @@ def refusals() -> dict[str, str]:
         "calibrate": lambda: calibrate(model, batches, progress=False),
         "merge": model.merge_adapter,
         "codes": layer.quantized_weight,
+        "cache": lambda: TeacherCache().claim(model),
     }
     half = shard(make_model("full"), MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     attempts["half"] = lambda: half(**batches[0])
@@ -138,8 +139,20 @@ def refusals() -> dict[str, str]:
     return messages
 
 
+def cached_teacher() -> torch.Tensor:
+    """The teacher's logits of batch `rank()`, from a cache that has the first process's and not the second's."""
+    model, cache = make_model("full"), TeacherCache()
+    cache.claim(model)
+    model = shard(model)
+    batches = [{"input_ids": batch["input_ids"]} for batch in lm_batches(2, batch=BATCH)]
+    cache.teacher(model, batches[0])
+    return cache.teacher(model, batches[rank()])
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
+    torch.save(cached_teacher(), folder / f"teacher-{rank()}.pt")
+    dist.barrier()  # where one process still runs the teacher
     for case in CASES:
         torch.save(train(case, folder), folder / f"{case}-{rank()}.pt")
     torch.save(refusals(), folder / f"refusals-{rank()}.pt")

@@ -272,7 +272,8 @@ def _descend(
 def _run(block: nn.Module, state: torch.Tensor, call: Call) -> torch.Tensor:
     device = device_of(block)
     args, kwargs = send_to_device(call, device)
-    return block(state.to(device), *args, **kwargs)
+    output = block(state.to(device), *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()

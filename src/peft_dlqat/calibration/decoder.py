@@ -90,7 +90,7 @@ def decoder_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
 
 
 class _AllCaptured(Exception):
-    """Ends a forward pass at the last decoder layer."""
+    """Ends a forward pass at the last decoder layer, or at one that did not get the input of the one before it."""
 
 
 @torch.no_grad()
@@ -111,16 +111,16 @@ def capture(
 
     Raises:
         NoDecoderLayers: if a layer is not called with what the one before it returned.
-        ValueError: if there are no batches, or one is no dict.
+        ValueError: if there are no batches, or one is no dict, or no position of any counts.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NoDecoderLayers("an encoder-decoder has two lists of layers, each with inputs of its own.")
     calls: list[list[Call]] = []
     device = device_of(model)
     for batch in batches:
         arguments = {key: value for key, value in to_device(batch, device).items() if key != "labels"}
-        seen: list[tuple[torch.Tensor, Call]] = []
-        with _recording(layers, seen), suppress(_AllCaptured):
-            model(**arguments)
-        if len(seen) != len(layers) or any(state is not seen[0][0] for state, _ in seen):
+        seen = _record(model, layers, arguments, as_tuple=False) or _record(model, layers, arguments, as_tuple=True)
+        if not seen:
             raise NoDecoderLayers(
                 f"{type(model).__name__} does not hand each decoder layer's output to the next as it is; use "
                 "calibrate() for it."
@@ -132,6 +132,8 @@ def capture(
         calls.append(_on_cpu([call for _, call in seen]))
     if not calls:
         raise ValueError("there are no calibration batches; give at least one.")
+    if not any(counted is None or counted.any() for counted in hidden.counted):
+        raise ValueError("all of the calibration batches' attention masks are 0; check how the batches are made.")
     return calls
 
 
@@ -147,8 +149,22 @@ def _on_cpu(calls: list[Call]) -> list[Call]:
     return recursively_apply(copy, calls)
 
 
+def _record(
+    model: nn.Module, layers: list[nn.Module], arguments: dict[str, Any], as_tuple: bool
+) -> list[tuple[torch.Tensor, Call]]:
+    """What each layer is called with where all return their input, or a tuple of it as Bloom's do.
+
+    Empty if a layer does not get what the one before it returned.
+    """
+    seen: list[tuple[torch.Tensor, Call]] = []
+    # A model that wants no tuple may do with it what no tuple can.
+    with _recording(layers, seen, as_tuple), suppress(Exception if as_tuple else _AllCaptured):
+        model(**arguments)
+    return seen if len(seen) == len(layers) and all(state is seen[0][0] for state, _ in seen) else []
+
+
 @contextmanager
-def _recording(layers: list[nn.Module], seen: list[tuple[torch.Tensor, Call]]) -> Iterator[None]:
+def _recording(layers: list[nn.Module], seen: list[tuple[torch.Tensor, Call]], as_tuple: bool) -> Iterator[None]:
     """Inside the block the layers return their input, and append what they are called with to `seen`."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -159,9 +175,9 @@ def _recording(layers: list[nn.Module], seen: list[tuple[torch.Tensor, Call]]) -
         if "use_cache" in keywords:
             keywords["use_cache"] = False
         seen.append((state, (positional, keywords)))
-        if len(seen) == len(layers):
+        if len(seen) == len(layers) or state is not seen[0][0]:
             raise _AllCaptured
-        return state
+        return (state,) if as_tuple else state
 
     own: list[Callable[..., Any] | None] = [vars(layer).get("forward") for layer in layers]
     try:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..distillation import counted_positions, distillation_loss, evaluating, forward, teacher_logits
+from ..placement import in_any_process
 from .grid_state import mean_over_processes
 
 Objective = Literal["distill", "task"]
@@ -25,6 +26,20 @@ def mean_loss(model: nn.Module, batches: list[dict[str, Any]], objective: Object
     with evaluating(model):
         mean = torch.stack([batch_loss(model, batch, objective) for batch in batches]).mean()
     return mean_over_processes(mean).item()
+
+
+def check_counted(batches: list[dict[str, Any]], device: torch.device) -> None:
+    """Refuse batches in which nothing counts: their loss is 0 whatever the grid.
+
+    Raises:
+        ValueError: if all labels are -100, or all of the attention mask is 0, in every process's batches.
+    """
+    counts = [counted_positions(batch.get("labels"), _mask(batch)) for batch in batches]
+    if not in_any_process(any(own is None or bool(own.any()) for own in counts), device):
+        raise ValueError(
+            f"no position of the first {len(batches)} calibration batches counts: all labels are -100, or all of the "
+            "attention mask is 0; check how the batches are made."
+        )
 
 
 def _share(batch: dict[str, Any]) -> torch.Tensor | float:

@@ -33,7 +33,7 @@ from .grid_state import (
     smallest_over_processes,
     values_of,
 )
-from .losses import OBJECTIVES, Objective, mean_loss
+from .losses import OBJECTIVES, Objective, check_counted, mean_loss
 from .record import By, Calibration
 
 # Batches on which the inputs are measured, and the gain, before and after.
@@ -87,7 +87,8 @@ def calibrate(
 
     Raises:
         ValueError: for an impossible argument, a model without the adapter, or a loader that is empty, or ends early
-            and cannot be started again. The grid is then as it was before.
+            and cannot be started again, or whose first batches have no position that counts. The grid is then as it
+            was before.
         FloatingPointError: if the loss turns NaN or infinite. The grid is then as it was before.
     """
     if objective not in OBJECTIVES:
@@ -109,6 +110,7 @@ def calibrate(
         first = list(itertools.islice(batches, count))
         # The processes measure together: each as many batches as the one that has the fewest.
         first = first[: smallest_over_processes(len(first), device)]
+        check_counted(first, device)
         stages: dict[Any, Stage] = {"before": (mean_loss(model, first, objective), initial)}
         check_finite(stages["before"][0], 0, steps, lr)
         if config.init in WEIGHTED:
@@ -135,6 +137,7 @@ def calibrate(
         put_values(grid, best)
     kept = next(name for name, (_, values) in stages.items() if values is best)
     losses = {name: loss for name, (loss, _) in stages.items()}
+    by = by if steps else "model"  # the fit to the inputs alone is the same either way
     result = Calibration(steps, by, objective, losses["before"], losses.get("fitted"), losses[kept], kept)
     config.record["calibration"] = asdict(result)
     pack_weights(model, adapter_name)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..placement import several_processes
+from ..placement import in_any_process, several_processes
 from .divergence import SMALLEST_KEPT, TopTokens
 from .running import trained_base_parameters, unwrapped
 from .store import Entry, EntryFolder, EntryMemory, base_fingerprint
@@ -85,6 +85,7 @@ class TeacherCache:
             ValueError: if predictions of another base model are kept here (or of this one before its biases were
                 trained), or the batch has inputs other than tokens, or a row has a hole in its attention mask, or
                 positions that do not count from 0.
+            FloatingPointError: if the base model predicts NaN.
         """
         self.claim(model)
         sequences = list(_sequences(batch))
@@ -94,10 +95,10 @@ class TeacherCache:
             if entry is not None and self._fits(entry, len(sequence.tokens)):
                 entries[sequence.key] = entry
         missing = {s.key: s.tokens for s in sequences if s.key not in entries}
-        if missing:
+        # Each pass of a sharded model waits for the other processes: where one has to run it, all do, and once.
+        if in_any_process(bool(missing), batch["input_ids"].device):
             self._check_drift(model)
-            # Each pass of a sharded model waits for the other processes: all run one.
-            at_once = batch["input_ids"].numel() if not several_processes() else math.inf
+            at_once = math.inf if several_processes() else batch["input_ids"].numel()
             for part in _of_like_lengths(missing, at_once):
                 found = self._run(model, [missing[key] for key in part], batch["input_ids"])
                 for key, entry in zip(part, found, strict=True):
@@ -143,19 +144,26 @@ class TeacherCache:
         k, columns = entry["ids"].shape[1], entry["log_p"].shape[1]
         return len(entry["ids"]) == len(entry["log_p"]) == length and k <= self.k and columns - k in (0, 1)
 
-    def _run(self, model: nn.Module, sequences: list[torch.Tensor], like: torch.Tensor) -> Iterator[Entry]:
-        """Run the teacher on sequences, padded on the right; on the device of `like`."""
-        ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(like)
-        lengths = torch.tensor([len(tokens) for tokens in sequences], device=ids.device)
+    def _run(self, model: nn.Module, sequences: list[torch.Tensor], like: torch.Tensor) -> list[Entry]:
+        """Run the teacher on sequences, padded on the right, on the device of `like`; of none, on a token."""
+        run = sequences or [torch.zeros(1, dtype=torch.long)]
+        ids = nn.utils.rnn.pad_sequence(run, batch_first=True).to(like)
+        lengths = torch.tensor([len(tokens) for tokens in run], device=ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         all_logits = teacher_logits(model, {"input_ids": ids, "attention_mask": mask})
-        for logits, tokens in zip(all_logits, sequences, strict=True):
-            logits = logits[: len(tokens)]
-            if self.k is None:
-                yield {"logits": logits.cpu().clone()}
-            else:
-                top = TopTokens.of(logits, self.k)
-                yield {"log_p": top.log_p.clamp(min=SMALLEST_KEPT).half().cpu(), "ids": top.ids.int().cpu()}
+        return [self._entry(logits[: len(tokens)]) for logits, tokens in zip(all_logits, sequences, strict=False)]
+
+    def _entry(self, logits: torch.Tensor) -> Entry:
+        """What is kept of a sequence's logits [length, vocabulary]."""
+        if logits.isnan().any():
+            raise FloatingPointError(
+                f"the base model predicts NaN for a sequence of {len(logits)} tokens, which is not kept; check the "
+                "base model and its dtype."
+            )
+        if self.k is None:
+            return {"logits": logits.cpu().clone()}
+        top = TopTokens.of(logits, self.k)
+        return {"log_p": top.log_p.clamp(min=SMALLEST_KEPT).half().cpu(), "ids": top.ids.int().cpu()}
 
 
 def _of_like_lengths(sequences: dict[str, torch.Tensor], tokens: float) -> Iterator[list[str]]:

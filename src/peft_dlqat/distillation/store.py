@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..layer import DLQATLayer
-from ..placement import loaded
+from ..placement import check_whole, loaded
 from .running import adapter_parameters, unwrapped
 
 Entry = dict[str, torch.Tensor]
@@ -28,7 +28,9 @@ _HEADER = "teacher.json"
 _SAMPLES = 64
 # What a config's fields are called that change the logits and leave the weights as they are. No others: new releases
 # of transformers add fields.
-_COMPUTES = re.compile("model_type|rope|scal|window|layer_types|act|softcap|multiplier|eps|alibi|causal")
+_COMPUTES = re.compile(
+    "model_type|head|expert|top_?k|rope|rotary|scal|window|layer_types|act|norm|residual|softcap|multiplier|eps|alibi|causal"
+)
 
 
 class EntryMemory:
@@ -92,7 +94,9 @@ class EntryFolder:
         path = self.folder / _HEADER
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(path, lambda temporary: temporary.write_text(json.dumps(header), encoding="utf-8"))
+            _write_whole(
+                path, lambda temporary: temporary.write_text(json.dumps(header), encoding="utf-8"), put=_put_if_new
+            )
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             found_k, found_fingerprint = found["k"], found["teacher"]
@@ -110,12 +114,24 @@ class EntryFolder:
         return self.folder / key[:2] / f"{key}.safetensors"
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def _put_if_new(temporary: Path, path: Path) -> None:
+    """Give a file its name unless another process was first."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(temporary, path)
+
+
+def _write_whole(
+    path: Path, write: Callable[[Path], object], put: Callable[[Path, Path], object] = os.replace
+) -> None:
     """Write a file so that it is never seen in part."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
-        os.replace(temporary, path)
+        put(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -125,6 +141,9 @@ def base_fingerprint(model: nn.Module) -> str:
     """A hash of the base model under the adapters: its config, and shape, dtype and some values of each weight.
 
     The same whether an adapter is wrapped around it or injected, merged or not, and whichever layers it adapts.
+
+    Raises:
+        ValueError: if FSDP2 shards it.
     """
     model = unwrapped(model)
     seen = adapter_parameters(model)
@@ -138,6 +157,7 @@ def base_fingerprint(model: nn.Module) -> str:
             layer = layers.get(id(module))
             for name in new:
                 parameter = getattr(module, name)
+                check_whole(parameter)
                 values = parameter.detach()
                 if layer is not None and name == "weight":  # perhaps merged
                     original = layer.original_weight()
