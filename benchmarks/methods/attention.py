@@ -21,6 +21,8 @@ import torch
 from transformers import AttentionInterface
 
 NAME = "causal_blocks"
+# Whose layers all attend to all that is before, with plain softmax: others have windows, soft caps or sinks.
+MODEL_TYPES = ("llama", "gpt2", "opt")
 _BLOCKS = 8
 
 

@@ -24,8 +24,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "peqa": {"method": "peqa"},
     "qalora": {"method": "qalora"},
 }
+FULL_PRECISION = "full-precision"
 # Module and what to call it with.
 POST_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
+    FULL_PRECISION: ("full_precision", {}),
     "rtn-minmax": ("rtn", {"method": "minmax"}),
     "rtn-mse": ("rtn", {"method": "mse"}),
     "gptq": ("gptq", {}),

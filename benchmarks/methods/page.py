@@ -33,9 +33,11 @@ TABLES = {
         label: (model, "shapes-2bit-g32")
         for label, model in (("LLaMA", "embedded"), ("GPT-2", "gpt2"), ("OPT", "opt"))
     },
+    "group sizes": {name: ("embedded", name) for name in ("2bit-row", "2bit-g128", "2bit-g64", "2bit-g32")},
     "k-quants": {name: ("embedded", name) for name in ("q3_k", "3bit-g32-symmetric", "q2_k", "2bit-g32-float")},
 }
-CEILING = "lsq"
+# That are no rivals: the first trains every weight, the second is what all others are compared with.
+CEILING, FULL_PRECISION = "lsq", "full-precision"
 GIVEN = 3  # learning rates that small.json gives a contender to try
 # What is changed in the default recipe, row-wise at 3 bits with r = 8, and the setting where it is.
 QUESTIONS = {
@@ -57,7 +59,7 @@ QUESTIONS = {
 def results_of(model: str, setting: str) -> dict[str, dict[str, Any]]:
     """The results of a setting by contender."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / model / setting).glob("*.json"))}
-    return {name: results for name, results in found.items() if results["runs"]}
+    return {name: results for name, results in found.items() if results["runs"] and name != FULL_PRECISION}
 
 
 def unfinished(results: dict[str, Any]) -> bool:
@@ -89,6 +91,8 @@ def table(wanted: dict[str, tuple[str, str]]) -> str:
         lowest = min((kl(results), other) for other, results in found.items() if other != CEILING)[1]
         text = spread([run["kl"] for run in found[contender]["runs"]], 3 if kl(found[lowest]) > 0.02 else 4)
         text = f"**{text}**" if contender == lowest and len(found) > 1 else text
+        if "unmerged" in found[contender]["runs"][0]:
+            text += f" ({spread([run['unmerged']['kl'] for run in found[contender]['runs']])})"
         return f"{text} °" if unfinished(found[contender]) else text
 
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]

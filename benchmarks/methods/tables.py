@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 # Whose step counts as 1 in the file that step_times.py writes beside the settings.
 UNIT, STEP_TIMES = "dlqat", "step_times.json"
+# Settings with fewer contenders than this are not drawn, where others have more.
+_COMPARED = 4
+_COLUMNS_OF_PANELS = 3
+_KL = "held-out KL, nats a token"
 _COLUMNS = (
     "",
     "bits per weight",
@@ -95,44 +99,77 @@ def write_tables(folder: Path) -> str:
 
 
 def draw(settings: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    """KL by setting, and KL against the time of a step, one line or point a contender."""
+    """KL by setting, against bits a weight, and against the time of a step: a bar or a point a contender."""
     try:
         import matplotlib
     except ImportError:
         print("no plots: pip install matplotlib")
         return
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    settings = {name: rivals for name, rows in settings.items() if (rivals := [row for row in rows if kl(row) > 0])}
     contenders = sorted({results["contender"] for rows in settings.values() for results in rows})
-    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(contenders)}
-    figure, axes = plt.subplots(1, len(settings), figsize=(1 + 3.6 * len(settings), 4.2), squeeze=False)
-    for axis, (name, rows) in zip(axes[0], settings.items(), strict=True):
-        for i, results in enumerate(rows):
-            values = [run["kl"] for run in results["runs"]]
-            axis.barh(i, statistics.mean(values), color=colours[results["contender"]])
-            axis.scatter(values, [i] * len(values), color="black", s=6, zorder=3)
-        axis.set_yticks(range(len(rows)), [results["contender"] for results in rows], fontsize=8)
-        axis.invert_yaxis()
-        axis.set_xscale("log")
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("held-out KL, nats a token")
-    figure.tight_layout()
-    figure.savefig(folder / "kl.png", dpi=120)
-    plt.close(figure)
+    colours = {name: matplotlib.colormaps["tab20"](i % 20) for i, name in enumerate(contenders)}
+    compared = {name: rows for name, rows in settings.items() if len(rows) >= _COMPARED} or settings
+    timed = {name: times for name in compared if (times := step_times(folder, name))}
+    plain = [results for rows in settings.values() for results in rows if _is_plain(results["setting"])]
 
-    figure, axes = plt.subplots(1, len(settings), figsize=(1 + 3.6 * len(settings), 4.2), squeeze=False)
-    for axis, (name, rows) in zip(axes[0], settings.items(), strict=True):
-        times = step_times(folder, name)
-        for results in rows:
-            contender, time = results["contender"], times.get(results["contender"])
+    def bars(axis: Any, name: str) -> None:
+        for i, results in enumerate(compared[name]):
+            bar = axis.barh(i, kl(results), color=colours[results["contender"]])
+            axis.bar_label(bar, fmt="%.3f", fontsize=7, padding=2)
+        axis.set_yticks(range(len(compared[name])), [results["contender"] for results in compared[name]], fontsize=8)
+        axis.invert_yaxis()
+        axis.set(title=name, xscale="log", xlabel=_KL)
+        axis.set_xlim(kl(compared[name][0]) / 2, kl(compared[name][-1]) * 2)
+        axis.tick_params(axis="x", which="both", labelbottom=False)
+
+    def against_time(axis: Any, name: str) -> None:
+        for results in compared[name]:
+            contender, time = results["contender"], timed[name].get(results["contender"])
             if time is not None:
                 axis.scatter(time, kl(results), color=colours[contender])
                 axis.annotate(contender, (time, kl(results)), fontsize=7)
-        axis.set_yscale("log")
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("a training step's time / DL-QAT's")
-    axes[0][0].set_ylabel("held-out KL, nats a token")
+        axis.set(title=name, yscale="log", xlabel="training time / DL-QAT's", ylabel=_KL)
+
+    def against_bits(axis: Any, _: str) -> None:
+        for contender in contenders:
+            found = [(row["runs"][0]["bits_per_weight"], kl(row), row["setting"]) for row in plain]
+            found = [one for one, row in zip(found, plain, strict=True) if row["contender"] == contender]
+            for width, value, setting in found:
+                axis.scatter(width, value, color=colours[contender], marker=f"${setting['bits']}$", s=50)
+            axis.plot([], [], "s", color=colours[contender], label=contender)
+            rows = sorted((width, value) for width, value, setting in found if setting["group_size"] == -1)
+            axis.plot(*zip(*rows, strict=True) if rows else ([], []), color=colours[contender], linewidth=1)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        axis.set(yscale="log", xlabel="bits per weight; the digit: bits of a code; lines: one scale a row", ylabel=_KL)
+
+    _panels(folder / "kl.png", compared, bars)
+    _panels(folder / "bits.png", [""] if plain else [], against_bits, width=7)
+    _panels(folder / "time.png", timed, against_time)
+
+
+def _is_plain(setting: dict[str, Any]) -> bool:
+    """Whether a setting is one of bits and group size alone."""
+    return setting.keys() == {"bits", "group_size", "zero_point", "r"} and (setting["zero_point"], setting["r"]) == (
+        "float",
+        8,
+    )
+
+
+def _panels(path: Path, names: Iterable[Any], panel: Callable[[Any, Any], None], width: float = 4.2) -> None:
+    """A picture with a panel for each name, drawn by `panel(axis, name)`; none without names."""
+    import matplotlib.pyplot as plt
+
+    names = list(names)
+    if not names:
+        return
+    columns = min(len(names), _COLUMNS_OF_PANELS)
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1 + width * columns, 4.2 * rows), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, names, strict=False):
+        panel(axis, name)
     figure.tight_layout()
-    figure.savefig(folder / "time.png", dpi=120)
+    figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -15,7 +15,7 @@ import torch
 from peers.common import Batches, Prepared, grid_for
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
 from transformers.pytorch_utils import Conv1D
 
 from peft_dlqat import DLQATConfig, distillation_loss
@@ -48,12 +48,14 @@ class Task:
 
     def load_model(self) -> PreTrainedModel:
         """The model in float32, on a GPU where there is one."""
-        on_gpu = torch.cuda.is_available()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = AutoConfig.from_pretrained(self.model_id)
+        fast = device == "cpu" and config.model_type in attention.MODEL_TYPES
         model = AutoModelForCausalLM.from_pretrained(
-            self.model_id, dtype=torch.float32, attn_implementation="sdpa" if on_gpu else attention.NAME
+            self.model_id, dtype=torch.float32, attn_implementation=attention.NAME if fast else "sdpa"
         )
         model.config.use_cache = False
-        return model.to("cuda" if on_gpu else "cpu")
+        return model.to(device)
 
     @torch.no_grad()
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
@@ -136,7 +138,10 @@ def run(
     size, calibration_steps = training.get("batch_size", 16), training.get("calibration_steps", 0)
     data = training.get("calibration_data", "train")
     model, calibration = task.load_model(), task.calibration(size, seed, calibration_steps, data)
-    width = bits_per_weight(model, contenders.own_grid(contender, setting))
+    if contender == contenders.FULL_PRECISION:
+        width = 8.0 * next(model.parameters()).element_size()
+    else:
+        width = bits_per_weight(model, contenders.own_grid(contender, setting))
     if not contenders.is_trained(contender):
         started = time.process_time()
         model = contenders.quantize(contender, model, setting, calibration, training.get("steps"))
