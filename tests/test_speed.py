@@ -62,10 +62,11 @@ def test_the_page_holds_the_results():
 def test_the_gpus_script_runs_without_one(tmp_path):
     run("gpu.py", "layer", "--quick", "--rounds", "2", "--results", str(tmp_path / "layer.json"))
     rows = json.loads((tmp_path / "layer.json").read_text())["rows"]["256 x 512"]["64 tokens"]
-    assert rows["LoRA"]["time_ratio"]["median"] == 1 and len(rows) == 7
+    assert rows["LoRA"]["time_ratio"]["median"] == 1 and len(rows) == 10
     assert rows["DL-QAT, int4 storage"]["bytes_of_layer"] < rows["DL-QAT"]["bytes_of_layer"]
-    output = run("gpu.py", "model", "--size", "quick", "--only", "DL-QAT, int4 storage", "--steps", "1")
-    assert json.loads(output.splitlines()[-1])["tokens_per_second"] > 0
+    for name in ("DL-QAT, int4 storage", "LR-QAT, checkpointed, eager"):
+        output = run("gpu.py", "model", "--size", "quick", "--only", name, "--steps", "1")
+        assert json.loads(output.splitlines()[-1])["tokens_per_second"] > 0
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from unittest import mock
 
 import torch
 from paired import machine, ratios
+from peers import PEERS, replace_layers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -39,7 +40,7 @@ from peft_dlqat.qweight import unrounded_codes
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 R = 16
-GRID = {"bits": 3, "group_size": 128, "r": R, "init": "minmax"}
+GRID: dict[str, Any] = {"bits": 3, "group_size": 128, "r": R, "init": "minmax"}
 LOWRANK = {"gradient": "lowrank", "magnitude": "row"}
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "LoRA": None,
@@ -74,11 +75,13 @@ class OneLayer(nn.Module):
 def available() -> list[str]:
     """Contenders that this machine can run."""
     four_bits = DEVICE == "cuda" and find_spec("bitsandbytes") is not None
-    return [name for name in CONTENDERS if "4-bit" not in name or four_bits]
+    return [name for name in (*CONTENDERS, *PEERS) if "4-bit" not in name or four_bits]
 
 
 def adapted(name: str, base: nn.Module, targets: Any) -> nn.Module:
     """The base model with the contender's adapter, on the GPU; the update is not zero."""
+    if name in PEERS:
+        return replace_layers(base.to(DEVICE), PEERS[name], GRID["bits"], GRID["group_size"], R)
     kwargs = CONTENDERS[name]
     if kwargs is None:
         base.requires_grad_(False)
@@ -106,6 +109,7 @@ def in_four_bits(model: nn.Module) -> None:
             )
             small.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
             model.set_submodule(name, small.to(DEVICE))  # quantizes
+    model.is_loaded_in_4bit = True  # by which PEFT knows that its own layer for these is wanted
 
 
 def step(model: nn.Module, x: torch.Tensor, grad: torch.Tensor, repeats: int) -> Callable[[], None]:
@@ -172,7 +176,7 @@ def time_layer(n_in: int, n_out: int, tokens: list[int], rounds: int, work: int)
     for name in available():
         torch.manual_seed(0)
         models[name] = adapted(name, OneLayer(n_in, n_out), ["lin"])
-        if CONTENDERS[name] is not None:
+        if CONTENDERS.get(name) is not None:
             check(name, models[name])
     found: dict[str, dict[str, Any]] = {}
     for count in tokens:
@@ -208,11 +212,11 @@ def measure_model(name: str, size: str, batch: int, steps: int) -> dict[str, flo
     torch.manual_seed(0)
     config = LlamaConfig(**MODELS[size], vocab_size=32000, max_position_embeddings=LENGTH)
     # A base that is packed must not be on the GPU whole first, so that it may be larger than that.
-    packs = bool((CONTENDERS[name] or {}).get("storage")) or "4-bit" in name
+    packs = bool((CONTENDERS.get(name) or {}).get("storage")) or "4-bit" in name
     with torch.device("cpu" if packs else DEVICE):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = adapted(name, base, "all-linear").train()
-    if CONTENDERS[name] is not None:
+    if CONTENDERS.get(name) is not None:
         check(name, model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
@@ -289,7 +293,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default: 11 of a layer, 2 of a model")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a model in each process")
     parser.add_argument("--quick", action="store_true", help="a small layer, to see that it runs, without a GPU too")
-    parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=[*CONTENDERS, *PEERS], help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help="default: gpu-layer.json or gpu-model.json beside the others")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*never calibrated.*")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from paired import machine, ratios
-from peers import CheckpointedLRQAT, FakeQuantizedWithLoRA, FullWeightQAT
+from peers import PEERS
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -195,9 +195,7 @@ def contenders(work: Work, more: bool, everybody: bool) -> dict[str, nn.Module]:
     models["trained linear layer"] = fresh(work).requires_grad_(True)
     if everybody:
         arguments = (fresh(work).lin.weight, work.bits, work.group_size, work.r)
-        models["LR-QAT, checkpointed, eager"] = CheckpointedLRQAT(*arguments)
-        models["fake-quantized weight + LoRA, eager"] = FakeQuantizedWithLoRA(*arguments)
-        models["QAT of the full weight, eager"] = FullWeightQAT(*arguments)
+        models.update({name: kind(*arguments) for name, kind in PEERS.items()})
     return models
 
 

@@ -1,6 +1,7 @@
 """Other ways to train a low-bit layer, each as its paper or recipe says, in plain torch.
 
-All have the grid of `bits` and `group_size` with an integer zero, found by min-max.
+All have the grid of `bits` and `group_size` with an integer zero, found by min-max. The weight is made in float32 and
+multiplied in the dtype of x.
 """
 
 from __future__ import annotations
@@ -27,16 +28,26 @@ class _Quantized(nn.Module):
         weight = weight.detach()
         self.grid = Grid(bits, largest_group(weight.shape[1], group_size), "integer", torch.bfloat16)
         s, z = initialise(weight, self.grid, "minmax")
-        self.s, self.z = nn.Parameter(s.unsqueeze(-1)), z.unsqueeze(-1)
-        self.weight = weight
-        self.A = nn.Parameter(torch.empty(r, weight.shape[1]))
-        self.B = nn.Parameter(torch.zeros(weight.shape[0], r))
+        self.s = nn.Parameter(s.unsqueeze(-1))
+        self.register_buffer("z", z.unsqueeze(-1))
+        self.register_buffer("weight", weight)
+        self.A = nn.Parameter(torch.empty(r, weight.shape[1], device=weight.device))
+        self.B = nn.Parameter(torch.zeros(weight.shape[0], r, device=weight.device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def fake_quantize(self, units: torch.Tensor) -> torch.Tensor:
         """w_hat from the weight in units of the grid [out, n_groups, group_size]."""
         clipped = units.clamp(self.grid.qmin, self.grid.qmax)
         return (self.s * (straight_through(clipped.round(), clipped) - self.z)).flatten(1)
+
+
+def replace_layers(model: nn.Module, kind: type[nn.Module], bits: int, group_size: int, r: int) -> nn.Module:
+    """Put a peer in the place of every linear layer but the head; nothing else trains."""
+    model.requires_grad_(False)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and not path.endswith("lm_head"):
+            model.set_submodule(path, kind(layer.weight, bits, group_size, r))
+    return model
 
 
 class CheckpointedLRQAT(_Quantized):
@@ -53,7 +64,8 @@ class CheckpointedLRQAT(_Quantized):
         return checkpoint(self._forward, x, use_reentrant=False)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.fake_quantize(self.weight / self.fraction + self.grid.group(self.B @ self.A)))
+        w_hat = self.fake_quantize(self.weight / self.fraction + self.grid.group(self.B @ self.A))
+        return F.linear(x, w_hat.to(x.dtype))
 
 
 class FakeQuantizedWithLoRA(_Quantized):
@@ -62,7 +74,8 @@ class FakeQuantizedWithLoRA(_Quantized):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The weight is fake-quantized in every forward pass."""
         w_hat = self.fake_quantize(self.grid.group(self.weight) / self.s.detach() + self.z)
-        return F.linear(x, w_hat.detach()) + x @ self.A.t() @ self.B.t()
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        return F.linear(x, w_hat.detach().to(x.dtype)) + x @ A.t() @ B.t()
 
 
 class FullWeightQAT(_Quantized):
@@ -75,4 +88,11 @@ class FullWeightQAT(_Quantized):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """All by autograd."""
-        return F.linear(x, self.fake_quantize(self.grid.group(self.weight) / self.s + self.z))
+        return F.linear(x, self.fake_quantize(self.grid.group(self.weight) / self.s + self.z).to(x.dtype))
+
+
+PEERS: dict[str, type[nn.Module]] = {
+    "LR-QAT, checkpointed, eager": CheckpointedLRQAT,
+    "fake-quantized weight + LoRA, eager": FakeQuantizedWithLoRA,
+    "QAT of the full weight, eager": FullWeightQAT,
+}

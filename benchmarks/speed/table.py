@@ -51,15 +51,44 @@ def growth_table(results: dict[str, Any]) -> str:
 def model_table(results: dict[str, Any]) -> str:
     """One line a contender."""
     lines = [
-        "| | time / LoRA's | peak memory / LoRA's | resident before training, GB | peak, GB |",
-        "|---|---|---|---|---|",
+        "| | time / LoRA's | quartiles | peak memory / LoRA's | resident before training, GB | peak, GB | kept for "
+        "backward, GB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in results["rows"].items():
-        memory = row["resident bytes"]
+        memory, time = row["resident bytes"], row["time_ratio"]
+        kept = f"{row['kept_bytes'] / 1e9:.2f}" if "kept_bytes" in row else ""
         lines.append(
-            f"| {name} | {row['time_ratio']['median']:.2f} | {row['peak_ratio']:.2f} | "
-            f"{memory['before training'] / 1e9:.2f} | {memory['peak'] / 1e9:.2f} |"
+            f"| {name} | {time['median']:.2f} | {time['low']:.2f} to {time['high']:.2f} | {row['peak_ratio']:.2f} | "
+            f"{memory['before training'] / 1e9:.2f} | {memory['peak'] / 1e9:.2f} | {kept} |"
         )
+    return "\n".join(lines)
+
+
+def gpu_layer_table(results: dict[str, Any]) -> str:
+    """One line a shape, number of tokens and contender."""
+    lines = ["| | tokens | | time / LoRA's | layer, MB | step beside it, MB |", "|---|---|---|---|---|---|"]
+    for shape, by_tokens in results["rows"].items():
+        for tokens, rows in by_tokens.items():
+            for name, row in rows.items():
+                step = "" if row["bytes_of_step"] is None else f"{row['bytes_of_step'] / 1e6:.1f}"
+                lines.append(
+                    f"| {shape} | {tokens} | {name} | {row['time_ratio']['median']:.2f} | "
+                    f"{row['bytes_of_layer'] / 1e6:.1f} | {step} |"
+                )
+    return "\n".join(lines)
+
+
+def gpu_model_table(results: dict[str, Any]) -> str:
+    """One line a size, batch and contender; empty where it did not fit."""
+    lines = ["| | | time / LoRA's | tokens a second | peak, GB |", "|---|---|---|---|---|"]
+    for work, rows in results["rows"].items():
+        for name, row in rows.items():
+            runs = [run for run in row["runs"] if "error" not in run]
+            ratio = f"{statistics.median(row['time_ratios']):.2f}" if row["time_ratios"] else ""
+            speed = f"{max(run['tokens_per_second'] for run in runs):.0f}" if runs else ""
+            peak = f"{runs[0]['peak_GB']:.2f}" if runs and runs[0]["peak_GB"] else ""
+            lines.append(f"| {work} | {name} | {ratio} | {speed} | {peak} |")
     return "\n".join(lines)
 
 
@@ -112,7 +141,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def tables() -> dict[str, str]:
     """Markdown by name of the results file, for those that are there."""
     made = {}
-    for name, make in (("layer", layer_table), ("growth", growth_table), ("model", model_table)):
+    kinds = (
+        ("layer", layer_table),
+        ("growth", growth_table),
+        ("model", model_table),
+        ("gpu-layer", gpu_layer_table),
+        ("gpu-model", gpu_model_table),
+    )
+    for name, make in kinds:
         path = RESULTS / f"{'layer' if name == 'growth' else name}.json"
         if path.exists():
             made[name] = make(json.loads(path.read_text()))
