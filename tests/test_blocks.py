@@ -112,12 +112,13 @@ def test_the_first_error_is_the_layers_on_its_initial_grid():
     assert errors[1].after == pytest.approx(error(1).item(), rel=1e-4)
 
 
-def test_the_adapter_is_fitted_on_request_and_gains_more():
-    alone, both = adapted(), adapted()
+@pytest.mark.parametrize("zero_point, also", [("integer", set()), ("float", {"dlqat_shift"})])
+def test_the_adapter_is_fitted_on_request_and_gains_more(zero_point, also):
+    alone, both = adapted(zero_point=zero_point), adapted(zero_point=zero_point)
     before = state(both)
     without, with_adapter = run(alone, steps=40), run(both, steps=40, train_adapter=True)
     assert all(a.after > b.after for a, b in zip(without, with_adapter, strict=True))
-    assert ADAPTER.issubset(moved(both, before))
+    assert (ADAPTER | also).issubset(moved(both, before))
 
 
 def test_the_adapter_is_fitted_alike_whatever_the_size_of_the_weights():

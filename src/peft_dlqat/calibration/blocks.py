@@ -96,7 +96,7 @@ def calibrate_blocks(
             mean scale, for z one code.
         adapter_name: the adapter to calibrate; defaults to the active one.
         progress: show a progress bar.
-        train_adapter: fit A, B and m too.
+        train_adapter: fit A, B, m and the shift too.
         cache_dir: an existing folder to keep hidden states in meanwhile, rather than in memory.
 
     Returns:
@@ -173,10 +173,10 @@ class Fit:
         check_steps(self.steps, self.lr)
 
     def adapter_tensors(self, layer: DLQATLayer) -> list[torch.Tensor]:
-        """A, B and m, where they are fitted."""
+        """A, B, m and the shift, where they are fitted."""
         if not self.train_adapter:
             return []
-        kinds = (layer.dlqat_A, layer.dlqat_B, layer.dlqat_magnitude)
+        kinds = (layer.dlqat_A, layer.dlqat_B, layer.dlqat_magnitude, layer.dlqat_shift)
         return [tensors[self.adapter_name] for tensors in kinds if self.adapter_name in tensors]
 
     def tensors(self, layer: DLQATLayer) -> list[torch.Tensor]:
@@ -186,8 +186,8 @@ class Fit:
     def optimizer(self, layers: list[DLQATLayer]) -> torch.optim.Optimizer:
         """Adam, each tensor's step in a unit of its own.
 
-        A unit of B moves a weight by about `_UPDATE`; those of A and m are ten times A's mean size and one half.
-        Smaller units of A gave a higher divergence on a small pretrained Llama at 3 bits.
+        A unit of B moves a weight by about `_UPDATE`; those of A, m and the shift are ten times A's mean size, one
+        half, and one code. Smaller units of A gave a higher divergence on a small pretrained Llama at 3 bits.
         """
         optimizer = grid_optimizer(layers, self.adapter_name, self.lr)
         name = self.adapter_name
@@ -200,6 +200,8 @@ class Fit:
                 units[layer.dlqat_B[name]] = _UPDATE / (size * math.sqrt(len(A)) * layer.dlqat_scaling[name])
             if name in layer.dlqat_magnitude:
                 units[layer.dlqat_magnitude[name]] = 0.5
+            if name in layer.dlqat_shift:
+                units[layer.dlqat_shift[name]] = 1.0
             for tensor, unit in units.items():
                 optimizer.add_param_group({"params": [tensor], "lr": self.lr * unit})
         return optimizer

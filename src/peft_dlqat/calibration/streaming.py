@@ -60,7 +60,7 @@ def calibrate_blocks_from_disk(
         steps: as `calibrate_blocks`.
         lr: as `calibrate_blocks`.
         progress: show a progress bar.
-        train_adapter: fit A, B and m too.
+        train_adapter: fit A, B, m and the shift too.
         cache_dir: an existing folder to keep hidden states in meanwhile, rather than in memory.
         dtype: dtype of the weights, and so of the computation; defaults to the one that the model's config names.
 
