@@ -42,6 +42,18 @@ def task(tmp_path):
     return tmp_path
 
 
+def test_no_two_experiments_give_different_settings_one_name(tmp_path):
+    """They share a folder of results, where `make bench-quality EXPERIMENTS=all` puts them."""
+    import run as runner
+
+    heads = {}
+    for path in EXPERIMENTS:
+        experiment = {**json.loads(path.read_text()), "model_name": "tiny"}
+        for setting, contender, results in runner.plan(experiment, [], tmp_path):
+            head = {key: results.data.get(key) for key in ("setting", "training", "search_share", "text")}
+            assert heads.setdefault((setting, contender), head) == head, (path.stem, setting, contender)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_runs(task, experiment):

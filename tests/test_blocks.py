@@ -14,7 +14,7 @@ from conftest import HIDDEN, VOCAB, lm_batches, random_model, tiny_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, OpenAIGPTConfig
 
 import peft_dlqat.calibration.blocks
 import peft_dlqat.calibration.decoder
@@ -77,8 +77,16 @@ def test_each_layers_error_and_the_models_divergence_fall(kind, zero_point):
 SIZES = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-@pytest.mark.parametrize("base", [BloomConfig(**SIZES), FalconConfig(**SIZES)], ids=["bloom", "falcon"])
-def test_layers_that_return_a_tuple(base):
+@pytest.mark.parametrize(
+    "base",
+    [
+        BloomConfig(**SIZES),
+        FalconConfig(**SIZES),
+        OpenAIGPTConfig(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64),
+    ],
+    ids=["bloom", "falcon", "openai-gpt"],
+)
+def test_layers_that_return_a_tuple_or_a_list(base):
     model = get_peft_model(random_model(base), config(init="minmax"))
     divergence = heldout_kl(model)
     errors = run(model, steps=40)

@@ -727,8 +727,9 @@ def test_a_folder_belongs_to_one_base_model(tmp_path):
 
 @pytest.mark.parametrize("links", [True, False])
 def test_of_two_writers_of_one_folder_the_first_has_it(tmp_path, monkeypatch, links):
-    """Both have found it empty; on a file system without links the last one has it, and the first is told."""
-    monkeypatch.setattr(Path, "exists", lambda self: False)
+    """Both have found it empty. On a file system without links the last one has it."""
+    empty = [True, True]
+    monkeypatch.setattr(Path, "exists", lambda self: not (empty and empty.pop()))
     if not links:
         monkeypatch.setattr(os, "link", refuse_link)
     first, second = EntryFolder(tmp_path), EntryFolder(tmp_path)
@@ -739,6 +740,8 @@ def test_of_two_writers_of_one_folder_the_first_has_it(tmp_path, monkeypatch, li
         first.claim(4, "one")
     else:
         second.claim(4, "other")
+        with pytest.raises(ValueError, match="the predictions of another base model"):
+            EntryFolder(tmp_path).claim(4, "one")
 
 
 def refuse_link(*paths):
@@ -746,16 +749,14 @@ def refuse_link(*paths):
 
 
 @pytest.mark.parametrize("k", [None, 4])
-def test_a_teacher_that_predicts_nan_is_refused_and_not_kept(tmp_path, k):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_teacher_that_predicts_no_number_is_refused_and_not_kept(tmp_path, k, value):
     model, batch = adapted(), {"input_ids": tokens(2)}
-    weight = model.get_base_model().model.norm.weight
-    kept = weight.data.clone()
-    weight.data[3] = torch.nan
+    model.get_base_model().lm_head.register_forward_hook(lambda *args: torch.full_like(args[2], value))
     cache = TeacherCache(k=k, folder=tmp_path)
-    with pytest.raises(FloatingPointError, match="predicts NaN for a sequence of 16 tokens"):
+    with pytest.raises(FloatingPointError, match="predicts NaN or infinity for a sequence of 16 tokens"):
         cache.teacher(model, batch)
     assert not list(tmp_path.rglob("*.safetensors"))
-    weight.data = kept
 
 
 def test_a_cache_takes_wrapped_and_offloaded_models():

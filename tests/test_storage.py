@@ -215,6 +215,16 @@ def test_a_state_dict_of_weights_in_another_storage_is_refused(storage, into):
     model.load_state_dict(before)
 
 
+def test_a_merged_model_takes_its_own_state_dict_and_no_packed_one():
+    model = get_peft_model(tiny_model(), config("int8"))
+    pack_weights(model)
+    packed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.merge_adapter()
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="in full, and those of the state dict are packed"):
+        model.load_state_dict(packed)
+
+
 def test_all_layers_are_packed_or_none():
     model = get_peft_model(tiny_model(), config("int8"))
     model.add_adapter("other", config("full", target_modules=["v_proj"]))

@@ -33,7 +33,15 @@ TABLES = {
         label: (model, "shapes-2bit-g32")
         for label, model in (("LLaMA", "embedded"), ("GPT-2", "gpt2"), ("OPT", "opt"))
     },
-    "group sizes": {name: ("embedded", name) for name in ("2bit-row", "2bit-g128", "2bit-g64", "2bit-g32")},
+    "group sizes": {
+        label: ("embedded", setting)
+        for label, setting in (
+            ("one a row", "groups-row"),
+            ("of 128", "groups-128"),
+            ("of 64", "groups-64"),
+            ("of 32", "groups-32"),
+        )
+    },
     "k-quants": {name: ("embedded", name) for name in ("q3_k", "3bit-g32-symmetric", "q2_k", "2bit-g32-float")},
 }
 # That are no rivals: the first trains every weight, the second is what all others are compared with.

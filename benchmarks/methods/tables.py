@@ -106,7 +106,7 @@ def draw(settings: dict[str, list[dict[str, Any]]], folder: Path) -> None:
         print("no plots: pip install matplotlib")
         return
     matplotlib.use("Agg")
-    settings = {name: rivals for name, rows in settings.items() if (rivals := [row for row in rows if kl(row) > 0])}
+    settings = {name: rivals for name, rows in settings.items() if (rivals := [row for row in rows if _is_drawn(row)])}
     contenders = sorted({results["contender"] for rows in settings.values() for results in rows})
     colours = {name: matplotlib.colormaps["tab20"](i % 20) for i, name in enumerate(contenders)}
     compared = {name: rows for name, rows in settings.items() if len(rows) >= _COMPARED} or settings
@@ -132,20 +132,27 @@ def draw(settings: dict[str, list[dict[str, Any]]], folder: Path) -> None:
         axis.set(title=name, yscale="log", xlabel="training time / DL-QAT's", ylabel=_KL)
 
     def against_bits(axis: Any, _: str) -> None:
-        for contender in contenders:
-            found = [(row["runs"][0]["bits_per_weight"], kl(row), row["setting"]) for row in plain]
-            found = [one for one, row in zip(found, plain, strict=True) if row["contender"] == contender]
-            for width, value, setting in found:
-                axis.scatter(width, value, color=colours[contender], marker=f"${setting['bits']}$", s=50)
+        for contender in sorted({results["contender"] for results in plain}):
+            row_wise = []
+            for results in plain:
+                if results["contender"] == contender:
+                    point, setting = (results["runs"][0]["bits_per_weight"], kl(results)), results["setting"]
+                    axis.scatter(*point, color=colours[contender], marker=f"${setting['bits']}$", s=50)
+                    row_wise += [point] if setting["group_size"] == -1 else []
+            widths, values = [x for x, _ in sorted(row_wise)], [y for _, y in sorted(row_wise)]
+            axis.plot(widths, values, color=colours[contender], linewidth=1)
             axis.plot([], [], "s", color=colours[contender], label=contender)
-            rows = sorted((width, value) for width, value, setting in found if setting["group_size"] == -1)
-            axis.plot(*zip(*rows, strict=True) if rows else ([], []), color=colours[contender], linewidth=1)
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         axis.set(yscale="log", xlabel="bits per weight; the digit: bits of a code; lines: one scale a row", ylabel=_KL)
 
     _panels(folder / "kl.png", compared, bars)
     _panels(folder / "bits.png", [""] if plain else [], against_bits, width=7)
     _panels(folder / "time.png", timed, against_time)
+
+
+def _is_drawn(results: dict[str, Any]) -> bool:
+    """All but the model as it is, and what has diverged."""
+    return results["contender"] != "full-precision" and math.isfinite(kl(results))
 
 
 def _is_plain(setting: dict[str, Any]) -> bool:
@@ -162,6 +169,7 @@ def _panels(path: Path, names: Iterable[Any], panel: Callable[[Any, Any], None],
 
     names = list(names)
     if not names:
+        path.unlink(missing_ok=True)
         return
     columns = min(len(names), _COLUMNS_OF_PANELS)
     rows = -(-len(names) // columns)

@@ -184,8 +184,9 @@ def _warn_if_learning_rate_is_low(model: nn.Module, optimizer: Any) -> None:
     """The Trainer's default is for weights; B counts steps of the grid, and hardly moves a code with it."""
     of_b = {id(parameter) for name, parameter in model.named_parameters() if ".dlqat_B." in name}
     for group in getattr(optimizer, "param_groups", []):
-        lr = group.get("initial_lr", group["lr"])  # a schedule may begin at 0
-        if lr < RECIPE.lr(model) / _FAR_BELOW and any(id(parameter) in of_b for parameter in group["params"]):
+        # A schedule may begin at 0, or rise to what it calls max_lr; some optimisers find their own.
+        lr = max(group.get(key) or 0.0 for key in ("lr", "initial_lr", "max_lr"))
+        if 0 < lr < RECIPE.lr(model) / _FAR_BELOW and any(id(parameter) in of_b for parameter in group["params"]):
             warnings.warn(
                 f"the learning rate of A and B, {lr:g}, is far below the recipe's {RECIPE.lr(model):.2g} for this "
                 "model; raise it, or take RECIPE.training_arguments(model, output_dir) and "

@@ -131,15 +131,16 @@ class FrozenWeight(BaseTunerLayer):
             self.get_base_layer().weight.data = weight
 
     def check_same_storage(self, weight: torch.Tensor | None) -> None:
-        """Refuse a weight from a state dict that is packed where this layer's is not, or the other way round.
+        """Refuse a weight from a state dict that is packed where the base layer's is not, or the other way round.
 
         It would be copied: codes as if they were weights, or weights cut to bytes.
 
         Raises:
             ValueError: in that case.
         """
-        if weight is not None and weight.is_floating_point() == self.packed:
-            held, given = ("packed", "not") if self.packed else ("in full", "packed")
+        in_full = self.get_base_layer().weight.is_floating_point()  # merged, a packed one is, too
+        if weight is not None and weight.is_floating_point() != in_full:
+            held, given = ("in full", "packed") if in_full else ("packed", "not")
             raise ValueError(
                 f"the frozen weights of the model are {held}, and those of the state dict are {given}; call "
                 "pack_weights() before loading a state dict of packed weights, or load the adapter alone."

@@ -27,7 +27,7 @@ from .packing import pack_weights
 from .qweight import piece_rows
 
 # Bytes of optimiser state a trained number, beside the number and its gradient.
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_fused": 8, "adamw_8bit": 2, "sgd": 0}
 # Bytes a weight of the piece of rows that the reference op works on. On the way to w_hat: float32 codes, where it is
 # not made in its own place; and W0 in float32, or its bits unpacked.
 _CODES_BYTES, _FLOAT_BYTES, _UNPACKED_BYTES = 4, 4, 5
@@ -108,7 +108,8 @@ def estimate_memory(
         sequence_length: tokens a sequence.
         gradient_checkpointing: whether decoder layers are computed again in backward.
         dtype: of the weights that are not packed, and of the computation.
-        optimizer: "adamw", "adamw_8bit" or "sgd".
+        optimizer: "adamw" for torch's own, "adamw_fused" for that with `fused=True` (which the Trainer makes by
+            default), "adamw_8bit" or "sgd".
         device: "cuda" or "cpu", which differ in how many rows the op works on at once, and in that torch's AdamW takes
             all tensors at once on a GPU. Triton's kernels take less than the plain torch that is reckoned with.
         gradient_accumulation_steps: batches that make a step of the optimiser.

@@ -31,6 +31,11 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_shape")
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ZeRO-3 or FSDP2 spreads a parameter over processes, so that all of them have to run it together."""
+    return any(is_partitioned(parameter) or isinstance(parameter, _dtensor()) for parameter in module.parameters())
+
+
 def several_processes() -> bool:
     """Whether others take part, under torch.distributed."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -96,8 +101,8 @@ def check_whole(parameter: torch.Tensor) -> None:
     if isinstance(parameter, _dtensor()):
         raise ValueError(
             f"a weight {list(parameter.shape)} is sharded by FSDP2, so that this process has only a part of it; "
-            "calibrate, pack, merge, export or make a DistillationLoss with a cache before the model is sharded, or "
-            "load the saved adapter into a whole one."
+            "calibrate, pack, merge, export, or make a DistillationLoss (and fill its cache, where biases train) "
+            "before the model is sharded, or load the saved adapter into a whole one."
         )
 
 

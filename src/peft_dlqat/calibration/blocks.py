@@ -275,7 +275,7 @@ def _run(block: nn.Module, state: torch.Tensor, call: Call) -> torch.Tensor:
     device = device_of(block)
     args, kwargs = send_to_device(call, device)
     output = block(state.to(device), *args, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..layer import DLQATLayer
-from ..placement import device_of
+from ..placement import device_of, in_any_process
 from .data import to_device
 
 # A layer's arguments beside the hidden states: positional, by keyword.
@@ -132,7 +132,7 @@ def capture(
         calls.append(_on_cpu([call for _, call in seen]))
     if not calls:
         raise ValueError("there are no calibration batches; give at least one.")
-    if not any(counted is None or counted.any() for counted in hidden.counted):
+    if not in_any_process(any(counted is None or bool(counted.any()) for counted in hidden.counted), device):
         raise ValueError("all of the calibration batches' attention masks are 0; check how the batches are made.")
     return calls
 
@@ -157,9 +157,14 @@ def _record(
     Empty if a layer does not get what the one before it returned.
     """
     seen: list[tuple[torch.Tensor, Call]] = []
-    # A model that wants no tuple may do with it what no tuple can.
-    with _recording(layers, seen, as_tuple), suppress(Exception if as_tuple else _AllCaptured):
-        model(**arguments)
+    try:
+        with _recording(layers, seen, as_tuple):
+            model(**arguments)
+    except _AllCaptured:
+        pass
+    except Exception:  # what a model does with a layer's output may not go with what it gets here
+        if not seen:
+            raise
     return seen if len(seen) == len(layers) and all(state is seen[0][0] for state, _ in seen) else []
 
 

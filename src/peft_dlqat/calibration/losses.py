@@ -17,7 +17,7 @@ OBJECTIVES: tuple[Objective, ...] = ("distill", "task")
 
 def batch_loss(model: nn.Module, batch: dict[str, Any], objective: Objective) -> torch.Tensor:
     """Mean loss of a batch, a scalar, weighted by the batch's share in all processes' tokens."""
-    return _share(batch) * _own_loss(model, batch, objective)
+    return _share(model, batch) * _own_loss(model, batch, objective)
 
 
 @torch.no_grad()
@@ -28,13 +28,13 @@ def mean_loss(model: nn.Module, batches: list[dict[str, Any]], objective: Object
     return mean_over_processes(mean).item()
 
 
-def check_counted(batches: list[dict[str, Any]], device: torch.device) -> None:
+def check_counted(model: nn.Module, batches: list[dict[str, Any]], device: torch.device) -> None:
     """Refuse batches in which nothing counts: their loss is 0 whatever the grid.
 
     Raises:
         ValueError: if all labels are -100, or all of the attention mask is 0, in every process's batches.
     """
-    counts = [counted_positions(batch.get("labels"), _mask(batch)) for batch in batches]
+    counts = [_counts(model, batch) for batch in batches]
     if not in_any_process(any(own is None or bool(own.any()) for own in counts), device):
         raise ValueError(
             f"no position of the first {len(batches)} calibration batches counts: all labels are -100, or all of the "
@@ -42,16 +42,26 @@ def check_counted(batches: list[dict[str, Any]], device: torch.device) -> None:
         )
 
 
-def _share(batch: dict[str, Any]) -> torch.Tensor | float:
+def _share(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | float:
     """This process's share of the tokens that count, times the number of processes: 1 where all have as many.
 
     A mean over processes of losses weighted so is the mean over all tokens, as in one process with all of them.
     """
-    counts = counted_positions(batch.get("labels"), _mask(batch))
+    counts = _counts(model, batch)
     if counts is None:
         return 1.0
     own = counts.sum().float()
     return own / mean_over_processes(own.clone()).clamp(min=1)
+
+
+def _counts(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | None:
+    """Which positions of a batch count, bool; None where nothing says so."""
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if labels is not None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return labels != -100  # which the decoder gets shifted
+    if labels is not None and ids is not None and labels.shape != ids.shape:  # of sequences, not of tokens
+        labels = None
+    return counted_positions(labels, _mask(batch))
 
 
 def _mask(batch: dict[str, Any]) -> torch.Tensor | None:

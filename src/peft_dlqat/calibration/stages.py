@@ -110,7 +110,7 @@ def calibrate(
         first = list(itertools.islice(batches, count))
         # The processes measure together: each as many batches as the one that has the fewest.
         first = first[: smallest_over_processes(len(first), device)]
-        check_counted(first, device)
+        check_counted(model, first, device)
         stages: dict[Any, Stage] = {"before": (mean_loss(model, first, objective), initial)}
         check_finite(stages["before"][0], 0, steps, lr)
         if config.init in WEIGHTED:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..placement import in_any_process, several_processes
+from ..placement import in_any_process, is_sharded
 from .divergence import SMALLEST_KEPT, TopTokens
 from .running import trained_base_parameters, unwrapped
 from .store import Entry, EntryFolder, EntryMemory, base_fingerprint
@@ -74,6 +74,8 @@ class TeacherCache:
     def teacher(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | TopTokens:
         """The teacher's predictions for a batch, from the cache where they are there.
 
+        All processes of a sharded model must call it together, as they call the model.
+
         Args:
             model: a causal language model with adapters, always on the same base model.
             batch: keyword arguments of its forward.
@@ -85,7 +87,7 @@ class TeacherCache:
             ValueError: if predictions of another base model are kept here (or of this one before its biases were
                 trained), or the batch has inputs other than tokens, or a row has a hole in its attention mask, or
                 positions that do not count from 0.
-            FloatingPointError: if the base model predicts NaN.
+            FloatingPointError: if the base model predicts NaN or infinity.
         """
         self.claim(model)
         sequences = list(_sequences(batch))
@@ -96,9 +98,10 @@ class TeacherCache:
                 entries[sequence.key] = entry
         missing = {s.key: s.tokens for s in sequences if s.key not in entries}
         # Each pass of a sharded model waits for the other processes: where one has to run it, all do, and once.
-        if in_any_process(bool(missing), batch["input_ids"].device):
+        sharded = is_sharded(model)
+        if in_any_process(bool(missing), batch["input_ids"].device) if sharded else missing:
             self._check_drift(model)
-            at_once = math.inf if several_processes() else batch["input_ids"].numel()
+            at_once = math.inf if sharded else batch["input_ids"].numel()
             for part in _of_like_lengths(missing, at_once):
                 found = self._run(model, [missing[key] for key in part], batch["input_ids"])
                 for key, entry in zip(part, found, strict=True):
@@ -155,10 +158,10 @@ class TeacherCache:
 
     def _entry(self, logits: torch.Tensor) -> Entry:
         """What is kept of a sequence's logits [length, vocabulary]."""
-        if logits.isnan().any():
+        if (logits.isnan() | logits.isposinf()).any():  # -inf says that a token is impossible
             raise FloatingPointError(
-                f"the base model predicts NaN for a sequence of {len(logits)} tokens, which is not kept; check the "
-                "base model and its dtype."
+                f"the base model predicts NaN or infinity for a sequence of {len(logits)} tokens, which is not kept; "
+                "check the base model and its dtype."
             )
         if self.k is None:
             return {"logits": logits.cpu().clone()}
