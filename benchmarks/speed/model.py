@@ -89,13 +89,25 @@ def resident(field: str) -> int:
 
 
 def measure_memory(name: str, shape: dict[str, int]) -> dict[str, int]:
-    """In this process: what is resident before training, and the peak while training."""
-    step = trainer(make(name, shape))
+    """In this process: what is resident before training, its peak then, and what is kept from forward for backward."""
+    model = make(name, shape)
+    step = trainer(model)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = resident("VmRSS")
     for _ in range(3):
         step()
-    return {"before training": before, "peak": resident("VmHWM")}
+    peak = resident("VmHWM")
+    return {"before training": before, "peak": peak, "kept for backward": kept_bytes(model, tokens(model))}
+
+
+def time_all(shape: dict[str, int], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Ratios to LoRA's time, once a layer of each contender is seen to compute what it says."""
+    work = Work(n_in=shape["hidden_size"], n_out=shape["hidden_size"], r=R)
+    for name, kwargs in CONTENDERS.items():
+        if kwargs is not None:
+            check(name, ours(work, **kwargs), work)
+    models = {name: make(name, shape) for name in (*CONTENDERS, *PEERS)}
+    return ratios({name: trainer(model) for name, model in models.items()}, 2 if args.quick else args.rounds)
 
 
 def main() -> None:
@@ -103,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and two rounds, to see that it runs")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory-only", action="store_true", help="keep the times that are there")
     parser.add_argument("--memory-of", choices=[*CONTENDERS, *PEERS], help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help="default: the committed file, or with --quick one in outputs/")
     args = parser.parse_args()
@@ -113,26 +126,19 @@ def main() -> None:
         print(json.dumps(measure_memory(args.memory_of, shape)))
         return
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    known = json.loads(args.results.read_text())["rows"] if args.memory_only else {}
     rows: dict[str, dict[str, Any]] = {}
     for name in (*CONTENDERS, *PEERS):
         command = [sys.executable, __file__, "--memory-of", name, *(["--quick"] if args.quick else [])]
         output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-        rows[name] = {"resident bytes": json.loads(output.splitlines()[-1])}
-        print(name, rows[name]["resident bytes"], flush=True)
-    work = Work(n_in=shape["hidden_size"], n_out=shape["hidden_size"], r=R)
-    for name, kwargs in CONTENDERS.items():
-        if kwargs is not None:
-            check(name, ours(work, **kwargs), work)
-    models = {name: make(name, shape) for name in (*CONTENDERS, *PEERS)}
-    parameters = models["LoRA"].get_base_model().num_parameters()
-    times = ratios({name: trainer(model) for name, model in models.items()}, 2 if args.quick else args.rounds)
+        rows[name] = {"bytes": json.loads(output.splitlines()[-1])}
+        rows[name]["peak_ratio"] = round(rows[name]["bytes"]["peak"] / rows["LoRA"]["bytes"]["peak"], 3)
+        print(name, rows[name], flush=True)
+    times = {name: row["time_ratio"] for name, row in known.items()} or time_all(shape, args)
     for name, ratio in times.items():
         rows[name]["time_ratio"] = ratio
-        rows[name]["kept_bytes"] = kept_bytes(models[name], tokens(models[name]))
-        rows[name]["peak_ratio"] = round(
-            rows[name]["resident bytes"]["peak"] / rows["LoRA"]["resident bytes"]["peak"], 3
-        )
-        print(name, ratio, rows[name]["peak_ratio"], flush=True)
+        print(name, ratio, flush=True)
+    parameters = make("LoRA", shape).get_base_model().num_parameters()
     args.results.parent.mkdir(parents=True, exist_ok=True)
     head = {"command": "python benchmarks/speed/model.py", "machine": machine(), "parameters": parameters}
     head |= {"model": shape, "batch": BATCH, "length": LENGTH}

@@ -56,11 +56,11 @@ def model_table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in results["rows"].items():
-        memory, time = row["resident bytes"], row["time_ratio"]
-        kept = f"{row['kept_bytes'] / 1e9:.2f}" if "kept_bytes" in row else ""
+        memory, time = row["bytes"], row["time_ratio"]
         lines.append(
             f"| {name} | {time['median']:.2f} | {time['low']:.2f} to {time['high']:.2f} | {row['peak_ratio']:.2f} | "
-            f"{memory['before training'] / 1e9:.2f} | {memory['peak'] / 1e9:.2f} | {kept} |"
+            f"{memory['before training'] / 1e9:.2f} | {memory['peak'] / 1e9:.2f} | "
+            f"{memory['kept for backward'] / 1e9:.2f} |"
         )
     return "\n".join(lines)
 
