@@ -17,6 +17,7 @@ from peft_dlqat import DLQATConfig, calibrate, create_dlqat_optimizer
 # What each is beside the setting's grid and rank.
 METHODS: dict[str, dict[str, Any]] = {
     "dlqat": {},
+    "dlqat-searched": {},
     "dlqat-no-magnitude": {"magnitude": False},
     "dlqat-row-magnitude": {"magnitude": "row"},
     "lrqat": {"method": "lrqat"},
