@@ -920,7 +920,7 @@ CALIBRATING_CASES = [
         calibrating(
             f"batches whose {what}",
             ValueError,
-            "no position of the first 2 calibration batches counts",
+            "no position of the first 8 calibration batches counts",
             "labels are -100",
             loader=lambda key=key, value=value: [{"input_ids": tokens(), key: torch.full_like(tokens(), value)}] * 2,
         )

@@ -18,6 +18,7 @@ spec.loader.exec_module(full_size)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the learning rate of A and B")  # is for a width of 4096
 def test_trains_measures_and_writes(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install peft-dlqat[eval]")
     rows = [
