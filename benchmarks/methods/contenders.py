@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peers.common import Batches, Prepared
 from peft import get_peft_model
+from tables import FULL_PRECISION
 from transformers import PreTrainedModel
 
 from peft_dlqat import DLQATConfig, calibrate, create_dlqat_optimizer
@@ -25,7 +26,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "peqa": {"method": "peqa"},
     "qalora": {"method": "qalora"},
 }
-FULL_PRECISION = "full-precision"
 # Module and what to call it with.
 POST_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
     FULL_PRECISION: ("full_precision", {}),

@@ -11,6 +11,7 @@ from typing import Any
 
 # Whose step counts as 1 in the file that step_times.py writes beside the settings.
 UNIT, STEP_TIMES = "dlqat", "step_times.json"
+FULL_PRECISION = "full-precision"  # no rival: what all others are compared with
 # Settings with fewer contenders than this are not drawn, where others have more.
 _COMPARED = 4
 _COLUMNS_OF_PANELS = 3
@@ -152,7 +153,7 @@ def draw(settings: dict[str, list[dict[str, Any]]], folder: Path) -> None:
 
 def _is_drawn(results: dict[str, Any]) -> bool:
     """All but the model as it is, and what has diverged."""
-    return results["contender"] != "full-precision" and math.isfinite(kl(results))
+    return results["contender"] != FULL_PRECISION and math.isfinite(kl(results))
 
 
 def _is_plain(setting: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import contenders
 import torch
 from peers.common import Batches, Prepared, grid_for
 from safetensors.torch import load_file
+from tables import FULL_PRECISION
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
 from transformers.pytorch_utils import Conv1D
@@ -138,7 +139,7 @@ def run(
     size, calibration_steps = training.get("batch_size", 16), training.get("calibration_steps", 0)
     data = training.get("calibration_data", "train")
     model, calibration = task.load_model(), task.calibration(size, seed, calibration_steps, data)
-    if contender == contenders.FULL_PRECISION:
+    if contender == FULL_PRECISION:
         width = 8.0 * next(model.parameters()).element_size()
     else:
         width = bits_per_weight(model, contenders.own_grid(contender, setting))

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from .distillation import adapters_disabled, evaluating
-from .distillation.running import base_model
+from .distillation.running import base_model, is_encoder_decoder
 from .placement import device_of
 
 # So many tokens after the first are the likeliest ones, as a random first token needs some context to make sense of.
@@ -70,7 +70,7 @@ def generate_dataset(
             raise ValueError(f"{name}={value!r} must be a positive integer.")
     if not isinstance(temperature, float | int) or isinstance(temperature, bool) or not 0 < temperature < torch.inf:
         raise ValueError(f"temperature={temperature!r} must be a positive number; 1 is the model's own distribution.")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "generate"):
+    if is_encoder_decoder(model) or not hasattr(model, "generate"):
         raise ValueError(
             f"{type(model).__name__} is no causal language model that can generate; bring data of your own."
         )

@@ -140,12 +140,11 @@ def estimate_memory(
         raise ValueError(f"task_type={config.task_type!r}: only causal language models can be estimated.")
     model_config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
     layers = model_config.num_hidden_layers
+    accumulates = gradient_accumulation_steps > 1
 
     def step(count: int) -> dict[str, int]:
         short = _on_meta(config, _shortened(model_config, count), dtype)
-        return _step(
-            short, batch_size, sequence_length, gradient_checkpointing, device, gradient_accumulation_steps > 1
-        )
+        return _step(short, batch_size, sequence_length, gradient_checkpointing, device, accumulates)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model itself will warn
@@ -158,7 +157,7 @@ def estimate_memory(
     fixed = _static(whole, optimizer)
     return MemoryEstimate(
         **fixed,
-        accumulated=fixed["gradients"] if gradient_accumulation_steps > 1 else 0,
+        accumulated=fixed["gradients"] if accumulates else 0,
         # The square root of the second moments.
         update=fixed["adapter"] if optimizer == "adamw" and device == "cuda" else 0,
         **parts,

@@ -14,6 +14,7 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..distillation.running import is_encoder_decoder
 from ..layer import DLQATLayer
 from ..placement import device_of, in_any_process
 from .data import to_device
@@ -113,7 +114,7 @@ def capture(
         NoDecoderLayers: if a layer is not called with what the one before it returned.
         ValueError: if there are no batches, or one is no dict, or no position of any counts.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         raise NoDecoderLayers("an encoder-decoder has two lists of layers, each with inputs of its own.")
     calls: list[list[Call]] = []
     device = device_of(model)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..distillation import counted_positions, distillation_loss, evaluating, forward, teacher_logits
+from ..distillation.running import is_encoder_decoder
 from ..placement import in_any_process
 from .grid_state import mean_over_processes
 
@@ -57,7 +58,7 @@ def _share(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | float:
 def _counts(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | None:
     """Which positions of a batch count, bool; None where nothing says so."""
     labels, ids = batch.get("labels"), batch.get("input_ids")
-    if labels is not None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if labels is not None and is_encoder_decoder(model):
         return labels != -100  # which the decoder gets shifted
     if labels is not None and ids is not None and labels.shape != ids.shape:  # of sequences, not of tokens
         labels = None

@@ -25,6 +25,11 @@ def base_model(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the decoder takes its inputs from the labels, and the two stacks of layers each have inputs of their own."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """What the model returns for a batch of its keyword arguments; it keeps no keys and values for generation.
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .divergence import TopTokens, confidence, token_divergence
-from .running import adapters_disabled, base_model, evaluating, forward, unwrapped
+from .running import adapters_disabled, base_model, evaluating, forward, is_encoder_decoder, unwrapped
 
 Reverse = float | Literal["confidence"]
 
@@ -30,7 +30,7 @@ def teacher_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
             for several labels at once, or a model without logits.
     """
     check_classes(model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         raise ValueError("an encoder-decoder cannot be run without labels; use objective='task' for it.")
     with evaluating(model), adapters_disabled(model):
         output = forward(model, {key: value for key, value in batch.items() if key != "labels"})

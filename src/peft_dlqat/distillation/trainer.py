@@ -11,7 +11,7 @@ from torch import nn
 from ..layer import adapter_layers
 from .cache import TeacherCache
 from .divergence import TopTokens, cross_entropy
-from .running import trained_base_parameters, unwrapped
+from .running import is_encoder_decoder, trained_base_parameters, unwrapped
 from .teacher import (
     Reverse,
     check_classes,
@@ -73,7 +73,7 @@ class DistillationLoss:
         adapter_name, layers = adapter_layers(model)
         if any(layer.merged for layer in layers.values()):
             raise ValueError(f"adapter {adapter_name!r} is merged and does not train; call unmerge_adapter() first.")
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if is_encoder_decoder(model):
             raise ValueError(
                 "an encoder-decoder cannot be distilled: its decoder takes its inputs from the labels. Train it on "
                 "the task's loss, without compute_loss_func."

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..distillation import evaluating, forward, teacher_logits
 from ..distillation.divergence import by_chunks, cross_entropy, token_divergence
+from ..distillation.running import is_encoder_decoder
 from ..placement import device_of
 from .merging import dlqat_layers, temporarily_merged
 
@@ -153,8 +154,7 @@ def _inputs_and_labels(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Ten
 
 def _logits(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
     """[batch, length, vocabulary]."""
-    config = getattr(model, "config", None)
-    logits = None if getattr(config, "is_encoder_decoder", False) else getattr(forward(model, inputs), "logits", None)
+    logits = None if is_encoder_decoder(model) else getattr(forward(model, inputs), "logits", None)
     if logits is None or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"{type(model).__name__} is no causal language model, with one distribution for each of the labels "
