@@ -26,7 +26,7 @@ def base_model(model: nn.Module) -> Any:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the decoder takes its inputs from the labels, and the two stacks of layers each have inputs of their own."""
+    """Whether its decoder takes its inputs from the labels, and each of its two stacks of layers has its own."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
