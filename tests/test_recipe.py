@@ -33,6 +33,20 @@ def test_the_learning_rate_falls_with_the_width(width, share):
     assert RECIPE.lr(torch.nn.Linear(2, 2)) == RECIPE.learning_rate
 
 
+@pytest.mark.parametrize("tokens, share", [(1024, 0.5), (4096, 1.0), (2**20, 1.0)])
+def test_the_learning_rate_falls_with_fewer_tokens_a_step(tmp_path, tokens, share):
+    """As the square root; it does not rise beyond those that it was found with."""
+    assert RECIPE.lr(adapted(), tokens) == RECIPE.learning_rate * share
+    arguments = RECIPE.training_arguments(adapted(), str(tmp_path), tokens_per_step=tokens, report_to="none")
+    assert arguments.learning_rate == RECIPE.learning_rate * share
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_a_step_has_tokens(tokens):
+    with pytest.raises(ValueError, match=f"tokens_per_step={tokens}: must be positive"):
+        RECIPE.lr(adapted(), tokens)
+
+
 def test_the_optimizer_has_the_recipes_rates():
     optimizer = create_dlqat_optimizer(adapted(), torch.optim.AdamW)
     rates = {group["lr"] for group in optimizer.param_groups}

@@ -162,13 +162,16 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
     """Run what is missing, `args.jobs` at a time."""
     import torch
     from contenders import BY_RECIPE, is_trained
+    from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from peft_dlqat import RECIPE
 
     seeds = experiment["seeds"]
     with torch.device("meta"):
-        recipe_lr = RECIPE.lr(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model)))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
+    with safe_open(args.tokens, "pt") as tokens:
+        length = tokens.get_slice("train").get_shape()[1]
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures: dict[Future[dict[str, Any]], tuple[str, str, Results, str]] = {}
 
@@ -189,7 +192,7 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
             contender, results, lr = job[1], job[2], None
             rates = rates_of(experiment, contender)
             if contender in BY_RECIPE:
-                lr = recipe_lr
+                lr = RECIPE.lr(model, results.data["training"]["batch_size"] * length)
             elif is_trained(contender) and len(rates) == 1:
                 lr = rates[0]
             elif is_trained(contender):
