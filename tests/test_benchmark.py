@@ -14,9 +14,11 @@ import pytest
 import torch
 from conftest import tiny_model
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 METHODS = Path(__file__).parents[1] / "benchmarks" / "methods"
 EXPERIMENTS = sorted((METHODS / "experiments").glob("*.json"))
+EMBEDDED = METHODS.parents[1] / "examples" / "embedded" / "model"
 # Contenders whose libraries are extras of the benchmark's own.
 LIBRARIES = {"autoround": "auto_round", "torchao-qat-lora": "torchao"}
 
@@ -50,7 +52,7 @@ def test_no_two_experiments_give_different_settings_one_name(tmp_path):
     for path in EXPERIMENTS:
         experiment = {**json.loads(path.read_text()), "model_name": "tiny"}
         for setting, contender, results in runner.plan(experiment, [], tmp_path):
-            head = {key: results.data.get(key) for key in ("setting", "training", "search_share", "text")}
+            head = {key: results.data.get(key) for key in runner.HEAD}
             assert heads.setdefault((setting, contender), head) == head, (path.stem, setting, contender)
 
 
@@ -59,6 +61,9 @@ def test_no_two_experiments_give_different_settings_one_name(tmp_path):
 def test_every_experiment_runs(task, experiment):
     if experiment.stem == "k_quants":
         tiny_model("wide llama").save_pretrained(task / "tiny")
+    if experiment.stem == "tasks":  # asks questions in words
+        pytest.importorskip("lm_eval")
+        shutil.copytree(EMBEDDED, task / "tiny", dirs_exist_ok=True)
     first = run(task, experiment, "--quick")
     assert first.returncode == 0, first.stderr[-3000:]
     plan = json.loads(experiment.read_text())
@@ -72,6 +77,17 @@ def test_every_experiment_runs(task, experiment):
             assert len(results["runs"]) == 1 and results["setting"] == setting["config"]
             assert 0 <= results["runs"][0]["kl"] < 10 and 0 < results["runs"][0]["agreement"] <= 1
             assert f"| {contender} |" in (task / "results" / "table.md").read_text()
+            assert ("tasks" in plan) == ("tasks" in results["runs"][0])
+
+    if experiment.stem == "tasks":
+        from peft_dlqat import evaluate_tasks
+
+        figures = json.loads((task / "results" / "tasks-2bit-g32" / "full-precision.json").read_text())["runs"][0]
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(EMBEDDED), AutoTokenizer.from_pretrained(EMBEDDED)
+        expected = evaluate_tasks(
+            model.float(), tokenizer, "small_facts", include_path=METHODS.parents[1] / "examples" / "tasks"
+        )
+        assert figures["tasks"] == {"small_facts": expected["small_facts"]["acc"]}
 
     files = {path: path.read_bytes() for path in (task / "results").rglob("*.json")}
     again = run(task, experiment, "--quick")
@@ -254,15 +270,14 @@ def test_tokens_of_pythons_own_text(tmp_path):
     from safetensors.torch import load_file
     from tokens import python_tokens
 
-    model = METHODS.parents[1] / "examples" / "embedded" / "model"
-    path = python_tokens(str(model), "embedded", 6, 4, 32, tmp_path)
+    path = python_tokens(str(EMBEDDED), "embedded", 6, 4, 32, tmp_path)
     rows = load_file(path)
     assert {name: list(ids.shape) for name, ids in rows.items()} == {
         "train": [6, 32],
         "heldout": [4, 32],
         "other": [6, 32],
     }
-    assert python_tokens(str(model), "embedded", 6, 4, 32, tmp_path) == path
+    assert python_tokens(str(EMBEDDED), "embedded", 6, 4, 32, tmp_path) == path
 
 
 def test_the_page_holds_the_results():

@@ -119,6 +119,23 @@ def question_table() -> str:
     return "\n".join(lines)
 
 
+def task_table() -> str:
+    """Of the contenders that were asked questions, lowest KL first: KL, and accuracy on each task."""
+    folder = RESULTS / "embedded" / "tasks-2bit-g32"
+    found = sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=kl)
+    if not found:
+        return "Not run yet."
+    tasks = list(found[0]["runs"][0]["tasks"])
+    lines = ["| | held-out KL | " + " | ".join(f"{task}, %" for task in tasks) + " | runs |"]
+    lines.append("|---" * (3 + len(tasks)) + "|")
+    for results in found:
+        runs = results["runs"]
+        accuracies = [spread([100 * run["tasks"][task] for run in runs], 1) for task in tasks]
+        cells = [results["contender"], spread([run["kl"] for run in runs], 4), *accuracies, str(len(runs))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def cost(model: str) -> str:
     """How long the runs of a model took, the search of the learning rates with them."""
     found = [json.loads(path.read_text()) for path in sorted((RESULTS / model).glob("*/*.json"))]
@@ -134,7 +151,7 @@ def tables() -> dict[str, str]:
     }
     models = sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
     lines = ["| model | in all |", "|---|---|", *(f"| {model} | {cost(model)} |" for model in models)]
-    return {**found, "questions": question_table(), "cost": "\n".join(lines)}
+    return {**found, "questions": question_table(), "tasks": task_table(), "cost": "\n".join(lines)}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ library is not installed is left out, and said so.
 domain `other` [k, length], for settings that calibrate on it. Without it, an experiment's `text` says what is made:
 "generated" by the model itself, as by default, or "python" for the docstrings of Python's standard library, with its
 language reference as the other domain; 2048 and 256 sequences, or as many as its `sequences` says.
+
+An experiment's `tasks`, or `--tasks`, are measured on what each run has made: names of the lm-evaluation-harness, or
+"mmlu" and "commonsense" for those usual in papers, whose data come from the Hub.
 """
 
 from __future__ import annotations
@@ -41,14 +44,25 @@ _ROWS, _QUICK_ROWS = (2048, 256, 256), (8, 8, 64)  # of training and held-out te
 
 
 def work(
-    model: str, tokens: Path, contender: str, setting: dict[str, Any], training: dict[str, Any], seed: int, lr: Any
+    model: str,
+    tokens: Path,
+    contender: str,
+    setting: dict[str, Any],
+    training: dict[str, Any],
+    seed: int,
+    lr: float | None,
+    tasks: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """One run, in a process that keeps the task for the next."""
     import transformers
     from training import load_task, run
 
     transformers.utils.logging.disable_progress_bar()
-    return run(load_task(model, tokens), contender, setting, training, seed, lr)
+    return run(load_task(model, tokens), contender, setting, training, seed, lr, tasks)
+
+
+# What results of one name must have in common.
+HEAD = ("setting", "training", "search_share", "text", "tasks")
 
 
 class Results:
@@ -62,9 +76,10 @@ class Results:
         self.data: dict[str, Any] = {**head, "search": [], "runs": []}
         if path.exists():
             found = json.loads(path.read_text())
-            if any(found.get(key) != head.get(key) for key in ("setting", "training", "search_share", "text")):
+            if any(found.get(key) != head.get(key) for key in HEAD):
                 raise SystemExit(
-                    f"{path} is of another setting, training or text; remove it, or give the setting another name."
+                    f"{path} is of another setting, training, text or tasks; remove it, or give the setting another "
+                    "name."
                 )
             self.data = found
 
@@ -142,7 +157,7 @@ def plan(experiment: dict[str, Any], only: list[str], results: Path) -> list[tup
                 "training": training,
                 "model": experiment["model_name"],
                 **({"search_share": experiment["search_share"]} if training else {}),
-                **({"text": experiment["text"]} if "text" in experiment else {}),
+                **{key: experiment[key] for key in ("text", "tasks") if key in experiment},
                 "versions": {
                     **{name: version(name) for name in ("torch", "transformers", "peft")},
                     "python": platform.python_version(),
@@ -184,7 +199,8 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
                 training = {**training, "steps": int(training["steps"] * experiment["search_share"])}
             if args.quick:
                 training = {**training, **QUICK}
-            future = pool.submit(work, args.model, args.tokens, contender, setting, training, seed, lr)
+            tasks = experiment.get("tasks") if kind == "runs" else None
+            future = pool.submit(work, args.model, args.tokens, contender, setting, training, seed, lr, tasks)
             futures[future] = (name, contender, results, kind)
 
         def go_on(job: tuple[str, str, Results]) -> None:
@@ -240,6 +256,7 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=Path, help="safetensors file; default: what the experiment says")
     parser.add_argument("--only", nargs="+", default=[], help="settings, contenders, or some of each; all by default")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the experiment")
+    parser.add_argument("--tasks", nargs="+", help="of the lm-evaluation-harness, such as mmlu or commonsense")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, a core each")
     parser.add_argument("--quick", action="store_true", help="one seed and few steps, to see that everything runs")
     parser.add_argument("--results", type=Path, help="default: a folder of the model's name beside the others")
@@ -251,6 +268,8 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
     experiment: dict[str, Any] = json.loads(args.experiment.read_text())
     experiment["model_name"] = "embedded" if Path(args.model).resolve() == EMBEDDED else Path(args.model).name
     experiment["seeds"] = args.seeds or experiment["seeds"]
+    if args.tasks:
+        experiment["tasks"] = {"names": args.tasks}
     if args.quick:
         experiment.update(seeds=[0], learning_rates=[1e-3])
         args.results = args.results or Path("outputs", "quick", experiment["model_name"])

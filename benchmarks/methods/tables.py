@@ -25,6 +25,7 @@ _COLUMNS = (
     "held-out KL",
     "perplexity",
     "top token agrees, %",
+    "accuracy on tasks, %",
     "a step's time / DL-QAT's",
     "runs",
 )
@@ -75,7 +76,8 @@ def row(results: dict[str, Any], times: dict[str, float]) -> str:
     agreement = spread([100 * run["agreement"] for run in runs], 1)
     width = f"{runs[0]['bits_per_weight']:.2f}"
     cells = [results["contender"], width, trained, lr, start, spread([run["kl"] for run in runs]) + beside, perplexity]
-    return "| " + " | ".join([*cells, agreement, time, str(len(runs))]) + " |"
+    accuracy = spread([100 * statistics.mean(run["tasks"].values()) for run in runs], 1) if "tasks" in runs[0] else ""
+    return "| " + " | ".join([*cells, agreement, accuracy, time, str(len(runs))]) + " |"
 
 
 def write_tables(folder: Path) -> str:

@@ -16,11 +16,12 @@ from peers.common import Batches, Prepared, grid_for
 from safetensors.torch import load_file
 from tables import FULL_PRECISION
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_scheduler
 from transformers.pytorch_utils import Conv1D
 
-from peft_dlqat import DLQATConfig, distillation_loss
+from peft_dlqat import DLQATConfig, distillation_loss, evaluate_tasks
 
+_REPOSITORY = Path(__file__).resolve().parents[2]
 # Batches on which grids are fitted and post-training contenders calibrate.
 _CALIBRATION_BATCHES = 8
 # The teacher's logits are kept for every sequence where that takes no more than this many bytes.
@@ -118,7 +119,13 @@ def load_task(model_id: str, tokens: Path) -> Task:
 
 
 def run(
-    task: Task, contender: str, setting: dict[str, Any], training: dict[str, Any], seed: int, lr: float | None = None
+    task: Task,
+    contender: str,
+    setting: dict[str, Any],
+    training: dict[str, Any],
+    seed: int,
+    lr: float | None = None,
+    tasks: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Quantize, or train and quantize, a fresh model.
 
@@ -130,10 +137,12 @@ def run(
             the steps; `calibration_data` is "train", "other" or "random".
         seed: of the weights and of the order of the data.
         lr: learning rate, for contenders that train.
+        tasks: "names" of tasks of the lm-evaluation-harness, and "include_path", a folder of those that are not its
+            own, as seen from the repository.
 
     Returns:
-        Figures: those of `Task.evaluate`, `start` before training, `trained_parameters`, and `seconds` of processor
-        time; for times that can be compared see step_times.py.
+        Figures: those of `Task.evaluate`, with `tasks` their accuracies by name, `start` before training,
+        `trained_parameters`, and `seconds` of processor time; for times that can be compared see step_times.py.
     """
     torch.manual_seed(seed)
     size, calibration_steps = training.get("batch_size", 16), training.get("calibration_steps", 0)
@@ -151,6 +160,7 @@ def run(
             "bits_per_weight": width,
             "seconds": round(time.process_time() - started, 1),
             **task.evaluate(model),
+            **accuracies(task, model, tasks),
         }
     started = time.process_time()
     prepared = contenders.prepare(contender, model, setting, calibration, calibration_steps)
@@ -167,10 +177,21 @@ def run(
     for _ in steps(task, contender, prepared, training, seed, lr):
         pass
     figures["seconds"] = round(seconds + time.process_time() - started, 1)
-    figures.update(task.evaluate(prepared.finish()))
+    model = prepared.finish()
+    figures.update(task.evaluate(model), **accuracies(task, model, tasks))
     if prepared.unmerged is not None:
         figures["unmerged"] = task.evaluate(prepared.unmerged())
     return figures
+
+
+def accuracies(task: Task, model: PreTrainedModel, tasks: dict[str, Any] | None) -> dict[str, dict[str, float]]:
+    """{"tasks": accuracy by name}; nothing if there are no tasks."""
+    if not tasks:
+        return {}
+    tokenizer, own = AutoTokenizer.from_pretrained(task.model_id), tasks.get("include_path")
+    include_path = None if own is None else _REPOSITORY / own
+    found = evaluate_tasks(model, tokenizer, tasks["names"], include_path=include_path, batch_size=16)
+    return {"tasks": {name: metrics["acc"] for name, metrics in found.items()}}
 
 
 def bits_per_weight(model: PreTrainedModel, setting: dict[str, Any]) -> float:
