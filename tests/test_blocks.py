@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HIDDEN, VOCAB, lm_batches, random_model, tiny_model
+from filelock import FileLock
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -448,6 +449,65 @@ def test_nothing_is_written_after_a_failure(tmp_path):
     with pytest.raises(FloatingPointError):
         from_disk(tmp_path / "base", tmp_path / "out", cache_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def killed_at(monkeypatch, layer, count):
+    """Have calibration die at a decoder layer; counts the layers that it calibrates."""
+    streaming = peft_dlqat.calibration.streaming
+    calibrate_block = streaming.calibrate_block
+
+    def calibrate(name, *args):
+        if len(count) == layer:
+            raise KeyboardInterrupt
+        count.append(name)
+        return calibrate_block(name, *args)
+
+    monkeypatch.setattr(streaming, "calibrate_block", calibrate)
+
+
+@pytest.mark.parametrize("changes", [{}, {"storage": "int8"}, {"zero_point": "float"}])
+@pytest.mark.parametrize("truncated", [False, True])
+def test_a_killed_run_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, changes, truncated):
+    """To the bit what a run gives that nobody killed; a layer whose file is cut short is calibrated again."""
+    arguments = {"adapter": config(**changes), "train_adapter": not changes.get("storage")}
+    torch.manual_seed(3)
+    expected = from_disk(folder, tmp_path / "whole", **arguments)
+    count = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        killed_at(patch, 1, count)
+        torch.manual_seed(3)
+        from_disk(folder, tmp_path / "out", **arguments)
+    part = tmp_path / ".out.unfinished" / "0.safetensors"
+    assert part.exists() and not (tmp_path / "out").exists() and len(count) == 1
+    if truncated:
+        part.write_bytes(part.read_bytes()[:-1])
+    again = []
+    with monkeypatch.context() as patch:
+        killed_at(patch, None, again)
+        torch.manual_seed(3)
+        assert from_disk(folder, tmp_path / "out", **arguments) == expected
+    assert len(again) == len(expected) - (not truncated)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "whole"]
+
+
+def test_an_unfinished_run_is_not_mixed_with_another(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "base")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        killed_at(patch, 1, [])
+        from_disk(tmp_path / "base", tmp_path / "out")
+    part = tmp_path / ".out.unfinished" / "0.safetensors"
+    before = part.read_bytes()
+    for arguments in ({"steps": 5}, {"adapter": config(bits=4)}, {"dtype": torch.bfloat16}):
+        with pytest.raises(ValueError, match=r"unfinished calibration with other arguments.*remove the folder"):
+            from_disk(tmp_path / "base", tmp_path / "out", **arguments)
+    assert part.read_bytes() == before
+    with FileLock(tmp_path / ".out.unfinished" / "lock"), pytest.raises(RuntimeError, match="another process"):
+        from_disk(tmp_path / "base", tmp_path / "out")
+    assert part.read_bytes() == before
+    from_disk(tmp_path / "base", tmp_path / "out")
+    assert not part.parent.exists()
 
 
 def test_missing_and_quantized_tensors_are_named(tmp_path):

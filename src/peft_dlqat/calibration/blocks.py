@@ -222,8 +222,8 @@ def calibrate_block(name: str, block: nn.Module, calls: list[Call], hidden: Hidd
         if isinstance(module, DLQATLayer) and fit.adapter_name in module.dlqat_grid
     }
     weighted = fit.init in WEIGHTED
-    with InputMoments(layers if weighted else {}) as moments, adapters_disabled(block):
-        _advance(block, calls, hidden.teacher, hidden.counted, moments)
+    with InputMoments(layers if weighted else {}) as moments:
+        _advance_teacher(block, calls, hidden, moments)
     error = None
     if layers:
         tensors = [tensor for layer in layers.values() for tensor in fit.tensors(layer)]
@@ -244,6 +244,12 @@ def calibrate_block(name: str, block: nn.Module, calls: list[Call], hidden: Hidd
         error = BlockError(name, losses["before"], losses.get("fitted"), losses[kept], kept)
     _advance(block, calls, hidden.student)
     return error
+
+
+def pass_through(block: nn.Module, calls: list[Call], hidden: Hidden) -> None:
+    """Turn `hidden` from a calibrated decoder layer's inputs to its outputs."""
+    _advance_teacher(block, calls, hidden)
+    _advance(block, calls, hidden.student)
 
 
 def _descend(
@@ -276,6 +282,11 @@ def _run(block: nn.Module, state: torch.Tensor, call: Call) -> torch.Tensor:
     args, kwargs = send_to_device(call, device)
     output = block(state.to(device), *args, **kwargs)
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def _advance_teacher(block: nn.Module, calls: list[Call], hidden: Hidden, moments: InputMoments | None = None) -> None:
+    with adapters_disabled(block):
+        _advance(block, calls, hidden.teacher, hidden.counted, moments)
 
 
 @torch.no_grad()

@@ -6,15 +6,13 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -25,9 +23,10 @@ from ..distillation import evaluating
 from ..layer import DLQATLayer, adapter_layers
 from ..placement import several_processes
 from ..storage import STORAGES
-from .blocks import BlockError, Fit, calibrate_block, check_storage, summary
+from .blocks import BlockError, Fit, calibrate_block, check_storage, pass_through, summary
 from .decoder import capture, decoder_layers, hidden_states
 from .grid_state import random_state_kept
+from .unfinished import State, plan_of, unfinished
 
 _ADAPTER = "default"
 
@@ -49,7 +48,9 @@ def calibrate_blocks_from_disk(
     Writes the adapter that loading the model, `get_peft_model` and `calibrate_blocks` give after the same
     `torch.manual_seed`, to the bit. Runs on the CPU. In memory are, beside one layer's weights and what its
     optimiser steps need, two copies of all hidden states (on disk with `cache_dir`), before the first layer the
-    embedding, and at the end the adapter, which until then is in files beside `output_dir`, layer by layer.
+    embedding, and at the end the adapter, which until then is in files beside `output_dir`, layer by layer. If it is
+    killed, the same call goes on there: what was calibrated is only run through, and after the same
+    `torch.manual_seed` the result is the same, too.
 
     Args:
         model_id: folder or hub id (with `config.revision`) of a model in safetensors.
@@ -68,12 +69,13 @@ def calibrate_blocks_from_disk(
         A [`BlockError`] for each decoder layer that holds the adapter.
 
     Raises:
-        RuntimeError: if several processes were started, by torchrun, say.
+        RuntimeError: if several processes were started, by torchrun, say, or another works for this `output_dir`.
         FileExistsError: if `output_dir` exists.
         OSError: if it cannot be written at the end; the message says where the adapter is.
         FileNotFoundError: if the model is not stored as safetensors.
         NoDecoderLayers: a ValueError; load such a model and use [`calibrate`].
-        ValueError: for an impossible argument or config, no batches, or a file whose tensors are not the model's.
+        ValueError: for an impossible argument or config, no batches, a file whose tensors are not the model's, or an
+            unfinished calibration for this `output_dir` with other arguments.
         FloatingPointError: if an error turns NaN or infinite; nothing is written then.
     """
     fit = Fit(_ADAPTER, steps, lr, train_adapter, config.init)
@@ -101,14 +103,14 @@ def calibrate_blocks_from_disk(
     _check_inside(inner, blocks)
 
     errors: list[BlockError] = []
-    parts: list[Path] = []
     checksums: dict[str, str] = {}
-    with _folder_beside(output) as folder, evaluating(model), hidden_states(cache_dir) as hidden:
+    with unfinished(output) as done, evaluating(model), hidden_states(cache_dir) as hidden:
         before = [name for name in weights.names if not name.startswith(tuple(f"{block}." for block in blocks))]
         weights.load(inner, [name for name in before if name not in _head(inner)])
         with random_state_kept():
             calls = capture(inner, list(blocks.values()), batches, hidden)
         weights.release(inner, before)
+        done.claim(plan_of(model_id, config, fit, (hidden.teacher[index] for index in range(len(calls)))))
         bar = tqdm(blocks.items(), desc="calibrating blocks", disable=not progress)
         for index, (name, block) in enumerate(bar):
             own = [tensor for tensor in weights.names if tensor.startswith(f"{name}.")]
@@ -117,17 +119,23 @@ def calibrate_blocks_from_disk(
                 if isinstance(layer, DLQATLayer):
                     initialise_layer(model, _ADAPTER, part, layer)
                     checksums[part] = weight_checksum(layer.original_weight())
+            name, own_calls, found = f"base_model.model.{name}", [call[index] for call in calls], done.get(index)
             with random_state_kept():
-                error = calibrate_block(
-                    f"base_model.model.{name}", block, [call[index] for call in calls], hidden, fit
-                )
+                if found is None:
+                    error = calibrate_block(name, block, own_calls, hidden, fit)
+                else:
+                    error = found[1]
+                    _put_back(model, found[0])
+                    pass_through(block, own_calls, hidden)
             weights.release(inner, own)
             if config.storage != "full":  # what packing says of the adapter: it belongs to weights so stored
                 for layer in block.modules():
                     if isinstance(layer, DLQATLayer):
                         layer.stored_in(_ADAPTER, STORAGES[config.storage])
             if error is not None:
-                parts.append(_put_away(model, f"base_model.model.{name}", folder / f"{index}.safetensors"))
+                state = _put_away(model, name)
+                if found is None:
+                    done.put(index, state, error)
                 errors.append(error)
                 bar.set_postfix(error=f"{error.before:.3g} -> {error.after:.3g}")
         kept: dict[str, Any] = model.peft_config[_ADAPTER].record  # type: ignore[attr-defined, assignment]
@@ -137,8 +145,11 @@ def calibrate_blocks_from_disk(
         kept["calibration"] = asdict(summary(errors, fit))
         if config.storage != "full":
             kept["storage"] = config.storage
-        _save(model, parts, folder / "adapter")
-        _put_in_place(folder / "adapter", output)
+        _save(model, done.state(), done.folder / "adapter")
+        try:
+            _put_in_place(done.folder / "adapter", output)
+        finally:
+            done.clear()
     return errors
 
 
@@ -176,25 +187,23 @@ def _head(model: Any) -> set[str]:
     return {f"{name}.weight", f"{name}.bias"}
 
 
-@contextmanager
-def _folder_beside(output: Path) -> Iterator[Path]:
-    """A folder to write in before all is renamed to its place: there is a whole adapter or none."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
-        yield Path(folder)
-
-
-def _put_away(model: PeftModel, prefix: str, file: Path) -> Path:
-    """Move the adapters of a decoder layer to a file, so that those of one layer at a time are in memory."""
-    block = model.get_submodule(prefix)
-    state = {name: tensor for name, tensor in block.state_dict().items() if ".dlqat_" in name}
-    save_file({f"{prefix}.{name}": tensor for name, tensor in state.items()}, file)
+def _put_away(model: PeftModel, prefix: str) -> State:
+    """Take the adapters out of a decoder layer, so that those of one layer at a time are in memory."""
+    state = {f"{prefix}.{name}": tensor for name, tensor in model.get_submodule(prefix).state_dict().items()}
+    state = {name: tensor for name, tensor in state.items() if ".dlqat_" in name}
     for name, tensor in state.items():
         path, _, leaf = name.rpartition(".")
-        block.get_submodule(path)[leaf] = tensor.to("meta")  # type: ignore[index]
-    return file
+        model.get_submodule(path)[leaf] = tensor.to("meta")  # type: ignore[index]
+    return state
 
 
-def _save(model: PeftModel, parts: list[Path], folder: Path) -> None:
-    state = {name: tensor for file in parts for name, tensor in load_file(file).items()}
+@torch.no_grad()
+def _put_back(model: PeftModel, state: State) -> None:
+    """Write adapters into a decoder layer whose own have just been made."""
+    for name, tensor in state.items():
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)[leaf].copy_(tensor)  # type: ignore[index]
+
+
+def _save(model: PeftModel, state: State, folder: Path) -> None:
     model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
