@@ -96,7 +96,8 @@ def table(wanted: dict[str, tuple[str, str]]) -> str:
         if contender not in found:
             return ""
         lowest = min((kl(results), other) for other, results in found.items() if other != CEILING)[1]
-        text = spread([run["kl"] for run in found[contender]["runs"]], 3 if kl(found[lowest]) > 0.02 else 4)
+        digits = next(digits for digits, least in ((3, 0.02), (4, 0.002), (5, 0.0)) if kl(found[lowest]) >= least)
+        text = spread([run["kl"] for run in found[contender]["runs"]], digits)
         text = f"**{text}**" if contender == lowest and len(found) > 1 else text
         if "unmerged" in found[contender]["runs"][0]:
             text += f" ({spread([run['unmerged']['kl'] for run in found[contender]['runs']])})"
