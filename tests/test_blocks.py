@@ -360,9 +360,9 @@ def folder(request, tmp_path):
     return tmp_path / "base"
 
 
-def from_disk(folder, output, steps=4, adapter=None, **arguments):
+def from_disk(folder, output, steps=4, adapter=None, batches=None, **arguments):
     return calibrate_blocks_from_disk(
-        folder, adapter or config(), lm_batches(), output, steps=steps, progress=False, **arguments
+        folder, adapter or config(), batches or lm_batches(), output, steps=steps, progress=False, **arguments
     )
 
 
@@ -492,22 +492,83 @@ def test_a_killed_run_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, ch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "whole"]
 
 
-def test_an_unfinished_run_is_not_mixed_with_another(tmp_path, monkeypatch):
+def masked(batches):
+    for batch in batches:
+        mask = torch.ones_like(batch["input_ids"])
+        mask[:, :4] = 0
+        yield {**batch, "attention_mask": mask}
+
+
+def change_weights(folder, name):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name] = tensors[name] + 0.1
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "steps",
+        "bits",
+        "dtype",
+        "rows",
+        "mask",
+        "mlp.up_proj.weight",
+        "input_layernorm.weight",
+    ],
+)
+def test_an_unfinished_run_is_not_mixed_with_another(tmp_path, monkeypatch, change):
     tiny_model().save_pretrained(tmp_path / "base")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         killed_at(patch, 1, [])
         from_disk(tmp_path / "base", tmp_path / "out")
     part = tmp_path / ".out.unfinished" / "0.safetensors"
     before = part.read_bytes()
-    for arguments in ({"steps": 5}, {"adapter": config(bits=4)}, {"dtype": torch.bfloat16}):
-        with pytest.raises(ValueError, match=r"unfinished calibration with other arguments.*remove the folder"):
-            from_disk(tmp_path / "base", tmp_path / "out", **arguments)
-    assert part.read_bytes() == before
+    arguments = {"steps": {"steps": 5}, "bits": {"adapter": config(bits=4)}, "dtype": {"dtype": torch.bfloat16}}
+    batches = {"rows": lm_batches()[:1], "mask": [*masked(lm_batches())]}
+    if change.endswith(".weight"):
+        change_weights(tmp_path / "base", f"model.layers.0.{change}")
+    with pytest.raises(ValueError, match=r"unfinished calibration with other arguments.*remove the folder"):
+        from_disk(tmp_path / "base", tmp_path / "out", batches=batches.get(change), **arguments.get(change, {}))
+    assert part.read_bytes() == before and not (tmp_path / "out").exists()
+
+
+def test_one_process_at_a_time_works_for_a_folder(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "base")
+    (tmp_path / ".out.unfinished").mkdir()
     with FileLock(tmp_path / ".out.unfinished" / "lock"), pytest.raises(RuntimeError, match="another process"):
         from_disk(tmp_path / "base", tmp_path / "out")
-    assert part.read_bytes() == before
     from_disk(tmp_path / "base", tmp_path / "out")
-    assert not part.parent.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+@pytest.mark.parametrize("where", ["_save", "_put_in_place"])
+def test_a_run_that_fails_at_the_very_end_loses_nothing(tmp_path, monkeypatch, where):
+    """The adapter half written, or nowhere to put it."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    streaming = peft_dlqat.calibration.streaming
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, OSError)):
+        if where == "_save":
+
+            def save(model, state, folder):
+                folder.mkdir()
+                (folder / "README.md").write_text("half")
+                raise KeyboardInterrupt
+
+            patch.setattr(streaming, "_save", save)
+        else:
+
+            def no_room(*_):
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(streaming.os, "rename", no_room)
+            patch.setattr(streaming.shutil, "move", no_room)
+        from_disk(tmp_path / "base", tmp_path / "out")
+    count = []
+    killed_at(monkeypatch, None, count)
+    from_disk(tmp_path / "base", tmp_path / "out")
+    assert not count and "half" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_missing_and_quantized_tensors_are_named(tmp_path):

@@ -6,6 +6,7 @@ python benchmarks/methods/page.py
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ def table(wanted: dict[str, tuple[str, str]]) -> str:
         if contender not in found:
             return ""
         lowest = min((kl(results), other) for other, results in found.items() if other != CEILING)[1]
-        digits = next(digits for digits, least in ((3, 0.02), (4, 0.002), (5, 0.0)) if kl(found[lowest]) >= least)
+        digits = next(
+            digits for digits, least in ((3, 0.02), (4, 0.002), (5, -math.inf)) if kl(found[lowest]) >= least
+        )
         text = spread([run["kl"] for run in found[contender]["runs"]], digits)
         text = f"**{text}**" if contender == lowest and len(found) > 1 else text
         if "unmerged" in found[contender]["runs"][0]:

@@ -78,8 +78,8 @@ class Results:
             found = json.loads(path.read_text())
             if any(found.get(key) != head.get(key) for key in HEAD):
                 raise SystemExit(
-                    f"{path} is of another setting, training, text or tasks; remove it, or give the setting another "
-                    "name."
+                    f"{path} is of another setting, training, text or tasks; name another folder with --results, or "
+                    "give the setting another name."
                 )
             self.data = found
 
@@ -270,6 +270,13 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
     experiment["seeds"] = args.seeds or experiment["seeds"]
     if args.tasks:
         experiment["tasks"] = {"names": args.tasks}
+    if "tasks" in experiment:
+        from training import check_tasks
+
+        try:
+            check_tasks(experiment["tasks"])
+        except (ImportError, ValueError) as error:
+            raise SystemExit(f"tasks: {error}") from error
     if args.quick:
         experiment.update(seeds=[0], learning_rates=[1e-3])
         args.results = args.results or Path("outputs", "quick", experiment["model_name"])

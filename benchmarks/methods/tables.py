@@ -76,7 +76,9 @@ def row(results: dict[str, Any], times: dict[str, float]) -> str:
     agreement = spread([100 * run["agreement"] for run in runs], 1)
     width = f"{runs[0]['bits_per_weight']:.2f}"
     cells = [results["contender"], width, trained, lr, start, spread([run["kl"] for run in runs]) + beside, perplexity]
-    accuracy = spread([100 * statistics.mean(run["tasks"].values()) for run in runs], 1) if "tasks" in runs[0] else ""
+    accuracy = (
+        spread([100 * statistics.mean(run["tasks"].values()) for run in runs], 1) if runs[0].get("tasks") else ""
+    )
     return "| " + " | ".join([*cells, agreement, accuracy, time, str(len(runs))]) + " |"
 
 

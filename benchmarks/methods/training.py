@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from peft_dlqat import DLQATConfig, distillation_loss, evaluate_tasks
+from peft_dlqat.evaluation.tasks import resolve_tasks, task_manager
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 # Batches on which grids are fitted and post-training contenders calibrate.
@@ -188,10 +189,22 @@ def accuracies(task: Task, model: PreTrainedModel, tasks: dict[str, Any] | None)
     """{"tasks": accuracy by name}; nothing if there are no tasks."""
     if not tasks:
         return {}
-    tokenizer, own = AutoTokenizer.from_pretrained(task.model_id), tasks.get("include_path")
-    include_path = None if own is None else _REPOSITORY / own
-    found = evaluate_tasks(model, tokenizer, tasks["names"], include_path=include_path, batch_size=16)
-    return {"tasks": {name: metrics["acc"] for name, metrics in found.items()}}
+    tokenizer = AutoTokenizer.from_pretrained(task.model_id)
+    found = evaluate_tasks(model, tokenizer, tasks["names"], include_path=folder_of(tasks), batch_size=16)
+    # Not those that a group is made of, nor what has no accuracy, as a perplexity.
+    names = [name for name in resolve_tasks(tasks["names"]) if "acc" in found.get(name, {})]
+    return {"tasks": {name: found[name]["acc"] for name in names}}
+
+
+def check_tasks(tasks: dict[str, Any]) -> None:
+    """Raises an ImportError if the harness is missing, and a ValueError for a name that it does not know."""
+    task_manager(resolve_tasks(tasks["names"]), folder_of(tasks))
+
+
+def folder_of(tasks: dict[str, Any]) -> Path | None:
+    """Where the tasks are that are not the harness's own."""
+    own = tasks.get("include_path")
+    return None if own is None else _REPOSITORY / own
 
 
 def bits_per_weight(model: PreTrainedModel, setting: dict[str, Any]) -> float:

@@ -189,8 +189,8 @@ def _warn_if_learning_rate_is_low(model: nn.Module, optimizer: Any) -> None:
         if 0 < lr < RECIPE.lr(model) / _FAR_BELOW and any(id(parameter) in of_b for parameter in group["params"]):
             warnings.warn(
                 f"the learning rate of A and B, {lr:g}, is far below the recipe's {RECIPE.lr(model):.2g} for this "
-                "model; raise it, or take RECIPE.training_arguments(model, output_dir) and "
-                "optimizers=(create_dlqat_optimizer(model, torch.optim.AdamW), None).",
+                "model; raise it, or take arguments = RECIPE.training_arguments(model, output_dir) and "
+                "optimizers=(create_dlqat_optimizer(model, torch.optim.AdamW, lr=arguments.learning_rate), None).",
                 stacklevel=2,
             )
             return

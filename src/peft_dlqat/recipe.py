@@ -73,6 +73,9 @@ class Recipe:
     ) -> TrainingArguments:
         """The recipe's `TrainingArguments`.
 
+        Their learning rate is for `create_dlqat_optimizer(..., lr=arguments.learning_rate)`: an optimiser that is
+        passed to a Trainer has its own.
+
         Args:
             model: the model to be trained.
             output_dir: as of `TrainingArguments`.

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..checkpoint import Checkpoint, initialise_layer, skeleton, weights_folder
+from ..checkpoint import Checkpoint, holder, initialise_layer, skeleton, weights_folder
 from ..checksum import base_record, weight_checksum
 from ..config import DLQATConfig
 from ..distillation import evaluating
@@ -26,7 +26,7 @@ from ..storage import STORAGES
 from .blocks import BlockError, Fit, calibrate_block, check_storage, pass_through, summary
 from .decoder import capture, decoder_layers, hidden_states
 from .grid_state import random_state_kept
-from .unfinished import State, plan_of, unfinished
+from .unfinished import Source, State, Unfinished, check_new, unfinished
 
 _ADAPTER = "default"
 
@@ -62,7 +62,8 @@ def calibrate_blocks_from_disk(
         lr: as `calibrate_blocks`.
         progress: show a progress bar.
         train_adapter: fit A, B, m and the shift too.
-        cache_dir: an existing folder to keep hidden states in meanwhile, rather than in memory.
+        cache_dir: an existing folder to keep hidden states in meanwhile, rather than in memory; a run that is killed
+            leaves them there.
         dtype: dtype of the weights, and so of the computation; defaults to the one that the model's config names.
 
     Returns:
@@ -75,7 +76,7 @@ def calibrate_blocks_from_disk(
         FileNotFoundError: if the model is not stored as safetensors.
         NoDecoderLayers: a ValueError; load such a model and use [`calibrate`].
         ValueError: for an impossible argument or config, no batches, a file whose tensors are not the model's, or an
-            unfinished calibration for this `output_dir` with other arguments.
+            unfinished calibration for this `output_dir` with other arguments, batches or weights.
         FloatingPointError: if an error turns NaN or infinite; nothing is written then.
     """
     fit = Fit(_ADAPTER, steps, lr, train_adapter, config.init)
@@ -86,8 +87,7 @@ def calibrate_blocks_from_disk(
             f"folder, {str(output_dir)!r}; run it by itself, with python instead of torchrun, before the training."
         )
     output = Path(output_dir)
-    if output.exists():
-        raise FileExistsError(f"output_dir={str(output)!r} exists; name a new folder, or remove it first.")
+    check_new(output)
     if config.modules_to_save or config.bias != "none":
         raise ValueError(
             f"modules_to_save={config.modules_to_save!r} and bias={config.bias!r}: training other parts of the base "
@@ -110,7 +110,7 @@ def calibrate_blocks_from_disk(
         with random_state_kept():
             calls = capture(inner, list(blocks.values()), batches, hidden)
         weights.release(inner, before)
-        done.claim(plan_of(model_id, config, fit, (hidden.teacher[index] for index in range(len(calls)))))
+        source = Source(config, fit, calls, hidden)
         bar = tqdm(blocks.items(), desc="calibrating blocks", disable=not progress)
         for index, (name, block) in enumerate(bar):
             own = [tensor for tensor in weights.names if tensor.startswith(f"{name}.")]
@@ -119,23 +119,25 @@ def calibrate_blocks_from_disk(
                 if isinstance(layer, DLQATLayer):
                     initialise_layer(model, _ADAPTER, part, layer)
                     checksums[part] = weight_checksum(layer.original_weight())
-            name, own_calls, found = f"base_model.model.{name}", [call[index] for call in calls], done.get(index)
+            calculated_from = source.add([getattr(*holder(inner, tensor)) for tensor in own])
+            name, own_calls = f"base_model.model.{name}", [call[index] for call in calls]
             with random_state_kept():
-                if found is None:
-                    error = calibrate_block(name, block, own_calls, hidden, fit)
-                else:
-                    error = found[1]
-                    _put_back(model, found[0])
+                error = _put_back(model, done.get(index, calculated_from))
+                if error is not None:
                     pass_through(block, own_calls, hidden)
+                else:
+                    try:
+                        error = calibrate_block(name, block, own_calls, hidden, fit)
+                    except FloatingPointError:  # it would come again
+                        done.clear()
+                        raise
             weights.release(inner, own)
             if config.storage != "full":  # what packing says of the adapter: it belongs to weights so stored
                 for layer in block.modules():
                     if isinstance(layer, DLQATLayer):
                         layer.stored_in(_ADAPTER, STORAGES[config.storage])
             if error is not None:
-                state = _put_away(model, name)
-                if found is None:
-                    done.put(index, state, error)
+                done.put(index, _put_away(model, name), error, calculated_from)
                 errors.append(error)
                 bar.set_postfix(error=f"{error.before:.3g} -> {error.after:.3g}")
         kept: dict[str, Any] = model.peft_config[_ADAPTER].record  # type: ignore[attr-defined, assignment]
@@ -145,16 +147,15 @@ def calibrate_blocks_from_disk(
         kept["calibration"] = asdict(summary(errors, fit))
         if config.storage != "full":
             kept["storage"] = config.storage
+        shutil.rmtree(done.folder / "adapter", ignore_errors=True)  # of a run that was killed there
         _save(model, done.state(), done.folder / "adapter")
-        try:
-            _put_in_place(done.folder / "adapter", output)
-        finally:
-            done.clear()
+        _put_in_place(done, output)
     return errors
 
 
-def _put_in_place(finished: Path, output: Path) -> None:
-    """Rename a finished folder, or where it cannot take its place any more, keep it elsewhere."""
+def _put_in_place(done: Unfinished, output: Path) -> None:
+    """Rename the finished adapter, or where it cannot take its place any more, keep it elsewhere."""
+    finished = done.folder / "adapter"
     try:
         os.rename(finished, output)
     except OSError as error:
@@ -163,11 +164,13 @@ def _put_in_place(finished: Path, output: Path) -> None:
         except OSError:
             kept = Path(tempfile.mkdtemp(prefix=f"{output.name}-")) / "adapter"
         shutil.move(finished, kept)
+        done.clear()
         raise OSError(
             error.errno,
             f"output_dir={str(output)!r} cannot be written any more ({error.strerror}); the adapter is in "
             f"{str(kept)!r}",
         ) from error
+    done.clear()
 
 
 def _check_inside(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
@@ -198,11 +201,14 @@ def _put_away(model: PeftModel, prefix: str) -> State:
 
 
 @torch.no_grad()
-def _put_back(model: PeftModel, state: State) -> None:
-    """Write adapters into a decoder layer whose own have just been made."""
-    for name, tensor in state.items():
+def _put_back(model: PeftModel, found: tuple[State, BlockError] | None) -> BlockError | None:
+    """Write what was kept of a decoder layer into it, whose adapters have just been made anew; its error."""
+    if found is None:
+        return None
+    for name, tensor in found[0].items():
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)[leaf].copy_(tensor)  # type: ignore[index]
+    return found[1]
 
 
 def _save(model: PeftModel, state: State, folder: Path) -> None:

@@ -6,75 +6,113 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..config import DLQATConfig
 from .blocks import BlockError, Fit
+from .decoder import Call, Hidden
 
 State = dict[str, torch.Tensor]
 
 
 class Unfinished:
-    """Adapters of the decoder layers that are done, each a file that appears under its name when it is whole."""
+    """Adapters of the decoder layers that are done, each a file that appears under its name when it is whole.
+
+    A file also says what it was calculated from, as `Source` has it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._own: list[Path] = []
 
-    def claim(self, plan: str) -> None:
-        """Say what is being calibrated, or check that it is the same as what the folder holds.
+    def get(self, index: int, source: str) -> tuple[State, BlockError] | None:
+        """A layer's adapter and error; None if it is not done, or its file cannot be read.
 
         Raises:
-            ValueError: if it is not.
+            ValueError: if they were calculated from something else.
         """
-        path = self.folder / "plan"
-        found = path.read_text() if path.exists() else plan
-        if self._parts() and found != plan:
+        path = self._path(index)
+        try:
+            with safe_open(path, framework="pt") as file:
+                said = file.metadata()
+            state = load_file(path)
+        except (FileNotFoundError, SafetensorError):
+            return None
+        if said["source"] != source:
             raise ValueError(
                 f"{str(self.folder)!r} holds an unfinished calibration with other arguments, batches or weights; call "
                 "it with those to go on, or remove the folder to begin anew."
             )
-        path.write_text(plan)
+        return state, BlockError(**json.loads(said["error"]))
 
-    def get(self, index: int) -> tuple[State, BlockError] | None:
-        """A layer's adapter and error; None if it is not done, or its file cannot be read."""
-        path = self._path(index)
-        try:
-            with safe_open(path, framework="pt") as file:
-                error = json.loads(file.metadata()["error"])
-            return load_file(path), BlockError(**error)
-        except (FileNotFoundError, SafetensorError):
-            return None
-
-    def put(self, index: int, state: State, error: BlockError) -> None:
+    def put(self, index: int, state: State, error: BlockError, source: str) -> None:
         """Keep a layer's adapter and error."""
         path = self._path(index)
         temporary = path.with_suffix(".part")
-        save_file(state, temporary, metadata={"error": json.dumps(error._asdict())})
+        save_file(state, temporary, metadata={"error": json.dumps(error._asdict()), "source": source})
         os.replace(temporary, path)
+        self._own.append(path)
 
     def state(self) -> State:
-        """The adapters of all layers."""
-        return {name: tensor for path in self._parts() for name, tensor in load_file(path).items()}
+        """The adapters of all layers that were put."""
+        return {name: tensor for path in self._own for name, tensor in load_file(path).items()}
 
     def clear(self) -> None:
         """Forget all layers."""
-        for path in self._parts():
+        for path in self.folder.glob("*.safetensors"):
             path.unlink()
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index}.safetensors"
 
-    def _parts(self) -> list[Path]:
-        return sorted(self.folder.glob("*.safetensors"))
+
+class Source:
+    """A hash of all that the next decoder layer's adapter depends on, but for the seed."""
+
+    def __init__(self, config: DLQATConfig, fit: Fit, calls: list[list[Call]], hidden: Hidden) -> None:
+        # What a config says of the base model's place and of versions changes nothing.
+        said = {key: value for key, value in config.to_dict().items() if key not in _NO_ARGUMENTS}
+        # Sets, whose order is another in each process, are written as sorted lists.
+        arguments = json.dumps({"config": said, "fit": asdict(fit)}, sort_keys=True, default=sorted)
+        self._digest = hashlib.blake2b(arguments.encode(), digest_size=20)
+        for index in range(len(calls)):
+            self.add([hidden.teacher[index], *([] if hidden.counted[index] is None else [hidden.counted[index]])])
+        seen: set[int] = set()
+
+        def add(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in seen:  # layers share masks and positions
+                seen.add(id(tensor))
+                self.add([tensor])
+            return tensor
+
+        recursively_apply(add, calls)
+
+    def add(self, tensors: list[Any]) -> str:
+        """Take in a layer's weights, say; the hash so far."""
+        for tensor in tensors:
+            tensor = tensor.detach().contiguous()
+            self._digest.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
+            self._digest.update(tensor.view(-1).view(torch.uint8).numpy())
+        return self._digest.hexdigest()
+
+
+_NO_ARGUMENTS = ("base_model_name_or_path", "peft_version", "record")
+
+
+def check_new(output: Path) -> None:
+    """Raises a FileExistsError if there is a folder already."""
+    if output.exists():
+        raise FileExistsError(f"output_dir={str(output)!r} exists; name a new folder, or remove it first.")
 
 
 @contextmanager
@@ -83,33 +121,21 @@ def unfinished(output: Path) -> Iterator[Unfinished]:
 
     Raises:
         RuntimeError: if another process works in it.
+        FileExistsError: if `output` exists.
     """
     folder = output.with_name(f".{output.name}.unfinished")
     folder.mkdir(parents=True, exist_ok=True)
-    lock, kept = FileLock(folder / "lock"), Unfinished(folder)
+    lock = FileLock(folder / "lock")
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise RuntimeError(
             f"another process is calibrating for output_dir={str(output)!r}; wait for it, or name another folder."
         ) from error
     try:
-        yield kept
-    except FloatingPointError:  # it would come again
-        kept.clear()
-        raise
+        check_new(output)  # again: another process may have made it before this one had the lock
+        yield Unfinished(folder)
     finally:
-        lock.release()
-        if not kept._parts():
+        if not any(folder.glob("*.safetensors")):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def plan_of(model_id: str | Path, config: DLQATConfig, fit: Fit, inputs: Iterable[torch.Tensor]) -> str:
-    """All that a calibration's result depends on but the seed: arguments, and the first decoder layer's inputs."""
-    digest = hashlib.blake2b(digest_size=20)
-    for state in inputs:
-        digest.update(f"{list(state.shape)} {state.dtype}".encode())
-        digest.update(state.contiguous().view(torch.uint8).numpy().tobytes())
-    arguments: dict[str, Any] = {"model": str(model_id), "config": config.to_dict(), "fit": asdict(fit)}
-    # Sets, whose order is another in each process, are written as sorted lists.
-    return json.dumps({**arguments, "inputs": digest.hexdigest()}, sort_keys=True, default=sorted)
+        lock.release()

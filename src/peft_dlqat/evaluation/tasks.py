@@ -63,7 +63,7 @@ def evaluate_tasks(
             f"evaluate_tasks needs the lm-evaluation-harness ({error}): pip install peft-dlqat[eval]"
         ) from error
     names = resolve_tasks(tasks)
-    manager = _task_manager(names, include_path)
+    manager = task_manager(names, include_path)
     with evaluating(model), random_state_kept():
         # Made before merging, since it ties weights anew, and on a copy of the tokenizer, to which it may add padding.
         harness_model = HFLM(
@@ -97,8 +97,13 @@ def resolve_tasks(tasks: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _task_manager(names: list[str], include_path: str | os.PathLike[str] | None) -> Any:
-    """The harness's index of tasks, with all of the names in it."""
+def task_manager(names: list[str], include_path: str | os.PathLike[str] | None) -> Any:
+    """The harness's index of tasks, with all of the names in it.
+
+    Raises:
+        ImportError: if lm-eval is not installed.
+        ValueError: if one is unknown.
+    """
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
