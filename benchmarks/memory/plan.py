@@ -1,11 +1,13 @@
 """Which batch fits which card: prints the tables of docs/memory.md, from `estimate_memory`.
 
-    python benchmarks/memory/plan.py
+    python benchmarks/memory/plan.py          # minutes; with names of models, such as 7B, only these
 
 Sizes are in GiB. A card counts with what is left of it beside 1 GiB for the CUDA context and the allocator's gaps.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from transformers import LlamaConfig
@@ -59,7 +61,7 @@ def largest_batch(steps: list[int], room: float) -> int:
     return int(BATCHES[low] + (room - steps[low]) / slope)
 
 
-def main() -> None:
+def main(models: list[str]) -> None:
     """Print both tables."""
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -69,7 +71,7 @@ def main() -> None:
     print(f"| model | storage | {' | '.join(parts)} | total |")
     print(f"|---|---|{'---:|' * (len(parts) + 1)}")
     static = {}
-    for model in MODELS:
+    for model in models:
         for storage in STORAGES:
             found = estimate_memory(config(storage), shapes(model), 1, LENGTHS[0])
             static[model, storage] = found.static
@@ -78,7 +80,7 @@ def main() -> None:
     print(f"\nThe largest batch by sequence length ({' / '.join(map(str, LENGTHS))} tokens):\n")
     print(f"| model | storage | {' | '.join(f'{card} GB' for card in CARDS)} |")
     print(f"|---|---|{'---|' * len(CARDS)}")
-    for model in MODELS:
+    for model in models:
         steps = [step_bytes(model, length) for length in LENGTHS]
         for storage in STORAGES:
             rooms = [(card - RESERVED) * GIB - static[model, storage] for card in CARDS]
@@ -87,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or list(MODELS))
