@@ -16,7 +16,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from pages import fill  # noqa: E402
 from run import BEYOND  # noqa: E402
-from tables import FULL_PRECISION, kl, spread  # noqa: E402
+from tables import FULL_PRECISION, kl, load, spread  # noqa: E402
 
 PAGE = HERE.parents[1] / "docs" / "benchmarks.md"
 RESULTS = HERE.parent / "results" / "methods"
@@ -125,8 +125,7 @@ def question_table() -> str:
 
 def task_table() -> str:
     """Of the contenders that were asked questions, lowest KL first: KL, and accuracy on each task."""
-    folder = RESULTS / "embedded" / "tasks-2bit-g32"
-    found = sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=kl)
+    found = load(RESULTS / "embedded").get("tasks-2bit-g32")
     if not found:
         return "Not run yet."
     tasks = list(found[0]["runs"][0]["tasks"])

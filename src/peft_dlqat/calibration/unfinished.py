@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..config import DLQATConfig
+from ..distillation.store import write_whole
 from .blocks import BlockError, Fit
 from .decoder import Call, Hidden
 
@@ -57,10 +57,8 @@ class Unfinished:
 
     def put(self, index: int, state: State, error: BlockError, source: str) -> None:
         """Keep a layer's adapter and error."""
-        path = self._path(index)
-        temporary = path.with_suffix(".part")
-        save_file(state, temporary, metadata={"error": json.dumps(error._asdict()), "source": source})
-        os.replace(temporary, path)
+        path, said = self._path(index), {"error": json.dumps(error._asdict()), "source": source}
+        write_whole(path, lambda temporary: save_file(state, temporary, metadata=said))
         self._own.append(path)
 
     def state(self) -> State:

@@ -82,7 +82,7 @@ class EntryFolder:
     def __setitem__(self, key: str, entry: Entry) -> None:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, lambda temporary: save_file(entry, temporary))
+        write_whole(path, lambda temporary: save_file(entry, temporary))
 
     def claim(self, k: int | None, fingerprint: str) -> None:
         """Say whose predictions the folder holds, or check it.
@@ -94,7 +94,7 @@ class EntryFolder:
         path = self.folder / _HEADER
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(
+            write_whole(
                 path, lambda temporary: temporary.write_text(json.dumps(header), encoding="utf-8"), put=_put_if_new
             )
         try:
@@ -124,9 +124,7 @@ def _put_if_new(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def _write_whole(
-    path: Path, write: Callable[[Path], object], put: Callable[[Path, Path], object] = os.replace
-) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], put: Callable[[Path, Path], object] = os.replace) -> None:
     """Write a file so that it is never seen in part."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
