@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -59,13 +60,14 @@ def task(tmp_path):
 
 def test_no_two_experiments_give_different_settings_one_name(tmp_path):
     """They share a folder of results, where `make bench-quality EXPERIMENTS=all` puts them."""
+    import results as kept
     import run as runner
 
     heads = {}
     for path in EXPERIMENTS:
         experiment = {**json.loads(path.read_text()), "model_name": "tiny"}
         for setting, contender, results in runner.plan(experiment, [], tmp_path):
-            head = {key: results.data.get(key) for key in runner.HEAD}
+            head = {key: results.data.get(key) for key in kept.HEAD}
             assert heads.setdefault((setting, contender), head) == head, (path.stem, setting, contender)
 
 
@@ -125,7 +127,12 @@ def test_results_of_another_setting_are_not_mixed(task):
     experiment["settings"]["a"]["config"]["bits"] = 2
     path.write_text(json.dumps(experiment))
     second = run(task, path, "--quick")
-    assert second.returncode != 0 and "another setting" in second.stderr
+    assert second.returncode != 0 and "another setting (" in second.stderr
+    experiment["settings"]["a"]["config"]["bits"] = 3
+    path.write_text(json.dumps(experiment))
+    tiny_model("gpt2").save_pretrained(task / "tiny")  # under the same name
+    third = run(task, path, "--quick")
+    assert third.returncode != 0 and "another work (" in third.stderr
 
 
 def test_steps_are_timed_against_dlqats(task):
@@ -171,35 +178,60 @@ def test_the_best_of_the_learning_rates_is_used_and_autoround_has_its_own_width(
 
 
 def test_a_search_goes_on_while_the_best_is_at_an_end(tmp_path):
-    runner = load_runner()
-    results = runner.Results(tmp_path / "l4q.json", {})
+    from results import Results
+
+    results = Results(tmp_path / "l4q.json", {})
     other_seed = {"seed": 1, "lr": 9.0, "kl": 0.0}
     results.data["search"] = [{"seed": 0, "lr": 0.2, "kl": 0.5}, other_seed]
     assert results.next_rates([0.1, 0.2], 0) == [0.1]
     results.add("search", {"seed": 0, "lr": 0.1, "kl": 0.6})
     assert results.next_rates([0.1, 0.2], 0) == [0.4] and results.best_lr(0) == 0.2
-    results.add("search", {"seed": 0, "lr": 0.4, "kl": 0.55})
+    results.add("search", {"seed": 0, "lr": 0.4, "kl": math.nan})  # diverged: no best, though nothing is below it
     assert results.next_rates([0.1, 0.2], 0) == [] and results.best_lr(0) == 0.2
     for lr in (0.05, 0.025):
         results.add("search", {"seed": 0, "lr": lr, "kl": lr})
     assert results.next_rates([0.1, 0.2], 0) == []  # three beyond, and no more
 
 
-def test_runs_of_a_rate_that_was_bettered_are_put_aside_and_two_runners_share_a_file(tmp_path):
-    runner = load_runner()
-    first, second = (runner.Results(tmp_path / "l4q.json", {}) for _ in range(2))
-    first.add("runs", {"seed": 0, "lr": 0.1, "kl": 0.5})
-    second.add("runs", {"seed": 0, "lr": 0.2, "kl": 0.4})
-    second.keep_runs_of(0.2)
-    found = runner.Results(tmp_path / "l4q.json", {}).data
-    assert [run["lr"] for run in found["runs"]] == [0.2] and [run["lr"] for run in found["other_rates"]] == [0.1]
+def test_a_rate_that_whole_runs_have_shown_to_be_better_is_used_and_two_runners_share_a_file(tmp_path):
+    from results import Results
+
+    def kept():
+        data = Results(tmp_path / "l4q.json", {}).data
+        return [[(run["lr"], run["seed"]) for run in data.get(key, [])] for key in ("runs", "other_rates")]
+
+    first, second = (Results(tmp_path / "l4q.json", {}) for _ in range(2))
+    first.data["search"] = second.data["search"] = [{"seed": 0, "lr": lr, "kl": -lr} for lr in (0.1, 0.2)]
+    assert first.best_lrs(0) == [0.2]
+    first.add("runs", {"seed": 0, "lr": 0.1, "kl": 0.4})
+    second.add("runs", {"seed": 0, "lr": 0.2, "kl": 0.5})
+    assert second.best_lrs(0) == [0.2, 0.1]
+    second.keep(0.2)
+    assert kept() == [[(0.2, 0)], [(0.1, 0)]] and second.has("runs", 0, 0.1)
+    second.keep()
+    assert kept() == [[(0.1, 0)], [(0.2, 0)]]
+    second.add("runs", {"seed": 1, "lr": 0.2, "kl": 0.5})
+    second.keep()
+    assert kept() == [[(0.2, 0), (0.2, 1)], [(0.1, 0)]]  # of most runs
+    second.add("runs", {"seed": 1, "lr": 0.1, "kl": math.nan})
+    second.keep()
+    assert kept() == [[(0.2, 0), (0.2, 1)], [(0.1, 0), (0.1, 1)]]
 
 
-def load_runner():
-    spec = importlib.util.spec_from_file_location("benchmark_runner", METHODS / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_what_runs_beside_a_failure_is_kept(task):
+    experiment = {
+        "settings": {"a": {"config": {"bits": 3, "group_size": 32}}},
+        "contenders": ["peqa", "rtn-mse", "gptq"],
+        "training": {"batch_size": 2, "schedule": "no such schedule"},  # of the first, which takes longest
+        "learning_rates": [1e-3],
+        "search_share": 0.5,
+        "seeds": [0],
+    }
+    path = task / "experiment.json"
+    path.write_text(json.dumps(experiment))
+    done = run(task, path, "--quick", "--jobs", "2")
+    assert done.returncode != 0 and "no such schedule" in done.stderr
+    assert {path.stem for path in (task / "results" / "a").iterdir()} >= {"rtn-mse"}
 
 
 def test_figures_of_a_run(task, monkeypatch):

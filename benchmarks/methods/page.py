@@ -15,7 +15,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from pages import fill  # noqa: E402
-from run import BEYOND  # noqa: E402
+from results import BEYOND  # noqa: E402
+from run import rates_of  # noqa: E402
 from tables import FULL_PRECISION, kl, load, spread  # noqa: E402
 
 PAGE = HERE.parents[1] / "docs" / "benchmarks.md"
@@ -46,7 +47,6 @@ TABLES = {
     "k-quants": {name: ("embedded", name) for name in ("q3_k", "3bit-g32-symmetric", "q2_k", "2bit-g32-float")},
 }
 CEILING = "lsq"
-GIVEN = 3  # learning rates that small.json gives a contender to try
 # What is changed in the default recipe, row-wise at 3 bits with r = 8, and the setting where it is.
 QUESTIONS = {
     "nothing": "3bit-row",
@@ -70,14 +70,20 @@ def results_of(model: str, setting: str) -> dict[str, dict[str, Any]]:
     return {name: results for name, results in found.items() if results["runs"] and name != FULL_PRECISION}
 
 
-def unfinished(results: dict[str, Any]) -> bool:
+def given_rates(setting: str, contender: str) -> int:
+    """How many learning rates the setting's experiment gives a contender to try."""
+    experiments = [json.loads(path.read_text()) for path in sorted((HERE / "experiments").glob("*.json"))]
+    return next(len(rates_of(each, contender)) for each in experiments if setting in each["settings"])
+
+
+def unfinished(results: dict[str, Any], setting: str) -> bool:
     """Whether the search was not let go on while the best rate was at an end, or that rate's run is still to come."""
     tried = {run["lr"]: run["kl"] for run in results["search"]}
     if not tried:
         return False
     best = min(tried, key=lambda lr: tried[lr])
-    at_end = len(tried) < GIVEN + BEYOND and best in (min(tried), max(tried))
-    return at_end or results["runs"][0]["lr"] != best
+    at_end = len(tried) < given_rates(setting, results["contender"]) + BEYOND and best in (min(tried), max(tried))
+    return at_end or best not in {run["lr"] for run in results["runs"] + results.get("other_rates", [])}
 
 
 def table(wanted: dict[str, tuple[str, str]]) -> str:
@@ -104,7 +110,7 @@ def table(wanted: dict[str, tuple[str, str]]) -> str:
         text = f"**{text}**" if contender == lowest and len(found) > 1 else text
         if "unmerged" in found[contender]["runs"][0]:
             text += f" ({spread([run['unmerged']['kl'] for run in found[contender]['runs']])})"
-        return f"{text} °" if unfinished(found[contender]) else text
+        return f"{text} °" if unfinished(found[contender], wanted[name][1]) else text
 
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     lines.append("| bits per weight | " + " | ".join(f"{width[name]:.2f}" for name in columns) + " |")
@@ -142,7 +148,8 @@ def task_table() -> str:
 def cost(model: str) -> str:
     """How long the runs of a model took, the search of the learning rates with them."""
     found = [json.loads(path.read_text()) for path in sorted((RESULTS / model).glob("*/*.json"))]
-    runs = [run for results in found for run in results["runs"] + results["search"]]
+    kinds = ("runs", "search", "other_rates")
+    runs = [run for results in found for kind in kinds for run in results.get(kind, [])]
     return f"{len(runs)} runs, {sum(run['seconds'] for run in runs) / 3600:.1f} hours of one core"
 
 

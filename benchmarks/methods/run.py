@@ -4,7 +4,8 @@
 
 An experiment is a JSON file: settings (arguments of `DLQATConfig`), contenders, how to train, learning rates and
 seeds. A contender that trains first tries each learning rate for a part of the steps, on the first seed, and while the
-best is the lowest or the highest, half or twice that; the best is used for all seeds. "dlqat" is the default recipe,
+best is the lowest or the highest, half or twice that; the best is used for all seeds, and so is one that whole runs
+have shown to be better. "dlqat" is the default recipe,
 and takes its learning rate. Results are one JSON file a setting and contender, under benchmarks/results/methods/MODEL;
 runs that are there already are not repeated, so an interrupted benchmark goes on where it stopped. A contender whose
 library is not installed is left out, and said so.
@@ -26,7 +27,7 @@ import multiprocessing
 import os
 import platform
 import sys
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,11 @@ EMBEDDED = HERE.parents[1] / "examples" / "embedded" / "model"
 RESULTS = HERE.parent / "results" / "methods"
 sys.path.insert(0, str(HERE))
 
+from results import Results  # noqa: E402
+
 # Large buffers are kept for the next step rather than given back to the system and zeroed again: a third of the time.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 QUICK = {"steps": 3, "warmup_steps": 1, "batch_size": 2, "calibration_steps": 0}
-BEYOND = 3  # learning rates that a search goes beyond the given ones, at most
 _ROWS, _QUICK_ROWS = (2048, 256, 256), (8, 8, 64)  # of training and held-out text, and the tokens of each
 
 
@@ -61,79 +63,6 @@ def work(
     return run(load_task(model, tokens), contender, setting, training, seed, lr, tasks)
 
 
-# What results of one name must have in common.
-HEAD = ("setting", "training", "search_share", "text", "tasks")
-
-
-class Results:
-    """The file of one setting and contender: {"setting", "training", "versions", "search": [...], "runs": [...]}.
-
-    "other_rates" holds runs with a learning rate that a longer search has found a better one for.
-    """
-
-    def __init__(self, path: Path, head: dict[str, Any]) -> None:
-        self.path = path
-        self.data: dict[str, Any] = {**head, "search": [], "runs": []}
-        if path.exists():
-            found = json.loads(path.read_text())
-            if any(found.get(key) != head.get(key) for key in HEAD):
-                raise SystemExit(
-                    f"{path} is of another setting, training, text or tasks; name another folder with --results, or "
-                    "give the setting another name."
-                )
-            self.data = found
-
-    def add(self, kind: str, figures: dict[str, Any]) -> None:
-        """Keep a run, and write the file, which another runner may have written to meanwhile."""
-        self._read()
-        if self.has(kind, figures["seed"], figures.get("lr")):
-            return
-        self.data[kind].append(figures)
-        self.data[kind].sort(key=lambda run: (run["seed"], run.get("lr") or 0))
-        self._write()
-
-    def keep_runs_of(self, lr: float | None) -> None:
-        """Put runs with another learning rate aside."""
-        self._read()
-        others = [run for run in self.data["runs"] if run.get("lr") != lr]
-        if others:
-            self.data["runs"] = [run for run in self.data["runs"] if run not in others]
-            self.data["other_rates"] = [*self.data.get("other_rates", []), *others]
-            self._write()
-
-    def _read(self) -> None:
-        if self.path.exists():
-            self.data = json.loads(self.path.read_text())
-
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.data, indent=1) + "\n")
-        temporary.replace(self.path)
-
-    def has(self, kind: str, seed: int, lr: float | None) -> bool:
-        """Whether a run is there."""
-        return any(run["seed"] == seed and run.get("lr") == lr for run in self.data[kind])
-
-    def next_rates(self, rates: list[float], seed: int) -> list[float]:
-        """What the search has still to try: `rates`, then what lies beyond them while the best is at an end."""
-        tried = self._tried(seed)
-        if missing := [lr for lr in rates if lr not in tried]:
-            return missing
-        best = self.best_lr(seed)
-        beyond = {min(tried): best / 2, max(tried): best * 2}
-        return [beyond[best]] if best in beyond and len(tried) < len(rates) + BEYOND else []
-
-    def best_lr(self, seed: int) -> float:
-        """Of the search."""
-        tried = self._tried(seed)
-        return min(tried, key=lambda lr: tried[lr])
-
-    def _tried(self, seed: int) -> dict[float, float]:
-        """KL by learning rate."""
-        return {run["lr"]: run["kl"] for run in self.data["search"] if run["seed"] == seed}
-
-
 def plan(experiment: dict[str, Any], only: list[str], results: Path) -> list[tuple[str, str, Results]]:
     """(setting, contender, results) of everything to be run."""
     from contenders import is_trained
@@ -151,13 +80,14 @@ def plan(experiment: dict[str, Any], only: list[str], results: Path) -> list[tup
                 continue
             path = results / setting_name / f"{contender}.json"
             training = {**experiment["training"], **setting.get("training", {})} if is_trained(contender) else {}
+            training.update(QUICK if experiment.get("quick") and training else {})
             head = {
                 "setting": setting["config"],
                 "contender": contender,
                 "training": training,
                 "model": experiment["model_name"],
                 **({"search_share": experiment["search_share"]} if training else {}),
-                **{key: experiment[key] for key in ("text", "tasks") if key in experiment},
+                **{key: experiment[key] for key in ("text", "tasks", "work") if key in experiment},
                 "versions": {
                     **{name: version(name) for name in ("torch", "transformers", "peft")},
                     "python": platform.python_version(),
@@ -197,32 +127,33 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
             setting, training = results.data["setting"], results.data["training"]
             if kind == "search":
                 training = {**training, "steps": int(training["steps"] * experiment["search_share"])}
-            if args.quick:
-                training = {**training, **QUICK}
             tasks = experiment.get("tasks") if kind == "runs" else None
             future = pool.submit(work, args.model, args.tokens, contender, setting, training, seed, lr, tasks)
             futures[future] = (name, contender, results, kind)
 
         def go_on(job: tuple[str, str, Results]) -> None:
             """Submit what comes next: more of the search, or the runs."""
-            contender, results, lr = job[1], job[2], None
+            contender, results = job[1], job[2]
+            lrs: list[float | None] = [None]
             rates = rates_of(experiment, contender)
             if contender in BY_RECIPE:
-                lr = RECIPE.lr(model, results.data["training"]["batch_size"] * length)
+                lrs = [RECIPE.lr(model, results.data["training"]["batch_size"] * length)]
             elif is_trained(contender) and len(rates) == 1:
-                lr = rates[0]
+                lrs = [rates[0]]
             elif is_trained(contender):
                 left = results.next_rates(rates, seeds[0])
                 for rate in left:
                     submit("search", job, seeds[0], rate)
                 if left:
                     return
-                lr = results.best_lr(seeds[0])
-            for seed in seeds:
-                submit("runs", job, seed, lr)
+                lrs = [*results.best_lrs(seeds[0])]
+            for lr in lrs:
+                for seed in seeds:
+                    submit("runs", job, seed, lr)
 
         for job in plan(experiment, args.only, args.results):
             go_on(job)
+        failure: Exception | None = None
         while futures:
             for future in wait(futures, return_when="FIRST_COMPLETED").done:
                 name, contender, results, kind = futures.pop(future)
@@ -231,12 +162,16 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
                 except ImportError as error:
                     print(f"{name} {contender} left out: {error}", flush=True)
                     continue
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+                except CancelledError:
+                    continue
+                except Exception as error:  # what runs beside it is still kept
+                    failure = failure or error
+                    for waiting in futures:
+                        waiting.cancel()
+                    continue
                 results.add(kind, figures)
                 if kind == "runs":
-                    results.keep_runs_of(figures.get("lr"))
+                    results.keep(figures["lr"] if contender in BY_RECIPE else None)
                 lr = f" lr {figures['lr']}" if figures.get("lr") else ""
                 print(
                     f"{name} {contender} {kind} seed {figures['seed']}{lr}: KL {figures['kl']:.4f} "
@@ -244,8 +179,10 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
                     flush=True,
                 )
                 job = (name, contender, results)
-                if kind == "search" and all(left[:3] != job for left in futures.values()):
+                if kind == "search" and not failure and all(left[:3] != job for left in futures.values()):
                     go_on(job)
+        if failure:
+            raise failure
 
 
 def parse(description: str | None) -> argparse.Namespace:
@@ -278,15 +215,16 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
         except (ImportError, ValueError) as error:
             raise SystemExit(f"tasks: {error}") from error
     if args.quick:
-        experiment.update(seeds=[0], learning_rates=[1e-3])
+        experiment.update(seeds=[0], learning_rates=[1e-3], quick=True)
         args.results = args.results or Path("outputs", "quick", experiment["model_name"])
     args.results = args.results or RESULTS / experiment["model_name"]
-    if args.tokens is None:
-        from tokens import make_tokens, python_tokens
+    from tokens import fingerprint, make_tokens, python_tokens
 
+    if args.tokens is None:
         make = {"generated": make_tokens, "python": python_tokens}[experiment.get("text", "generated")]
         sequences = _QUICK_ROWS if args.quick else experiment.get("sequences", _ROWS)
         args.tokens = make(args.model, experiment["model_name"], *sequences)
+    experiment["work"] = fingerprint(args.model, args.tokens)
     return experiment
 
 

@@ -44,7 +44,7 @@ def main() -> None:
         steps: dict[str, Callable[[], object]] = {}
         for who in sorted(results, key=lambda name: name != UNIT):
             config, how = results[who]["setting"], {**results[who]["training"], "calibration_steps": 0}
-            how.update(runner.QUICK if args.quick else {}, steps=2 * rounds)
+            how["steps"] = 2 * rounds
             batches = task.calibration(how["batch_size"], 0, 0, "train")
             try:
                 prepared = contenders.prepare(who, task.load_model(), config, batches, 0)
