@@ -148,16 +148,15 @@ def train_dlqat(
     """DL-QAT: calibrate the grid for some of the steps, then train A, B and m through the quantizer for the others."""
     set_seed(args.seed)
     model = get_peft_model(load_model(args), dlqat_config(args, bits))
+    arguments = training_arguments(args, model, args.lr, args.steps - args.calibration_steps)
+    lr, magnitude_lr = arguments.learning_rate, args.magnitude_lr
     trainer = Trainer(
         model,
-        training_arguments(args, model, args.lr, args.steps - args.calibration_steps),
+        arguments,
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=collate,
-        optimizers=(
-            create_dlqat_optimizer(model, torch.optim.AdamW, lr=args.lr, magnitude_lr=args.magnitude_lr),
-            None,
-        ),
+        optimizers=(create_dlqat_optimizer(model, torch.optim.AdamW, lr=lr, magnitude_lr=magnitude_lr), None),
         callbacks=[DLQATCallback(args.calibration_steps, args.calibration_lr)],
     )
     return model, trained_share(model), run(trainer, f"{DLQAT}, {bits} bits")
@@ -202,6 +201,7 @@ def training_arguments(args: argparse.Namespace, model: PeftModel, lr: float | N
     return RECIPE.training_arguments(
         model,
         str(args.output_dir),
+        tokens_per_step=args.batch_size * args.length,
         max_steps=steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,

@@ -19,7 +19,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    BertForTokenClassification,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -30,6 +32,7 @@ import peft_dlqat.distillation.cache
 import peft_dlqat.distillation.divergence
 import peft_dlqat.distillation.store
 from peft_dlqat import DLQATCallback, DLQATConfig, calibrate, distillation_loss, evaluate_model, teacher_logits
+from peft_dlqat.calibration.losses import batch_loss as calibration_loss
 from peft_dlqat.distillation.cache import TeacherCache
 from peft_dlqat.distillation.divergence import TopTokens, token_divergence
 from peft_dlqat.distillation.store import EntryFolder, base_fingerprint
@@ -145,6 +148,13 @@ def test_labels_and_masks_of_another_shape_are_refused():
     for given in ({"labels": some_labels()[:, :-1]}, {"labels": some_labels().flatten()}, {"mask": torch.ones(3, 6)}):
         with pytest.raises(ValueError, match=r"must have that of the logits' positions, \[3, 7\]"):
             distillation_loss(logits, teacher, **given)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_and_no_items_give_no_infinity():
+    logits, teacher = pair()
+    with pytest.raises(ValueError, match=r"teacher's logits \[3, 7, 4\] must have the model's shape \[3, 7, "):
+        distillation_loss(logits, teacher[..., :4])
+    assert distillation_loss(logits, teacher, num_items=0) == distillation_loss(logits, teacher, num_items=1)
 
 
 def test_what_does_not_count_may_be_nan_and_what_is_impossible_adds_nothing():
@@ -356,21 +366,19 @@ def test_a_wrapped_model(tmp_path):
         dist.destroy_process_group()
 
 
-def test_a_classifier():
+def bert(kind=BertForSequenceClassification, **head):
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=3,
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, **head
     )
-    model = BertForSequenceClassification(config).eval()
-    model = get_peft_model(model, DLQATConfig(bits=2, group_size=32, task_type="SEQ_CLS", target_modules=["query"]))
+    model = get_peft_model(kind(config), DLQATConfig(bits=2, group_size=32, target_modules=["query"]))
     perturb(model)
+    return model.eval()
+
+
+def test_a_classifier():
+    model = bert(num_labels=3)
     batch, labels = {"input_ids": tokens(), "attention_mask": torch.ones(4, 16).long()}, torch.tensor([0, 1, 2, 1])
-    model.eval()
     loss = DistillationLoss(model, task_weight=1.0)
     outputs = model(**batch)
     expected = distillation_loss(outputs.logits, teacher_logits(model, batch)) + F.cross_entropy(
@@ -379,17 +387,39 @@ def test_a_classifier():
     assert loss(outputs, labels).item() == pytest.approx(expected.item(), rel=1e-5)
     model(**batch)
     assert loss(outputs, labels, num_items_in_batch=8).item() == pytest.approx(expected.item() / 2, rel=1e-5)
+    loss.remove()
+    with_cache = DistillationLoss(model, cache=TeacherCache())
+    outputs = model(**batch)
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification are \[4, 3\]; distil without a cache"):
+        with_cache(outputs, labels)
+
+
+@pytest.mark.parametrize("kind", [BertForTokenClassification, BertForMaskedLM])
+def test_labels_of_a_position_itself(kind):
+    """Unlike those of a causal language model, which are the next position's."""
+    model = bert(kind, num_labels=3)
+    labels = torch.full((4, 16), -100)
+    labels[:, 5] = 2
+    batch = {"input_ids": tokens(), "attention_mask": torch.ones(4, 16).long()}
+    for cache in (None, TeacherCache()):
+        loss = DistillationLoss(model, task_weight=1.0, cache=cache)
+        outputs = model(**batch)
+        outputs.logits.retain_grad()
+        value = loss(outputs, labels)
+        value.backward()
+        loss.remove()
+        assert outputs.logits.grad.abs().sum(dim=(0, 2)).nonzero().tolist() == [[5]]
+        divergence = distillation_loss(outputs.logits[:, 5], teacher_logits(model, batch)[:, 5])
+        own = model(**batch, labels=labels).loss
+        assert value.item() == pytest.approx((divergence + own).item(), rel=1e-5)
+    for objective in ("distill", "task"):
+        found = calibration_loss(model, {**batch, "labels": labels}, objective)
+        assert found.item() == pytest.approx((divergence if objective == "distill" else own).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("head", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}], ids=str)
 def test_a_head_without_a_distribution_is_refused(head):
-    config = BertConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, **head
-    )
-    model = get_peft_model(
-        BertForSequenceClassification(config),
-        DLQATConfig(bits=2, group_size=32, task_type="SEQ_CLS", target_modules=["query"]),
-    )
+    model = bert(**head)
     for use in (DistillationLoss, lambda model: calibrate(model, [{"input_ids": tokens()}], progress=False)):
         with pytest.raises(ValueError, match=r"no distribution over classes.*objective='task'"):
             use(model)

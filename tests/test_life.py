@@ -10,6 +10,7 @@ import torch
 from conftest import lm_batches, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from peft_dlqat import DLQATConfig, calibrate
 from peft_dlqat.layer import DLQATLayer, adapter_layers
@@ -350,6 +351,17 @@ def test_other_tasks_train_their_heads(task, tmp_path):
     for key in outputs:
         assert torch.equal(outputs[key], reloaded[key])
     assert any("modules_to_save" in name and p.requires_grad for name, p in model.named_parameters())
+
+
+def test_experts_that_are_no_linear_layers_are_told():
+    shapes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shapes["num_key_value_heads"] = 2
+    experts = AutoModelForCausalLM.from_config(MixtralConfig(vocab_size=64, num_local_experts=4, **shapes))
+    with pytest.warns(UserWarning, match=r"experts\.gate_up_proj and 1 more parameters.*stay in full precision: 75%"):
+        get_peft_model(experts, config())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*stay in full precision")
+        get_peft_model(tiny_model(), config())
 
 
 @pytest.mark.parametrize("wrap", ["PeftModel without task", "add_adapter"])

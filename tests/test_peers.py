@@ -56,7 +56,7 @@ def train(prepared, steps: int = 30, lr: float = 3e-3) -> None:
         optimizer.step()
 
 
-@each_config
+@pytest.mark.parametrize("config", [*CONFIGS, DLQATConfig(bits=2, bits_pattern={"down_proj": 3}, group_size=32)])
 def test_rounding_to_nearest_is_what_an_untrained_adapter_does(config):
     from peft import get_peft_model
 

@@ -41,7 +41,7 @@ def test_the_learning_rate_falls_with_fewer_tokens_a_step(tmp_path, tokens, shar
     assert arguments.learning_rate == RECIPE.learning_rate * share
 
 
-@pytest.mark.parametrize("tokens", [0, -1])
+@pytest.mark.parametrize("tokens", [0, -1, float("nan"), True])
 def test_a_step_has_tokens(tokens):
     with pytest.raises(ValueError, match=f"tokens_per_step={tokens}: must be positive"):
         RECIPE.lr(adapted(), tokens)
@@ -58,6 +58,27 @@ def test_the_optimizer_has_the_recipes_rates():
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 0.5e-3}
     optimizer = create_dlqat_optimizer(l4q, torch.optim.AdamW, lr=1e-3, magnitude_lr=2e-3)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 2e-3}
+
+
+@pytest.mark.parametrize("rates", [{"lr": -1.0}, {"lr": float("nan")}, {"magnitude_lr": float("inf")}], ids=str)
+def test_rates_that_no_training_could_have(rates):
+    (name,) = rates
+    with pytest.raises(ValueError, match=f"{name}=.* must be a number, 0 or more; the recipe has 0.014"):
+        create_dlqat_optimizer(adapted(), torch.optim.AdamW, **rates)
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ({"calibration_lr": -1}, "lr=-1 must be a positive number"),
+        ({"calibration_objective": "mse"}, "objective='mse' must be one of 'distill', 'task'"),
+        ({"calibration_by": "layer"}, "by='layer' must be one of 'model', 'blocks'"),
+    ],
+    ids=str,
+)
+def test_the_callback_refuses_what_calibrate_would(argument, message):
+    with pytest.raises(ValueError, match=message):
+        DLQATCallback(**argument)
 
 
 def test_a_trainer_follows_the_schedule(tmp_path):

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .calibration import By, Objective, calibrate
+from .calibration.stages import check_arguments
 from .card import write_section
 from .config import DLQATConfig
 from .layer import adapter_layers
@@ -42,6 +43,9 @@ class DLQATCallback(TrainerCallback):
         calibration_by: "model" or "blocks", see [`calibrate`].
         report_steps: look at the grid every so many training steps, and at the end; 0 for never.
 
+    Raises:
+        ValueError: for an impossible argument.
+
     Example:
         ```py
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[DLQATCallback(calibration_steps=1000)])
@@ -60,6 +64,7 @@ class DLQATCallback(TrainerCallback):
         for name, value in (("calibration_steps", calibration_steps or 0), ("report_steps", report_steps)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a non-negative integer.")
+        check_arguments(calibration_steps or 0, calibration_lr, calibration_objective, calibration_by)
         self.calibration_steps = calibration_steps
         self.calibration_lr = calibration_lr
         self.calibration_objective = calibration_objective

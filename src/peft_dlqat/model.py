@@ -111,6 +111,7 @@ class DLQATModel(BaseTuner):
             ]
             if unused:
                 warnings.warn(f"The following {field} keys did not match any targeted module: {unused}.", stacklevel=2)
+        _warn_of_experts(model, targets)
         if smaller:
             listing = "; ".join(f"{change}: {', '.join(names)}" for change, names in smaller.items())
             warnings.warn(
@@ -300,6 +301,26 @@ def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.M
                 f"storage={config.storage!r} packs the weight of {name}, but {others[0]} is the same tensor; use "
                 "exclude_modules, or storage='full'."
             )
+
+
+def _warn_of_experts(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Warn if many of the weights are stacked ones, [experts, out, in], which no linear layer holds."""
+    experts = {
+        f"{prefix}.{name}": parameter
+        for prefix, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and len(parameter) > 1
+    }
+    stacked = sum(parameter.numel() for parameter in experts.values())
+    linear = sum(out * inputs for out, inputs in map(_out_in, targets.values()))
+    if stacked > linear / 10:
+        warnings.warn(
+            f"{next(iter(experts))} and {len(experts) - 1} more parameters like it are no linear layers and stay in "
+            f"full precision: {stacked / (stacked + linear):.0%} of the weights, the experts of a mixture. Only the "
+            "rest of the model is quantized and trained.",
+            stacklevel=2,
+        )
 
 
 def _count_parameters(model: nn.Module, adapter_name: str, bias: str) -> dict[str, int]:

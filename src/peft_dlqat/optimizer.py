@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def create_dlqat_optimizer(
         The optimiser, to be given to the Trainer as `optimizers=(optimizer, None)`.
 
     Raises:
-        ValueError: if nothing is trainable.
+        ValueError: if nothing is trainable, or a learning rate is negative or no finite number.
 
     Example:
         ```py
@@ -57,6 +58,9 @@ def create_dlqat_optimizer(
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable parameter; add an adapter, or load one with is_trainable=True.")
+    for argument, rate in (("lr", lr), ("magnitude_lr", magnitude_lr)):
+        if rate is not None and not 0 <= rate < math.inf:
+            raise ValueError(f"{argument}={rate!r} must be a number, 0 or more; the recipe has {RECIPE.lr(model):g}.")
     lr = RECIPE.lr(model) if lr is None else lr
     if magnitude_lr is None:
         magnitude_base, factors = lr, _magnitude_factors(model)

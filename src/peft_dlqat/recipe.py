@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ class Recipe:
         Raises:
             ValueError: if `tokens_per_step` is not positive.
         """
-        if tokens_per_step is not None and tokens_per_step <= 0:
+        if isinstance(tokens_per_step, bool) or (tokens_per_step is not None and not 0 < tokens_per_step < math.inf):
             raise ValueError(
                 f"tokens_per_step={tokens_per_step}: must be positive, sequences of a step times their length."
             )

@@ -49,7 +49,9 @@ def quantize(model: PreTrainedModel, config: Config, batches: Batches, steps: in
             "act_bits": 16,
         },
         layer_config={
-            name: {"group_size": grid_of(config, layer).group_size} for name, layer in linear_layers(model).items()
+            name: {"bits": grid.bits, "group_size": grid.group_size}
+            for name, layer in linear_layers(model).items()
+            for grid in (grid_of(config, layer),)
         },
         alg_configs=SignRoundConfig(iters=steps),
         dataset=[batch["input_ids"] for batch in batches],

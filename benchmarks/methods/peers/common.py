@@ -85,11 +85,15 @@ def grid_of(config: Config, layer: nn.Linear) -> Grid:
 
 def grid_for(config: Config, name: str, in_features: int) -> Grid:
     """The same for a layer that is known by its module name and inputs."""
-    pattern = getattr(config, "group_size_pattern", {})
-    asked = pattern.get(get_pattern_key(pattern.keys(), name), config.group_size)
+
+    def of_module(field: str) -> int:
+        pattern = getattr(config, f"{field}_pattern", {})
+        return pattern.get(get_pattern_key(pattern.keys(), name), getattr(config, field))
+
     scales = getattr(config, "scale_dtype", None)
     scale_dtype = SCALE_DTYPES[scales] if scales else SCALE_DTYPE
-    return Grid(config.bits, largest_group(in_features, asked), config.zero_point, scale_dtype, scales == "k_quant")
+    group_size = largest_group(in_features, of_module("group_size"))
+    return Grid(of_module("bits"), group_size, config.zero_point, scale_dtype, scales == "k_quant")
 
 
 def fit(weight: torch.Tensor, grid: Grid, method: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,13 +134,13 @@ def check_levels(model: PreTrainedModel, config: Config) -> PreTrainedModel:
         above = above - above.amin(-1, keepdim=True)
         span = above.amax(-1)
         fits = span <= noise
-        for parts in range(1, 2**config.bits):
+        for parts in range(1, 2**grid.bits):
             step = (span / parts).clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(-1)
             away = ((above / step).round() * step - above).abs().amax(-1)
             fits |= away <= noise
         if not fits.all():
             raise ValueError(
-                f"{name}.weight has {int((~fits).sum())} of {fits.numel()} groups off every grid of {2**config.bits} "
-                f"levels; quantize it with bits={config.bits} and group_size={grid.group_size}."
+                f"{name}.weight has {int((~fits).sum())} of {fits.numel()} groups off every grid of {2**grid.bits} "
+                f"levels; quantize it with bits={grid.bits} and group_size={grid.group_size}."
             )
     return model

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..distillation import counted_positions, distillation_loss, evaluating, forward, teacher_logits
-from ..distillation.running import is_encoder_decoder
+from ..distillation.running import is_encoder_decoder, predicts_next
 from ..placement import in_any_process
 from .grid_state import mean_over_processes
 
@@ -62,7 +62,7 @@ def _counts(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | None:
         return labels != -100  # which the decoder gets shifted
     if labels is not None and ids is not None and labels.shape != ids.shape:  # of sequences, not of tokens
         labels = None
-    return counted_positions(labels, _mask(batch))
+    return counted_positions(labels, _mask(batch), predicts_next(model))
 
 
 def _mask(batch: dict[str, Any]) -> torch.Tensor | None:
@@ -76,7 +76,7 @@ def _own_loss(model: nn.Module, batch: dict[str, Any], objective: Objective) -> 
     if objective == "distill":
         teacher = teacher_logits(model, batch)
         logits = forward(model, {key: value for key, value in batch.items() if key != "labels"}).logits
-        return distillation_loss(logits, teacher, batch.get("labels"), _mask(batch))
+        return distillation_loss(logits, teacher, batch.get("labels"), _mask(batch), next_token=predicts_next(model))
     loss = forward(model, batch).loss
     if loss is None:
         raise ValueError("the model returned no loss for objective='task'; give the batches labels, or use 'distill'.")

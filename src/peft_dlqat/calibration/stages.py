@@ -44,6 +44,15 @@ _MOST_BATCHES = 64
 BY: tuple[By, ...] = ("model", "blocks")
 
 
+def check_arguments(steps: int, lr: float, objective: Objective, by: By) -> None:
+    """Raises a ValueError for what [`calibrate`] does not know."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective={objective!r} must be one of {', '.join(map(repr, OBJECTIVES))}.")
+    if by not in BY:
+        raise ValueError(f"by={by!r} must be one of {', '.join(map(repr, BY))}.")
+    check_steps(steps, lr)
+
+
 def calibrate(
     model: nn.Module,
     dataloader: Iterable[Mapping[str, Any]],
@@ -91,11 +100,7 @@ def calibrate(
             was before.
         FloatingPointError: if the loss turns NaN or infinite. The grid is then as it was before.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective={objective!r} must be one of {', '.join(map(repr, OBJECTIVES))}.")
-    if by not in BY:
-        raise ValueError(f"by={by!r} must be one of {', '.join(map(repr, BY))}.")
-    check_steps(steps, lr)
+    check_arguments(steps, lr, objective, by)
     adapter_name, layers = adapter_layers(model, adapter_name)
     config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr,index,operator]
     check_active(layers.values(), adapter_name)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..placement import in_any_process, is_sharded
 from .divergence import SMALLEST_KEPT, TopTokens
-from .running import trained_base_parameters, unwrapped
+from .running import base_model, trained_base_parameters, unwrapped
 from .store import Entry, EntryFolder, EntryMemory, base_fingerprint
 from .teacher import teacher_logits
 
@@ -37,7 +37,7 @@ class _Sequence:
 
 
 class TeacherCache:
-    """Keeps what the base model predicts, by sequence of tokens, for [`DistillationLoss`] of a causal language model.
+    """Keeps what the base model predicts, by sequence of tokens, for [`DistillationLoss`] of a model of tokens.
 
     A sequence is what a row attends to, or one of several that are packed into a row. On a miss the teacher runs on
     the missing sequences alone, without their padding, so that left and right padding give the same. (To models that
@@ -77,7 +77,7 @@ class TeacherCache:
         All processes of a sharded model must call it together, as they call the model.
 
         Args:
-            model: a causal language model with adapters, always on the same base model.
+            model: a language model or token classifier with adapters, always on the same base model.
             batch: keyword arguments of its forward.
 
         Returns:
@@ -86,7 +86,7 @@ class TeacherCache:
         Raises:
             ValueError: if predictions of another base model are kept here (or of this one before its biases were
                 trained), or the batch has inputs other than tokens, or a row has a hole in its attention mask, or
-                positions that do not count from 0.
+                positions that do not count from 0, or the model has logits of sequences, not of tokens.
             FloatingPointError: if the base model predicts NaN or infinity.
         """
         self.claim(model)
@@ -154,6 +154,11 @@ class TeacherCache:
         lengths = torch.tensor([len(tokens) for tokens in run], device=ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         all_logits = teacher_logits(model, {"input_ids": ids, "attention_mask": mask})
+        if all_logits.dim() != 3:
+            raise ValueError(
+                f"a TeacherCache keeps logits [batch, length, classes], and those of a "
+                f"{type(base_model(unwrapped(model))).__name__} are {list(all_logits.shape)}; distil without a cache."
+            )
         return [self._entry(logits[: len(tokens)]) for logits, tokens in zip(all_logits, sequences, strict=False)]
 
     def _entry(self, logits: torch.Tensor) -> Entry:

@@ -30,6 +30,11 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def predicts_next(model: nn.Module) -> bool:
+    """Whether its labels [batch, length] are of the next position, as a causal language model's, or of its own."""
+    return not type(base_model(unwrapped(model))).__name__.endswith(("ForTokenClassification", "ForMaskedLM"))
+
+
 def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """What the model returns for a batch of its keyword arguments; it keeps no keys and values for generation.
 

@@ -61,6 +61,7 @@ def distillation_loss(
     *,
     reverse: Reverse = 0.0,
     num_items: torch.Tensor | int | None = None,
+    next_token: bool = True,
 ) -> torch.Tensor:
     """Mean KL divergence, in nats a token, between the teacher's next-token distribution and the model's.
 
@@ -78,17 +79,19 @@ def distillation_loss(
         logits: the model's, [batch, length, vocabulary].
         teacher: the teacher's, the same shape; or its likeliest tokens, which give the divergence on those and one
             bucket for all others, at most the full one.
-        labels: [batch, length] as a causal language model takes them; positions whose next label is -100 don't count.
+        labels: [batch, length] as the model takes them; positions whose label, the next one's, is -100 don't count.
         mask: attention mask [batch, length], used where there are no labels: padding does not count.
         reverse: weight of the reverse divergence, from 0 to 1, or "confidence".
         num_items: what to divide the sum by, instead of the number of positions that count: the tokens of all the
-            batches of an optimiser step, where this is one of several.
+            batches of an optimiser step, where this is one of several; 0 counts as 1.
+        next_token: a position predicts the next one's label; False where it predicts its own, as in token classifiers
+            and masked language models.
 
     Returns:
         A scalar, differentiable in `logits`; 0 where nothing counts.
 
     Raises:
-        ValueError: for another `reverse`, or labels or a mask of another shape.
+        ValueError: for another `reverse`, or labels, a mask or a teacher of another shape.
     """
     check_reverse(reverse)
     if logits.dim() == 2:  # a classifier has one distribution a sequence, whatever the mask of its tokens
@@ -100,7 +103,11 @@ def distillation_loss(
                     f"{name} of shape {list(tensor.shape)} must have that of the logits' positions, "
                     f"{list(logits.shape[:-1])}."
                 )
-        counts = counted_positions(labels, mask)
+        counts = counted_positions(labels, mask, next_token)
+    if isinstance(teacher, torch.Tensor) and teacher.shape != logits.shape:
+        raise ValueError(
+            f"the teacher's logits {list(teacher.shape)} must have the model's shape {list(logits.shape)}."
+        )
     weight = mean_over(confidence(teacher), counts) if isinstance(reverse, str) else reverse
     return mean_over(token_divergence(logits, teacher, weight), counts, num_items)
 
@@ -120,16 +127,23 @@ def mean_over(
 ) -> torch.Tensor:
     """Mean of values [...] over the positions that count (bool [...], None for all), or their sum / num_items."""
     if counts is None:
-        return values.mean() if num_items is None else values.sum() / num_items
+        counts = torch.ones_like(values, dtype=torch.bool)
     values = torch.where(counts, values, 0)  # not multiplied: at padding it may be NaN
-    return values.sum() / (counts.sum().clamp(min=1) if num_items is None else num_items)
+    return values.sum() / (counts.sum() if num_items is None else torch.as_tensor(num_items)).clamp(min=1)
 
 
-def counted_positions(labels: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Which positions of a batch count, bool [batch, length]: those whose next label is not -100, or not padding.
+def targets(labels: torch.Tensor, next_token: bool = True) -> torch.Tensor:
+    """What each position predicts, [batch, length]: the label of the next, or its own; -100 for nothing."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100) if next_token else labels
+
+
+def counted_positions(
+    labels: torch.Tensor | None, mask: torch.Tensor | None, next_token: bool = True
+) -> torch.Tensor | None:
+    """Which positions of a batch count, bool [batch, length]: those whose label is not -100, or not padding.
 
     None where neither labels [batch, length] nor a mask say.
     """
     if labels is not None and labels.dim() == 2:
-        return F.pad(labels[:, 1:] != -100, (0, 1), value=False)
+        return targets(labels, next_token) != -100
     return None if mask is None else mask.bool()

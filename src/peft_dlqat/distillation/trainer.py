@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..layer import adapter_layers
 from .cache import TeacherCache
 from .divergence import TopTokens, cross_entropy
-from .running import is_encoder_decoder, trained_base_parameters, unwrapped
+from .running import is_encoder_decoder, predicts_next, trained_base_parameters, unwrapped
 from .teacher import (
     Reverse,
     check_classes,
@@ -19,6 +18,7 @@ from .teacher import (
     counted_positions,
     distillation_loss,
     mean_over,
+    targets,
     teacher_logits,
 )
 
@@ -29,8 +29,9 @@ class DistillationLoss:
     The teacher is the model itself with its adapters switched off. A Trainer does not tell its `compute_loss_func`
     what the batch was, so this object looks at what the model is called with, by a hook that `remove()` takes away.
 
-    For causal language models and classifiers into one of several classes, wrapped by PEFT or injected. Batches of an
-    optimiser step (gradient accumulation) and processes count by their tokens, as in one big batch.
+    For causal and masked language models and classifiers of sequences or tokens into one of several classes, wrapped
+    by PEFT or injected. Batches of an optimiser step (gradient accumulation) and processes count by their tokens, as
+    in one big batch.
 
     Args:
         model: the model that the Trainer trains, with its DL-QAT adapter.
@@ -92,6 +93,7 @@ class DistillationLoss:
         self.task_weight = task_weight
         self.cache = cache
         self._model = model
+        self._next_token = predicts_next(model)
         self._batch: dict[str, Any] | None = None
         self._teaching = False
         self._hook = model.register_forward_pre_hook(self._look, with_kwargs=True)
@@ -111,7 +113,7 @@ class DistillationLoss:
 
         Args:
             outputs: what the model returned.
-            labels: [batch, length] as a causal language model takes them, or [batch] for a classifier.
+            labels: [batch, length] as the model takes them, or [batch] for a classifier of sequences.
             num_items_in_batch: how many tokens (or sequences) the optimiser step has in all its batches; None for a
                 mean over this batch.
 
@@ -141,12 +143,10 @@ class DistillationLoss:
             )
         teacher = self._teach(batch)
         _check_positions(logits, teacher)
-        num_items = (
-            num_items_in_batch if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).clamp(min=1)
-        )
-        loss = distillation_loss(logits, teacher, labels, reverse=self.reverse, num_items=num_items)
+        items, next_token = num_items_in_batch, self._next_token
+        loss = distillation_loss(logits, teacher, labels, reverse=self.reverse, num_items=items, next_token=next_token)
         if self.task_weight:
-            loss = loss + self.task_weight * _task_loss(logits, labels, num_items)
+            loss = loss + self.task_weight * _task_loss(logits, labels, items, next_token)
         return loss
 
     def _look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -172,8 +172,10 @@ def _check_positions(logits: torch.Tensor, teacher: torch.Tensor | TopTokens) ->
         )
 
 
-def _task_loss(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+def _task_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None, next_token: bool
+) -> torch.Tensor:
     """Cross-entropy with the labels, in nats a token that counts."""
-    counts = counted_positions(labels, None)
-    targets = labels if counts is None else F.pad(labels[:, 1:], (0, 1), value=-100)
-    return mean_over(cross_entropy(logits, targets), counts, num_items)
+    counts = counted_positions(labels, None, next_token)
+    wanted = labels if counts is None else targets(labels, next_token)
+    return mean_over(cross_entropy(logits, wanted), counts, num_items)
