@@ -122,10 +122,15 @@ def table(wanted: dict[str, tuple[str, str]]) -> str:
 def question_table() -> str:
     """Held-out KL of DL-QAT, one line a question."""
     lines = ["| changed in the default | bits per weight | held-out KL | runs |", "|---|---|---|---|"]
+    versions: dict[str, list[str]] = {}
     for changed, setting in QUESTIONS.items():
         if found := results_of("stories260k", setting).get("dlqat"):
             width, text = found["runs"][0]["bits_per_weight"], spread([run["kl"] for run in found["runs"]], 3)
             lines.append(f"| {changed} | {width:.2f} | {text} | {len(found['runs'])} |")
+            versions.setdefault(found["versions"]["transformers"], []).append(changed)
+    if len(versions) > 1:
+        of_each = "; ".join(f"{version}: {', '.join(changes)}" for version, changes in sorted(versions.items()))
+        lines += ["", f"By version of transformers, {of_each}."]
     return "\n".join(lines)
 
 
