@@ -60,8 +60,8 @@ def task(tmp_path):
 
 def test_no_two_experiments_give_different_settings_one_name(tmp_path):
     """They share a folder of results, where `make bench-quality EXPERIMENTS=all` puts them."""
-    import results as kept
     import run as runner
+    import runs as kept
 
     heads = {}
     for path in EXPERIMENTS:
@@ -178,7 +178,7 @@ def test_the_best_of_the_learning_rates_is_used_and_autoround_has_its_own_width(
 
 
 def test_a_search_goes_on_while_the_best_is_at_an_end(tmp_path):
-    from results import Results
+    from runs import Results
 
     results = Results(tmp_path / "l4q.json", {})
     other_seed = {"seed": 1, "lr": 9.0, "kl": 0.0}
@@ -194,7 +194,7 @@ def test_a_search_goes_on_while_the_best_is_at_an_end(tmp_path):
 
 
 def test_a_rate_that_whole_runs_have_shown_to_be_better_is_used_and_two_runners_share_a_file(tmp_path):
-    from results import Results
+    from runs import Results
 
     def kept():
         data = Results(tmp_path / "l4q.json", {}).data

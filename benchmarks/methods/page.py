@@ -15,8 +15,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from pages import fill  # noqa: E402
-from results import BEYOND  # noqa: E402
 from run import rates_of  # noqa: E402
+from runs import BEYOND  # noqa: E402
 from tables import FULL_PRECISION, kl, load, spread  # noqa: E402
 
 PAGE = HERE.parents[1] / "docs" / "benchmarks.md"

@@ -37,7 +37,7 @@ EMBEDDED = HERE.parents[1] / "examples" / "embedded" / "model"
 RESULTS = HERE.parent / "results" / "methods"
 sys.path.insert(0, str(HERE))
 
-from results import Results  # noqa: E402
+from runs import Results  # noqa: E402
 
 # Large buffers are kept for the next step rather than given back to the system and zeroed again: a third of the time.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
