@@ -80,13 +80,13 @@ def plan(experiment: dict[str, Any], only: list[str], results: Path) -> list[tup
                 continue
             path = results / setting_name / f"{contender}.json"
             training = {**experiment["training"], **setting.get("training", {})} if is_trained(contender) else {}
-            training.update(QUICK if experiment.get("quick") and training else {})
+            training.update(QUICK if experiment.get("quick") else {})  # AutoRound has steps, too
             head = {
                 "setting": setting["config"],
                 "contender": contender,
                 "training": training,
                 "model": experiment["model_name"],
-                **({"search_share": experiment["search_share"]} if training else {}),
+                **({"search_share": experiment["search_share"]} if is_trained(contender) else {}),
                 **{key: experiment[key] for key in ("text", "tasks", "work") if key in experiment},
                 "versions": {
                     **{name: version(name) for name in ("torch", "transformers", "peft")},

@@ -39,7 +39,8 @@ def main() -> None:
     rounds, path = 2 if args.quick else _ROUNDS, args.results / STEP_TIMES
     found = json.loads(path.read_text()) if path.exists() else {}
     jobs = runner.plan(experiment, args.only, args.results)
-    for setting in dict.fromkeys(name for name, _, _ in jobs):
+    settings = list(dict.fromkeys(name for name, _, _ in jobs))
+    for setting in settings[:1] if args.quick else settings:
         results = {who: one.data for name, who, one in jobs if name == setting and contenders.is_trained(who)}
         steps: dict[str, Callable[[], object]] = {}
         for who in sorted(results, key=lambda name: name != UNIT):
