@@ -164,14 +164,19 @@ def test_an_unknown_optimizer():
 
 
 @pytest.mark.slow
-def test_the_page_holds_what_the_script_prints():
-    """The rows of one model: all of them take minutes."""
+@pytest.mark.parametrize("model", ["7B", "13B", "70B"])
+def test_the_page_holds_what_the_script_prints(model):
+    """A model at a time, since all of them take minutes."""
     script = ROOT / "benchmarks" / "memory" / "plan.py"
     output = subprocess.run(
-        [sys.executable, str(script), "7B"], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        [sys.executable, str(script), model],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert output.returncode == 0, output.stderr[-3000:]
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8").splitlines()
     printed = output.stdout.strip().splitlines()
-    assert sum(line.startswith("| 7B |") for line in printed) == 8
+    rows = [line for line in printed if line.startswith(f"| {model} |")]
+    assert len(rows) == 8 and rows == [line for line in page if line.startswith(f"| {model} |")]
     assert not [line for line in printed if line not in page]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def results_of(model: str, setting: str) -> dict[str, dict[str, Any]]:
     return {name: results for name, results in found.items() if results["runs"] and name != FULL_PRECISION}
 
 
+@cache
 def given_rates(setting: str, contender: str) -> int:
     """How many learning rates the setting's experiment gives a contender to try."""
     experiments = [json.loads(path.read_text()) for path in sorted((HERE / "experiments").glob("*.json"))]
