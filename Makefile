@@ -19,6 +19,8 @@ MIN_PYTHON := 3, 10
 MIN_TORCH  := 2, 6
 
 BIN := $(VENV)/bin
+# Python compiles what it imports; pip would compile everything, for a minute or more, of which most is never used.
+PIP_INSTALL := $(BIN)/python -m pip install --no-compile
 
 # An environment that somebody made by hand, or that VENV= names by mistake, is never removed.
 CHECK_OURS = if [ -e "$(VENV)" ] && [ ! -e "$(VENV)/.made-by-make" ]; then \
@@ -116,7 +118,7 @@ $(VENV)/.stamp-venv:
 	else \
 	    echo "$(PYTHON) has no torch this package can use: installing $(TORCH)"; \
 	    $(PYTHON) -m venv "$(VENV)"; \
-	    $(BIN)/python -m pip install $(TORCH); \
+	    $(PIP_INSTALL) $(TORCH); \
 	fi
 	@$(BIN)/python -W ignore -c 'import torch; print("torch", torch.__version__)'
 	@touch $@
@@ -125,7 +127,7 @@ $(VENV)/.stamp-venv:
 # the torch that is there: a requirement which that torch does not meet is an error, not a download of another build.
 $(VENV)/.stamp-%: $(VENV)/.stamp-venv setup.cfg pyproject.toml
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e ".[$*]"
+	$(PIP_INSTALL) -c $(VENV)/constraints.txt -e ".[$*]"
 	@touch $@
 
 # Prints the folder that torch is imported from, or nothing where there is none or one too old.
