@@ -46,6 +46,8 @@ CASES = {
     "several pieces, bfloat16": (BROAD, {}, 1, 64, True, torch.bfloat16),
     "peqa": (BROAD, {"method": "peqa"}, 1, 64, True, torch.float32),
     "one of four layers": (WIDE, {"layers_to_transform": [3], "storage": "int4"}, 1, 64, False, torch.float32),
+    "one layer of another rank": (SMALL, {"rank_pattern": {"layers.1.self_attn.q_proj": 64}}, 1, 128, False,
+                                  torch.float32),
     "large vocabulary": (HEADY, {"storage": "int4"}, 2, 128, True, torch.float32),
 }  # fmt: skip
 

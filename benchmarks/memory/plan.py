@@ -33,8 +33,8 @@ RESERVED = 1
 GIB = 2**30
 
 
-# Between these batches memory is taken for linear. It is convex, so this errs upwards.
-BATCHES = (1, 2, 4, 16, 64, 256)
+# Between these batches memory is taken for linear. It is convex, so this errs upwards; beyond them it is linear.
+BATCHES = (1, 2, 4, 16, 64)
 
 
 def config(storage: str) -> DLQATConfig:

@@ -1,7 +1,8 @@
 """How much memory a training step takes, found without allocating it.
 
-What stays is counted on the meta device. What comes and goes is found by running a step of the model with few decoder
-layers on tensors without data, and adding up what is alive after each operation: all of it is linear in the layers.
+What stays is counted on the meta device. What comes and goes is found by running a step on tensors without data, and
+adding up what is alive after each operation. All of it is linear in the decoder layers, so that a model with few of
+them tells it of any number.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -142,34 +144,33 @@ def estimate_memory(
     layers = model_config.num_hidden_layers
     accumulates = gradient_accumulation_steps > 1
 
-    def step(count: int) -> dict[str, int]:
-        short = _on_meta(config, _shortened(model_config, count), dtype)
-        return _step(short, batch_size, sequence_length, gradient_checkpointing, device, accumulates)
+    def parts_of(count: int) -> dict[str, int]:
+        model = _on_meta(config, _shortened(model_config, count), dtype)
+        pack_weights(model)
+        static = _static(model, optimizer)
+        return {**static, **_step(model, batch_size, sequence_length, gradient_checkpointing, device, accumulates)}
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model itself will warn
-        whole = _on_meta(config, model_config, dtype)
-        if _layers_alike(whole, layers):
-            few, one_more = step(_FEW), step(_FEW + 1)
+        if _layers_alike(_on_meta(config, model_config, dtype), layers):
+            few, one_more = parts_of(_FEW), parts_of(_FEW + 1)
             parts = {name: few[name] + (layers - _FEW) * (one_more[name] - few[name]) for name in few}
         else:
-            parts = step(layers)
-    fixed = _static(whole, optimizer)
+            parts = parts_of(layers)
     return MemoryEstimate(
-        **fixed,
-        accumulated=fixed["gradients"] if accumulates else 0,
-        # The square root of the second moments.
-        update=fixed["adapter"] if optimizer == "adamw" and device == "cuda" else 0,
         **parts,
+        accumulated=parts["gradients"] if accumulates else 0,
+        # The square root of the second moments.
+        update=parts["adapter"] if optimizer == "adamw" and device == "cuda" else 0,
     )
 
 
 def _layers_alike(model: PeftModel, count: int) -> bool:
-    """Whether all decoder layers have the same modules adapted, so that one stands for another."""
-    by_layer: dict[str, set[str]] = {}
-    for name in adapter_layers(model)[1]:
+    """Whether all decoder layers have the same modules adapted, with as many bytes, so that one stands for another."""
+    by_layer: dict[str, dict[str, int]] = {}
+    for name, layer in adapter_layers(model)[1].items():
         if found := re.search(r"\.(\d+)\.", name):
-            by_layer.setdefault(found[1], set()).add(name[found.end() :])
+            by_layer.setdefault(found[1], {})[name[found.end() :]] = _bytes(layer)
     kinds = list(by_layer.values())
     return len(kinds) == count and all(kind == kinds[0] for kind in kinds)
 
@@ -186,9 +187,7 @@ def _on_meta(config: DLQATConfig, model_config: PretrainedConfig, dtype: torch.d
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=True):
         base = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     base.tie_weights()
-    model = get_peft_model(base, config, low_cpu_mem_usage=True)
-    pack_weights(model)
-    return model
+    return get_peft_model(base, config, low_cpu_mem_usage=True)
 
 
 def _static(model: PeftModel, optimizer: str) -> dict[str, int]:
@@ -199,14 +198,17 @@ def _static(model: PeftModel, optimizer: str) -> dict[str, int]:
         "grid": sum(buffer.nbytes for name, buffer in model.named_buffers() if ".dlqat_" in name),
         "adapter": sum(parameter.nbytes for parameter in trained),
     }
-    everything = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     numbers = sum(parameter.numel() for parameter in trained)
     return {
         **sizes,
-        "rest": everything - sum(sizes.values()),
+        "rest": _bytes(model) - sum(sizes.values()),
         "gradients": sizes["adapter"],
         "optimizer": OPTIMIZER_BYTES[optimizer] * numbers,
     }
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
 
 
 def _step(
