@@ -29,6 +29,7 @@ import platform
 import sys
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, wait
 from importlib.metadata import version
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,15 @@ def rates_of(experiment: dict[str, Any], contender: str) -> list[float]:
     return rates if isinstance(rates, list) else rates.get(contender, rates["others"])
 
 
+def processes() -> BaseContext:
+    """New processes, none of which has threads of this one's, with the libraries imported once where that can be."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peft_dlqat"])
+    return context
+
+
 def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
     """Run what is missing, `args.jobs` at a time."""
     import torch
@@ -117,7 +127,7 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
     with safe_open(args.tokens, "pt") as tokens:
         length = tokens.get_slice("train").get_shape()[1]
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.jobs, mp_context=processes()) as pool:
         futures: dict[Future[dict[str, Any]], tuple[str, str, Results, str]] = {}
 
         def submit(kind: str, job: tuple[str, str, Results], seed: int, lr: float | None) -> None:
