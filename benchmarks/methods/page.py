@@ -17,7 +17,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from pages import fill  # noqa: E402
 from run import rates_of  # noqa: E402
-from runs import BEYOND  # noqa: E402
+from runs import Results  # noqa: E402
 from tables import FULL_PRECISION, kl, load, spread  # noqa: E402
 
 PAGE = HERE.parents[1] / "docs" / "benchmarks.md"
@@ -72,20 +72,20 @@ def results_of(model: str, setting: str) -> dict[str, dict[str, Any]]:
 
 
 @cache
-def given_rates(setting: str, contender: str) -> int:
-    """How many learning rates the setting's experiment gives a contender to try."""
+def given_rates(setting: str, contender: str) -> list[float]:
+    """The learning rates that the setting's experiment gives a contender to try."""
     experiments = [json.loads(path.read_text()) for path in sorted((HERE / "experiments").glob("*.json"))]
-    return next(len(rates_of(each, contender)) for each in experiments if setting in each["settings"])
+    return next(rates_of(each, contender) for each in experiments if setting in each["settings"])
 
 
-def unfinished(results: dict[str, Any], setting: str) -> bool:
+def unfinished(results: dict[str, Any], model: str, setting: str) -> bool:
     """Whether the search was not let go on while the best rate was at an end, or that rate's run is still to come."""
-    tried = {run["lr"]: run["kl"] for run in results["search"]}
-    if not tried:
+    if not results["search"]:
         return False
-    best = min(tried, key=lambda lr: tried[lr])
-    at_end = len(tried) < given_rates(setting, results["contender"]) + BEYOND and best in (min(tried), max(tried))
-    return at_end or best not in {run["lr"] for run in results["runs"] + results.get("other_rates", [])}
+    found = Results(RESULTS / model / setting / f"{results['contender']}.json", results)
+    seed = results["search"][0]["seed"]
+    rates = given_rates(setting, results["contender"])
+    return bool(found.next_rates(rates, seed)) or not found.has("runs", seed, found.best_lr(seed))
 
 
 def table(wanted: dict[str, tuple[str, str]]) -> str:
@@ -112,7 +112,7 @@ def table(wanted: dict[str, tuple[str, str]]) -> str:
         text = f"**{text}**" if contender == lowest and len(found) > 1 else text
         if "unmerged" in found[contender]["runs"][0]:
             text += f" ({spread([run['unmerged']['kl'] for run in found[contender]['runs']])})"
-        return f"{text} °" if unfinished(found[contender], wanted[name][1]) else text
+        return f"{text} °" if unfinished(found[contender], *wanted[name]) else text
 
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     lines.append("| bits per weight | " + " | ".join(f"{width[name]:.2f}" for name in columns) + " |")
