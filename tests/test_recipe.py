@@ -70,9 +70,9 @@ def test_rates_that_no_training_could_have(rates):
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ({"calibration_lr": -1}, "lr=-1 must be a positive number"),
-        ({"calibration_objective": "mse"}, "objective='mse' must be one of 'distill', 'task'"),
-        ({"calibration_by": "layer"}, "by='layer' must be one of 'model', 'blocks'"),
+        ({"calibration_lr": -1}, "calibration_lr=-1 must be a positive number"),
+        ({"calibration_objective": "mse"}, "calibration_objective='mse' must be one of 'distill', 'task'"),
+        ({"calibration_by": "layer"}, "calibration_by='layer' must be one of 'model', 'blocks'"),
     ],
     ids=str,
 )

@@ -61,10 +61,11 @@ class DLQATCallback(TrainerCallback):
         calibration_by: By = "model",
         report_steps: int = 500,
     ) -> None:
-        for name, value in (("calibration_steps", calibration_steps or 0), ("report_steps", report_steps)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name}={value!r} must be a non-negative integer.")
-        check_arguments(calibration_steps or 0, calibration_lr, calibration_objective, calibration_by)
+        check_arguments(
+            calibration_steps or 0, calibration_lr, calibration_objective, calibration_by, prefix="calibration_"
+        )
+        if not isinstance(report_steps, int) or isinstance(report_steps, bool) or report_steps < 0:
+            raise ValueError(f"report_steps={report_steps!r} must be a non-negative integer.")
         self.calibration_steps = calibration_steps
         self.calibration_lr = calibration_lr
         self.calibration_objective = calibration_objective

@@ -88,16 +88,18 @@ def lowest(stages: Iterable[Stage]) -> list[torch.Tensor]:
     return min(stages, key=lambda stage: stage[0] if math.isfinite(stage[0]) else math.inf)[1]
 
 
-def check_steps(steps: int, lr: float) -> None:
-    """Refuse what no calibration could do.
+def check_steps(steps: int, lr: float, prefix: str = "") -> None:
+    """Refuse what no calibration could do; `prefix` begins the names of the arguments.
 
     Raises:
         ValueError: unless steps is a non-negative integer and lr a positive number.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise ValueError(f"steps={steps!r} must be a non-negative integer; 0 only fits the grid to the inputs.")
+        raise ValueError(
+            f"{prefix}steps={steps!r} must be a non-negative integer; 0 only fits the grid to the inputs."
+        )
     if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < math.inf:
-        raise ValueError(f"lr={lr!r} must be a positive number; the default is 3e-2.")
+        raise ValueError(f"{prefix}lr={lr!r} must be a positive number; the default is 3e-2.")
 
 
 def check_active(layers: Iterable[DLQATLayer], adapter_name: str) -> None:

@@ -44,13 +44,13 @@ _MOST_BATCHES = 64
 BY: tuple[By, ...] = ("model", "blocks")
 
 
-def check_arguments(steps: int, lr: float, objective: Objective, by: By) -> None:
-    """Raises a ValueError for what [`calibrate`] does not know."""
+def check_arguments(steps: int, lr: float, objective: Objective, by: By, prefix: str = "") -> None:
+    """Raises a ValueError for what [`calibrate`] does not know; `prefix` begins the names of the arguments."""
     if objective not in OBJECTIVES:
-        raise ValueError(f"objective={objective!r} must be one of {', '.join(map(repr, OBJECTIVES))}.")
+        raise ValueError(f"{prefix}objective={objective!r} must be one of {', '.join(map(repr, OBJECTIVES))}.")
     if by not in BY:
-        raise ValueError(f"by={by!r} must be one of {', '.join(map(repr, BY))}.")
-    check_steps(steps, lr)
+        raise ValueError(f"{prefix}by={by!r} must be one of {', '.join(map(repr, BY))}.")
+    check_steps(steps, lr, prefix)
 
 
 def calibrate(
