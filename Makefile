@@ -3,7 +3,7 @@
 #   PYTHON   the interpreter the environment is made with (3.10 or newer)
 #   TORCH    what is installed where PYTHON has no torch of its own, as arguments of pip
 #   ARGS     further arguments for pytest (make test) or for the example (make demo)
-#   TESTS    what make test runs, such as TESTS=tests/test_grid.py
+#   TESTS    what make test runs, such as TESTS=tests/test_methods.py
 #   EXPERIMENTS  what make bench-quality runs: names in benchmarks/methods/experiments, or all
 #   WORKERS  how many processes make test uses; 0 runs the tests in one process, as a debugger needs
 

@@ -8,7 +8,7 @@ Hub or from a disk, on the usual common-sense tasks (or mmlu, or any names that 
     python examples/evaluate_model.py --model Qwen/Qwen3-0.6B --dtype bfloat16 --batch_size 16 --tasks commonsense \\
         --adapter outputs/qwen3-3bit/dlqat-3bit
 
-Needs `pip install peft-dlqat[eval]`.
+Needs `pip install -e .[eval]`.
 """
 
 from __future__ import annotations

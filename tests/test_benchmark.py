@@ -17,6 +17,8 @@ from conftest import tiny_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_dlqat import RECIPE, evaluate_tasks
+
 METHODS = Path(__file__).parents[1] / "benchmarks" / "methods"
 EXPERIMENTS = sorted((METHODS / "experiments").glob("*.json"))
 EMBEDDED = METHODS.parents[1] / "examples" / "embedded" / "model"
@@ -64,6 +66,18 @@ def test_no_two_experiments_give_different_settings_one_name(tmp_path):
             assert heads.setdefault((setting, contender), head) == head, (path.stem, setting, contender)
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
+def test_the_schedule_is_the_recipes(experiment):
+    """What is called the default recipe is that, and the others run under it."""
+    plan = json.loads(experiment.read_text())
+    for setting in plan["settings"].values():
+        training = {**plan["training"], **setting.get("training", {})}
+        assert training["schedule"] == RECIPE.schedule
+        assert training["schedule_arguments"] == dict(RECIPE.schedule_arguments)
+        steps = training["steps"] - training.get("calibration_steps", RECIPE.calibration_steps)
+        assert training["warmup_steps"] == pytest.approx(RECIPE.warmup * steps, rel=0.2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_runs(task, experiment, monkeypatch, capsys):
@@ -88,8 +102,6 @@ def test_every_experiment_runs(task, experiment, monkeypatch, capsys):
             assert ("tasks" in plan) == ("tasks" in results["runs"][0])
 
     if experiment.stem == "tasks":
-        from peft_dlqat import evaluate_tasks
-
         figures = json.loads((task / "results" / "tasks-2bit-g32" / "full-precision.json").read_text())["runs"][0]
         model, tokenizer = AutoModelForCausalLM.from_pretrained(EMBEDDED), AutoTokenizer.from_pretrained(EMBEDDED)
         expected = evaluate_tasks(
@@ -213,6 +225,16 @@ def test_a_rate_that_whole_runs_have_shown_to_be_better_is_used_and_two_runners_
     second.add("runs", {"seed": 1, "lr": 0.1, "kl": math.nan})
     second.keep()
     assert kept() == [[(0.2, 0), (0.2, 1)], [(0.1, 0), (0.1, 1)]]
+
+
+def test_a_run_with_other_versions_says_so(tmp_path):
+    from runs import Results
+
+    for seed, version in enumerate(["5.23", "5.23", "5.24"]):
+        results = Results(tmp_path / "l4q.json", {"versions": {"transformers": version}})
+        results.add("runs", {"seed": seed, "lr": 0.1, "kl": 0.4})
+    assert results.data["versions"] == {"transformers": "5.23"}
+    assert [run.get("versions") for run in results.data["runs"]] == [None, None, {"transformers": "5.24"}]
 
 
 def test_what_runs_beside_a_failure_is_kept(task, monkeypatch):

@@ -10,7 +10,16 @@ from conftest import lm_batches, tiny_model
 from peft import get_peft_model
 from transformers import Trainer
 
-from peft_dlqat import RECIPE, DLQATCallback, DLQATConfig, Recipe, calibrate, create_dlqat_optimizer
+from peft_dlqat import (
+    RECIPE,
+    DLQATCallback,
+    DLQATConfig,
+    Recipe,
+    calibrate,
+    calibrate_blocks,
+    calibrate_blocks_from_disk,
+    create_dlqat_optimizer,
+)
 
 
 def adapted():
@@ -23,6 +32,12 @@ def adapted():
 def test_calibration_defaults(function, names):
     parameters = inspect.signature(function).parameters
     assert [parameters[name].default for name in names] == [RECIPE.calibration_steps, RECIPE.calibration_lr]
+
+
+@pytest.mark.parametrize("function", [calibrate_blocks, calibrate_blocks_from_disk])
+def test_defaults_of_calibration_by_blocks(function):
+    parameters = inspect.signature(function).parameters
+    assert [parameters[name].default for name in ("steps", "lr")] == [RECIPE.block_steps, RECIPE.calibration_lr]
 
 
 @pytest.mark.parametrize("width, share", [(64, 1.0), (256, 1.0), (4096, 1 / 16)])

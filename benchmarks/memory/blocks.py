@@ -5,8 +5,8 @@ few tokens, and records the peak of the resident memory above that after the imp
 
     MALLOC_MMAP_THRESHOLD_=1048576 python benchmarks/memory/blocks.py
 
-The variable makes glibc give freed tensors back to the system at once; without it, freed memory between the adapter's
-tensors, which stay, counts too. What is measured is memory: the weights, and so the adapter, mean nothing.
+The variable makes glibc give freed tensors back to the system at once; without it, freed memory that it keeps counts
+too. What is measured is memory: the weights, and so the adapter, mean nothing.
 """
 
 from __future__ import annotations
@@ -129,11 +129,8 @@ def main() -> None:
         "dtype": args.dtype,
         "MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_"),
         "bytes": {"layer_bfloat16": layer["bfloat16"], "layer_float32": layer["float32"], **run},
-        # Peak memory, in decoder layers of the computation's dtype: beside the caches, and beside the adapter too.
+        # Peak memory, in decoder layers of the computation's dtype.
         "layers_beside_caches": round((run["peak_above_start"] - run["caches"]) / layer[args.dtype], 3),
-        "layers_beside_caches_and_adapter": round(
-            (run["peak_above_start"] - run["caches"] - run["adapter"]) / layer[args.dtype], 3
-        ),
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -142,8 +139,8 @@ def main() -> None:
     }
     args.result.parent.mkdir(parents=True, exist_ok=True)
     args.result.write_text(json.dumps(result, indent=2) + "\n")
-    peak, count = run["peak_above_start"] / 2**20, result["layers_beside_caches_and_adapter"]
-    print(f"peak {peak:.0f} MiB = caches + the adapter + {count} layers in {args.dtype} -> {args.result}")
+    peak, count = run["peak_above_start"] / 2**20, result["layers_beside_caches"]
+    print(f"peak {peak:.0f} MiB = caches + {count} layers in {args.dtype} -> {args.result}")
 
 
 if __name__ == "__main__":

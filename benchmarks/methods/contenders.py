@@ -20,7 +20,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "dlqat": {},
     "dlqat-searched": {},
     "dlqat-no-magnitude": {"magnitude": False},
-    "dlqat-row-magnitude": {"magnitude": "row"},
     "lrqat": {"method": "lrqat"},
     "l4q": {"method": "l4q"},
     "peqa": {"method": "peqa"},

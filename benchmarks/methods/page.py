@@ -48,7 +48,7 @@ TABLES = {
     "k-quants": {name: ("embedded", name) for name in ("q3_k", "3bit-g32-symmetric", "q2_k", "2bit-g32-float")},
 }
 CEILING = "lsq"
-# What is changed in the default recipe, row-wise at 3 bits with r = 8, and the setting where it is.
+# What is changed, row-wise at 3 bits with r = 8 and real-valued offsets, and the setting where it is.
 QUESTIONS = {
     "nothing": "3bit-row",
     "100 of the 800 steps calibrate s and b": "calibration-100",
@@ -62,6 +62,7 @@ QUESTIONS = {
     "r = 64": "rank-64",
     "integer zeros": "integer-zero",
     "no zeros": "symmetric",
+    "only `bits=3` is set": "bits-only",
 }
 
 
@@ -79,13 +80,15 @@ def given_rates(setting: str, contender: str) -> list[float]:
 
 
 def unfinished(results: dict[str, Any], model: str, setting: str) -> bool:
-    """Whether the search was not let go on while the best rate was at an end, or that rate's run is still to come."""
+    """Whether the search was not let go on while the best rate was at an end, or a better rate's runs are to come."""
     if not results["search"]:
         return False
     found = Results(RESULTS / model / setting / f"{results['contender']}.json", results)
     seed = results["search"][0]["seed"]
     rates = given_rates(setting, results["contender"])
-    return bool(found.next_rates(rates, seed)) or not found.has("runs", seed, found.best_lr(seed))
+    seeds = {run["seed"] for run in results["runs"]}
+    missing = any(not found.has("runs", seed, lr) for lr in found.best_lrs(seed) for seed in seeds)
+    return missing or bool(found.next_rates(rates, seed))
 
 
 def table(wanted: dict[str, tuple[str, str]]) -> str:
@@ -114,22 +117,32 @@ def table(wanted: dict[str, tuple[str, str]]) -> str:
             text += f" ({spread([run['unmerged']['kl'] for run in found[contender]['runs']])})"
         return f"{text} °" if unfinished(found[contender], *wanted[name]) else text
 
+    def own_width(contender: str) -> str:
+        """Where it is not the column's."""
+        runs = {name: found[contender]["runs"] for name, found in columns.items() if contender in found}
+        widths = {name: of[0]["bits_per_weight"] for name, of in runs.items()}
+        differ = any(f"{own:.2f}" != f"{width[name]:.2f}" for name, own in widths.items())
+        return f"{contender}: {' / '.join(f'{own:.2f}' for own in widths.values())}" if differ else ""
+
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     lines.append("| bits per weight | " + " | ".join(f"{width[name]:.2f}" for name in columns) + " |")
     for contender in sorted(contenders, key=order):
         lines.append(f"| {contender} | " + " | ".join(cell(name, contender) for name in columns) + " |")
+    if others := list(filter(None, map(own_width, sorted(contenders, key=order)))):
+        lines += ["", f"Bits per weight of {'; '.join(others)}."]
     return "\n".join(lines)
 
 
 def question_table() -> str:
     """Held-out KL of DL-QAT, one line a question."""
-    lines = ["| changed in the default | bits per weight | held-out KL | runs |", "|---|---|---|---|"]
+    lines = ["| changed | bits per weight | held-out KL | runs |", "|---|---|---|---|"]
     versions: dict[str, list[str]] = {}
     for changed, setting in QUESTIONS.items():
         if found := results_of("stories260k", setting).get("dlqat"):
             width, text = found["runs"][0]["bits_per_weight"], spread([run["kl"] for run in found["runs"]], 3)
             lines.append(f"| {changed} | {width:.2f} | {text} | {len(found['runs'])} |")
-            versions.setdefault(found["versions"]["transformers"], []).append(changed)
+            for version in {run.get("versions", found["versions"])["transformers"] for run in found["runs"]}:
+                versions.setdefault(version, []).append(changed)
     if len(versions) > 1:
         of_each = "; ".join(f"{version}: {', '.join(changes)}" for version, changes in sorted(versions.items()))
         lines += ["", f"By version of transformers, {of_each}."]

@@ -105,8 +105,13 @@ def rates_of(experiment: dict[str, Any], contender: str) -> list[float]:
 
 
 def processes() -> BaseContext:
-    """New processes, none of which has threads of this one's, with the libraries imported once where that can be."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    """New processes, none of which has threads of this one's, with the libraries imported once where that is safe.
+
+    With a torch for GPUs it is not: a library may ask for one as it is imported, and then no fork can use it.
+    """
+    import torch
+
+    if sys.platform != "linux" or torch.backends.cuda.is_built():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["peft_dlqat"])

@@ -17,7 +17,8 @@ HEAD = ("setting", "training", "search_share", "text", "tasks", "work")
 class Results:
     """{"setting", "training", "work", "versions", "search": [...], "runs": [...], "other_rates": [...]}.
 
-    "other_rates" holds whole runs with a learning rate that others do better with, or have more runs of.
+    "versions" are those of the first runs; a run with others has its own. "other_rates" holds whole runs with a
+    learning rate that others do better with, or have more runs of.
 
     Raises:
         SystemExit: if the file is there and of something else.
@@ -26,6 +27,7 @@ class Results:
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path = path
         self.data: dict[str, Any] = {**head, "search": [], "runs": []}
+        self._versions = head.get("versions")
         if path.exists():
             found = json.loads(path.read_text())
             # A file without it was written before the model and its text were noted.
@@ -42,6 +44,8 @@ class Results:
         self._read()
         if self.has(kind, figures["seed"], figures.get("lr")):
             return
+        if self._versions != self.data.get("versions"):
+            figures = {**figures, "versions": self._versions}
         self.data[kind].append(figures)
         self.data[kind].sort(key=lambda run: (run["seed"], run.get("lr") or 0))
         self._write()

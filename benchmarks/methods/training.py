@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_scheduler
 from transformers.pytorch_utils import Conv1D
 
-from peft_dlqat import DLQATConfig, distillation_loss, evaluate_tasks
+from peft_dlqat import RECIPE, DLQATConfig, distillation_loss, evaluate_tasks
 from peft_dlqat.evaluation.tasks import resolve_tasks, task_manager
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -146,7 +146,7 @@ def run(
         `trained_parameters`, and `seconds` of processor time; for times that can be compared see step_times.py.
     """
     torch.manual_seed(seed)
-    size, calibration_steps = training.get("batch_size", 16), training.get("calibration_steps", 0)
+    size, calibration_steps = training.get("batch_size", 16), steps_of_calibration(training)
     data = training.get("calibration_data", "train")
     model, calibration = task.load_model(), task.calibration(size, seed, calibration_steps, data)
     if contender == FULL_PRECISION:
@@ -218,11 +218,16 @@ def bits_per_weight(model: PreTrainedModel, setting: dict[str, Any]) -> float:
     return round(bits / weights, 3)
 
 
+def steps_of_calibration(training: dict[str, Any]) -> int:
+    """The recipe's, unless they are given."""
+    return training.get("calibration_steps", RECIPE.calibration_steps)
+
+
 def steps(
     task: Task, contender: str, prepared: Prepared, training: dict[str, Any], seed: int, lr: float
 ) -> Iterator[None]:
     """The training loop, a step at a time."""
-    count = training["steps"] - training.get("calibration_steps", 0)
+    count = training["steps"] - steps_of_calibration(training)
     groups = [{"params": group["params"], "lr": lr * group["lr_factor"]} for group in prepared.parameters]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = get_scheduler(

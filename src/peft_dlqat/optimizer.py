@@ -83,7 +83,7 @@ def create_dlqat_optimizer(
             for factor, group in magnitudes.items()
         ),
     ]
-    return optimizer_cls([group for group in groups if group["params"]], **kwargs)
+    return optimizer_cls([group for group in groups if group["params"]], lr=lr, **kwargs)
 
 
 def _magnitude_factors(model: nn.Module) -> dict[nn.Parameter, float]:

@@ -27,6 +27,7 @@ from ..initialisation import WEIGHTED
 from ..layer import DLQATLayer, adapter_layers
 from ..packing import check_packable, pack_weights
 from ..placement import device_of
+from ..recipe import RECIPE
 from .activations import InputMoments, fit_to_inputs
 from .decoder import Call, Hidden, HiddenStates, capture, decoder_layers, hidden_states
 from .grid_state import (
@@ -73,8 +74,8 @@ class BlockError(NamedTuple):
 def calibrate_blocks(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    steps: int = 200,
-    lr: float = 3e-2,
+    steps: int = RECIPE.block_steps,
+    lr: float = RECIPE.calibration_lr,
     adapter_name: str | None = None,
     progress: bool = True,
     train_adapter: bool = False,

@@ -15,6 +15,7 @@ from torch import nn
 from ..initialisation import snap
 from ..layer import DLQATLayer
 from ..placement import several_processes
+from ..recipe import RECIPE
 
 
 def grid_tensors(layer: DLQATLayer, adapter_name: str) -> list[torch.Tensor]:
@@ -99,7 +100,7 @@ def check_steps(steps: int, lr: float, prefix: str = "") -> None:
             f"{prefix}steps={steps!r} must be a non-negative integer; 0 only fits the grid to the inputs."
         )
     if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < math.inf:
-        raise ValueError(f"{prefix}lr={lr!r} must be a positive number; the default is 3e-2.")
+        raise ValueError(f"{prefix}lr={lr!r} must be a positive number; the recipe has {RECIPE.calibration_lr:g}.")
 
 
 def check_active(layers: Iterable[DLQATLayer], adapter_name: str) -> None:

@@ -22,6 +22,7 @@ from ..config import DLQATConfig
 from ..distillation import evaluating
 from ..layer import DLQATLayer, adapter_layers
 from ..placement import several_processes
+from ..recipe import RECIPE
 from ..storage import STORAGES
 from .blocks import BlockError, Fit, calibrate_block, check_storage, pass_through, summary
 from .decoder import capture, decoder_layers, hidden_states
@@ -36,8 +37,8 @@ def calibrate_blocks_from_disk(
     config: DLQATConfig,
     batches: Iterable[Mapping[str, Any]],
     output_dir: str | Path,
-    steps: int = 200,
-    lr: float = 3e-2,
+    steps: int = RECIPE.block_steps,
+    lr: float = RECIPE.calibration_lr,
     progress: bool = True,
     train_adapter: bool = False,
     cache_dir: str | Path | None = None,
