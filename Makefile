@@ -19,8 +19,10 @@ MIN_PYTHON := 3, 10
 MIN_TORCH  := 2, 6
 
 BIN := $(VENV)/bin
-# Python compiles what it imports; pip would compile everything, for a minute or more, of which most is never used.
+# Python compiles what it imports, and keeps it, which some containers tell it not to. pip would compile everything, for
+# a minute or more, of which most is never used.
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 # An environment that somebody made by hand, or that VENV= names by mistake, is never removed.
 CHECK_OURS = if [ -e "$(VENV)" ] && [ ! -e "$(VENV)/.made-by-make" ]; then \
