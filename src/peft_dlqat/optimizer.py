@@ -83,7 +83,8 @@ def create_dlqat_optimizer(
             for factor, group in magnitudes.items()
         ),
     ]
-    return optimizer_cls([group for group in groups if group["params"]], lr=lr, **kwargs)
+    # Schedules that end at a rate of their own read the optimiser's own as the one to start from.
+    return optimizer_cls([group for group in groups if group["params"]], **{**kwargs, "lr": lr})
 
 
 def _magnitude_factors(model: nn.Module) -> dict[nn.Parameter, float]:
