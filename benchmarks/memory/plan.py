@@ -8,12 +8,13 @@ Sizes are in GiB. A card counts with what is left of it beside 1 GiB for the CUD
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 import torch
 from transformers import LlamaConfig
 from transformers.utils import logging as transformers_logging
 
-from peft_dlqat import DLQATConfig, estimate_memory
+from peft_dlqat import DLQATConfig, MemoryEstimate, estimate_memory
 
 MODELS = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -45,9 +46,15 @@ def shapes(model: str) -> LlamaConfig:
     return LlamaConfig(vocab_size=32000, **MODELS[model])
 
 
+@cache
+def estimate(model: str, storage: str, batch: int, length: int) -> MemoryEstimate:
+    """Of a step."""
+    return estimate_memory(config(storage), shapes(model), batch, length)
+
+
 def step_bytes(model: str, length: int) -> list[int]:
     """What a step takes beside what stays, by batch; the storage has no part in it."""
-    found = [estimate_memory(config("full"), shapes(model), batch, length) for batch in BATCHES]
+    found = [estimate(model, "full", batch, length) for batch in BATCHES]
     return [part.total - part.static for part in found]
 
 
@@ -61,31 +68,39 @@ def largest_batch(steps: list[int], room: float) -> int:
     return int(BATCHES[low] + (room - steps[low]) / slope)
 
 
+def parts_table(models: list[str]) -> list[str]:
+    """What a step with one sequence takes, in Markdown, one row a storage."""
+    parts = ["frozen", "grid", "rest", "adapter", "gradients", "optimizer", "update"]
+    parts += ["activations", "head", "temporaries"]
+    lines = [f"| model | storage | {' | '.join(parts)} | total |", f"|---|---|{'---:|' * (len(parts) + 1)}"]
+    for model in models:
+        for storage in STORAGES:
+            found = estimate(model, storage, 1, LENGTHS[0])
+            sizes = " | ".join(f"{getattr(found, part) / GIB:.2f}" for part in parts)
+            lines.append(f"| {model} | {storage} | {sizes} | {found.total / GIB:.1f} |")
+    return lines
+
+
+def batch_table(models: list[str]) -> list[str]:
+    """The largest batches that fit, in Markdown, one row a storage."""
+    lines = [f"| model | storage | {' | '.join(f'{card} GB' for card in CARDS)} |", f"|---|---|{'---|' * len(CARDS)}"]
+    for model in models:
+        steps = [step_bytes(model, length) for length in LENGTHS]
+        for storage in STORAGES:
+            static = estimate(model, storage, 1, LENGTHS[0]).static
+            rooms = [(card - RESERVED) * GIB - static for card in CARDS]
+            cells = [[largest_batch(by_batch, room) or "-" for by_batch in steps] for room in rooms]
+            lines.append(f"| {model} | {storage} | {' | '.join(' / '.join(map(str, cell)) for cell in cells)} |")
+    return lines
+
+
 def main(models: list[str]) -> None:
     """Print both tables."""
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
-    parts = ["frozen", "grid", "rest", "adapter", "gradients", "optimizer", "update"]
-    parts += ["activations", "head", "temporaries"]
-    print("One sequence of 1024 tokens, GiB:\n")
-    print(f"| model | storage | {' | '.join(parts)} | total |")
-    print(f"|---|---|{'---:|' * (len(parts) + 1)}")
-    static = {}
-    for model in models:
-        for storage in STORAGES:
-            found = estimate_memory(config(storage), shapes(model), 1, LENGTHS[0])
-            static[model, storage] = found.static
-            sizes = " | ".join(f"{getattr(found, part) / GIB:.2f}" for part in parts)
-            print(f"| {model} | {storage} | {sizes} | {found.total / GIB:.1f} |")
+    print("One sequence of 1024 tokens, GiB:\n", *parts_table(models), sep="\n")
     print(f"\nThe largest batch by sequence length ({' / '.join(map(str, LENGTHS))} tokens):\n")
-    print(f"| model | storage | {' | '.join(f'{card} GB' for card in CARDS)} |")
-    print(f"|---|---|{'---|' * len(CARDS)}")
-    for model in models:
-        steps = [step_bytes(model, length) for length in LENGTHS]
-        for storage in STORAGES:
-            rooms = [(card - RESERVED) * GIB - static[model, storage] for card in CARDS]
-            cells = [[largest_batch(by_batch, room) or "-" for by_batch in steps] for room in rooms]
-            print(f"| {model} | {storage} | {' | '.join(' / '.join(map(str, cell)) for cell in cells)} |")
+    print(*batch_table(models), sep="\n")
 
 
 if __name__ == "__main__":

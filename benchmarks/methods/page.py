@@ -26,6 +26,7 @@ RESULTS = HERE.parent / "results" / "methods"
 TABLES = {
     "stories260k": {name: ("stories260k", name) for name in ("3bit-row", "3bit-g32", "2bit-g32", "3bit-row-r32")},
     "groups of 43": {name: ("stories260k", name) for name in ("3bit-g32-g43", "2bit-g32-g43")},
+    "sampled anew": {"3bit-row": ("stories260k-sampled", "3bit-row")},
     "domains": {
         "fitted on docstrings": ("embedded", "fit-on-training-text"),
         "on the reference": ("embedded", "fit-on-other-text"),
@@ -63,6 +64,7 @@ QUESTIONS = {
     "integer zeros": "integer-zero",
     "no zeros": "symmetric",
     "only `bits=3` is set": "bits-only",
+    "gradients are clipped to a norm of 1, the Trainer's default": "clipped",
 }
 
 

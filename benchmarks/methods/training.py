@@ -135,7 +135,7 @@ def run(
         contender: a name in `contenders`.
         setting: arguments of `DLQATConfig`.
         training: batch_size, steps, schedule (transformers' name), warmup_steps; `calibration_steps` are taken out of
-            the steps; `calibration_data` is "train", "other" or "random".
+            the steps; `calibration_data` is "train", "other" or "random"; gradients are clipped to `max_grad_norm`.
         seed: of the weights and of the order of the data.
         lr: learning rate, for contenders that train.
         tasks: "names" of tasks of the lm-evaluation-harness, and "include_path", a folder of those that are not its
@@ -249,6 +249,8 @@ def steps(
             loss = distillation_loss(logits, task.teacher("train", rows))
         optimizer.zero_grad()
         loss.backward()
+        if most := training.get("max_grad_norm"):
+            nn.utils.clip_grad_norm_([parameter for group in groups for parameter in group["params"]], most)
         optimizer.step()
         schedule.step()
         yield

@@ -100,7 +100,7 @@ def check_steps(steps: int, lr: float, prefix: str = "") -> None:
             f"{prefix}steps={steps!r} must be a non-negative integer; 0 only fits the grid to the inputs."
         )
     if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < math.inf:
-        raise ValueError(f"{prefix}lr={lr!r} must be a positive number; the recipe has {RECIPE.calibration_lr:g}.")
+        raise ValueError(f"{prefix}lr={lr!r} must be a positive number; the default is {RECIPE.calibration_lr:g}.")
 
 
 def check_active(layers: Iterable[DLQATLayer], adapter_name: str) -> None:
