@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peft_dlqat import DLQATConfig, estimate_memory, pack_weights
+from peft_dlqat.memory import _layers_alike
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -142,6 +143,17 @@ def test_parts_are_what_they_say():
     assert two.activations == pytest.approx(2 * full.activations, rel=0.05) and two.static == full.static
     eight_bits = estimate_memory(DLQATConfig(bits=3, task_type="CAUSAL_LM"), *arguments, optimizer="adamw_8bit")
     assert full.static - eight_bits.static == 6 * full.adapter // 4
+
+
+@pytest.mark.parametrize("wider", [None, "mlp", "self_attn"])
+def test_layers_that_differ_are_all_counted(wider):
+    """Also where what differs is no part of an adapted module."""
+    base = tiny_model()
+    if wider:
+        linear = next(m for m in getattr(base.model.layers[1], wider).modules() if isinstance(m, torch.nn.Linear))
+        linear.weight = torch.nn.Parameter(torch.zeros(2 * linear.out_features, linear.in_features))
+    model = get_peft_model(base, DLQATConfig(group_size=32, target_modules=["o_proj"], task_type="CAUSAL_LM"))
+    assert _layers_alike(model, base.config.num_hidden_layers) == (wider is None)
 
 
 def test_a_folder_will_do(tmp_path):

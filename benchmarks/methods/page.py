@@ -86,11 +86,9 @@ def unfinished(results: dict[str, Any], model: str, setting: str) -> bool:
     if not results["search"]:
         return False
     found = Results(RESULTS / model / setting / f"{results['contender']}.json", results)
-    seed = results["search"][0]["seed"]
-    rates = given_rates(setting, results["contender"])
-    seeds = {run["seed"] for run in results["runs"]}
-    missing = any(not found.has("runs", seed, lr) for lr in found.best_lrs(seed) for seed in seeds)
-    return missing or bool(found.next_rates(rates, seed))
+    searched, seeds = results["search"][0]["seed"], {run["seed"] for run in results["runs"]}
+    missing = any(not found.has("runs", seed, lr) for lr in found.best_lrs(searched) for seed in seeds)
+    return missing or bool(found.next_rates(given_rates(setting, results["contender"]), searched))
 
 
 def table(wanted: dict[str, tuple[str, str]]) -> str:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -166,11 +165,11 @@ def estimate_memory(
 
 
 def _layers_alike(model: PeftModel, count: int) -> bool:
-    """Whether all decoder layers have the same modules adapted, with as many bytes, so that one stands for another."""
+    """Whether all decoder layers hold tensors of the same names and sizes, so that one stands for another."""
     by_layer: dict[str, dict[str, int]] = {}
-    for name, layer in adapter_layers(model)[1].items():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if found := re.search(r"\.(\d+)\.", name):
-            by_layer.setdefault(found[1], {})[name[found.end() :]] = _bytes(layer)
+            by_layer.setdefault(found[1], {})[name[found.end() :]] = tensor.nbytes
     kinds = list(by_layer.values())
     return len(kinds) == count and all(kind == kinds[0] for kind in kinds)
 
@@ -198,17 +197,14 @@ def _static(model: PeftModel, optimizer: str) -> dict[str, int]:
         "grid": sum(buffer.nbytes for name, buffer in model.named_buffers() if ".dlqat_" in name),
         "adapter": sum(parameter.nbytes for parameter in trained),
     }
+    everything = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     numbers = sum(parameter.numel() for parameter in trained)
     return {
         **sizes,
-        "rest": _bytes(model) - sum(sizes.values()),
+        "rest": everything - sum(sizes.values()),
         "gradients": sizes["adapter"],
         "optimizer": OPTIMIZER_BYTES[optimizer] * numbers,
     }
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
 
 
 def _step(
