@@ -21,7 +21,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_dlqat.evaluation import TASK_SETS, evaluate_tasks
+from peft_dlqat.evaluate_tasks import TASK_SETS, evaluate_tasks
 
 EMBEDDED = Path(__file__).parent / "embedded" / "model"
 

@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, OpenAIGPTConfig
 
-import peft_dlqat.calibration.blocks
-import peft_dlqat.calibration.decoder
-import peft_dlqat.calibration.streaming
-import peft_dlqat.checkpoint
+import peft_dlqat.decoder
+import peft_dlqat.large.calibrate_from_disk
+import peft_dlqat.large.checkpoint
+import peft_dlqat.train.blocks
 from peft_dlqat import DLQATConfig, distillation_loss, teacher_logits
-from peft_dlqat.calibration.blocks import calibrate_blocks
-from peft_dlqat.calibration.decoder import NoDecoderLayers
-from peft_dlqat.calibration.streaming import calibrate_blocks_from_disk
+from peft_dlqat.decoder import NoDecoderLayers
+from peft_dlqat.large.calibrate_from_disk import calibrate_blocks_from_disk
 from peft_dlqat.layer import adapter_layers
+from peft_dlqat.train.blocks import calibrate_blocks
 
 KINDS = ("llama", "gpt2", "opt")
 GRID = {"dlqat_scale", "dlqat_zero_point", "dlqat_offset"}
@@ -210,7 +210,7 @@ def test_an_exception_puts_every_layer_back(train_adapter, monkeypatch, tmp_path
         if next(steps) == 15:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(peft_dlqat.calibration.blocks, "check_finite", check)
+    monkeypatch.setattr(peft_dlqat.train.blocks, "check_finite", check)
     with pytest.raises(KeyboardInterrupt):
         run(model, steps=10, train_adapter=train_adapter, cache_dir=tmp_path)
     assert moved(model, before) == set() and model.training
@@ -286,7 +286,7 @@ def test_calls_are_kept_on_the_cpu_each_tensor_once():
 
     mask, angle = torch.ones(2, 4).as_subclass(Elsewhere), torch.ones(3).as_subclass(Elsewhere)
     calls = [((mask,), {"position_embeddings": (angle, angle), "use_cache": False}) for _ in range(3)]
-    found = peft_dlqat.calibration.decoder._on_cpu(calls)
+    found = peft_dlqat.decoder._on_cpu(calls)
     tensors = [x for args, kwargs in found for x in (*args, *kwargs["position_embeddings"])]
     assert all(type(tensor) is torch.Tensor for tensor in tensors) and len(set(map(id, tensors))) == 2
     assert all(kwargs["use_cache"] is False and isinstance(args, tuple) for args, kwargs in found)
@@ -433,7 +433,7 @@ def test_an_output_folder_that_exists_is_refused_and_stays(tmp_path):
 
 def test_an_adapter_whose_folder_was_taken_meanwhile_is_kept_beside_it(tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path / "base")
-    streaming = peft_dlqat.calibration.streaming
+    streaming = peft_dlqat.large.calibrate_from_disk
     save = streaming._save
     monkeypatch.setattr(streaming, "_save", lambda *a: (save(*a), (tmp_path / "out" / "other").mkdir(parents=True)))
     with pytest.raises(OSError, match=r"cannot be written any more.*the adapter is in") as caught:
@@ -453,7 +453,7 @@ def test_nothing_is_written_after_a_failure(tmp_path):
 
 def killed_at(monkeypatch, layer, count):
     """Have calibration die at a decoder layer; counts the layers that it calibrates."""
-    streaming = peft_dlqat.calibration.streaming
+    streaming = peft_dlqat.large.calibrate_from_disk
     calibrate_block = streaming.calibrate_block
 
     def calibrate(name, *args):
@@ -547,7 +547,7 @@ def test_one_process_at_a_time_works_for_a_folder(tmp_path, monkeypatch):
 def test_a_run_that_fails_at_the_very_end_loses_nothing(tmp_path, monkeypatch, where):
     """The adapter half written, or nowhere to put it."""
     tiny_model().save_pretrained(tmp_path / "base")
-    streaming = peft_dlqat.calibration.streaming
+    streaming = peft_dlqat.large.calibrate_from_disk
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, OSError)):
         if where == "_save":
 
@@ -612,7 +612,7 @@ def test_a_checkpoint_of_the_bare_model_is_found_by_its_prefix(tmp_path):
 
 def test_one_layers_weights_and_adapters_are_in_memory_at_a_time(folder, tmp_path, monkeypatch):
     held, models = [], []
-    streaming = peft_dlqat.calibration.streaming
+    streaming = peft_dlqat.large.calibrate_from_disk
     get_peft_model, calibrate_block = streaming.get_peft_model, streaming.calibrate_block
 
     def look(name, *args):
@@ -636,7 +636,7 @@ def test_one_layers_weights_and_adapters_are_in_memory_at_a_time(folder, tmp_pat
 def test_several_processes_are_refused(tmp_path, monkeypatch, initialised):
     """Started by torchrun, whether or not a process group was made."""
     if initialised:
-        monkeypatch.setattr(peft_dlqat.calibration.streaming, "several_processes", lambda: True)
+        monkeypatch.setattr(peft_dlqat.large.calibrate_from_disk, "several_processes", lambda: True)
     else:
         monkeypatch.setenv("WORLD_SIZE", "2")
     tiny_model().save_pretrained(tmp_path / "base")
@@ -653,7 +653,7 @@ def test_a_hub_id_is_looked_up_and_named_as_the_base(tmp_path, monkeypatch):
         asked.append((name, revision))
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr(peft_dlqat.checkpoint, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(peft_dlqat.large.checkpoint, "snapshot_download", snapshot_download)
     from_disk("somebody/model", tmp_path / "out", adapter=config(revision="v1"))
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert asked == [("somebody/model", "v1")] and saved["base_model_name_or_path"] == "somebody/model"

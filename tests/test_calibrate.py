@@ -13,7 +13,7 @@ from conftest import VOCAB, lm_batches, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
-import peft_dlqat.qweight
+import peft_dlqat.quant.quantizer
 from peft_dlqat import (
     RECIPE,
     DLQATCallback,
@@ -26,9 +26,9 @@ from peft_dlqat import (
     grid_report,
     teacher_logits,
 )
-from peft_dlqat.calibration.activations import fit_to_inputs, input_moments
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.qweight import unrounded_codes
+from peft_dlqat.quant.quantizer import unrounded_codes
+from peft_dlqat.train.input_moments import fit_to_inputs, input_moments
 
 ZERO_POINTS = ("none", "integer", "float")
 
@@ -135,7 +135,7 @@ def test_a_fit_that_gains_nothing_is_undone(monkeypatch):
     model = adapted()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     monkeypatch.setattr(
-        "peft_dlqat.calibration.stages.fit_to_inputs",
+        "peft_dlqat.train.calibrate.fit_to_inputs",
         lambda layers, *_: [layer.dlqat_scale["default"].data.mul_(3) for layer in layers.values()],
     )
     result = calibrate(model, lm_batches(), progress=False)
@@ -539,8 +539,8 @@ def test_by_blocks_falls_back_on_the_whole_encoder_decoder():
 
 def test_by_blocks_measures_the_inputs_once(monkeypatch):
     fits = []
-    for module in ("stages", "blocks"):
-        name = f"peft_dlqat.calibration.{module}.fit_to_inputs"
+    for module in ("calibrate", "blocks"):
+        name = f"peft_dlqat.train.{module}.fit_to_inputs"
         monkeypatch.setattr(name, lambda layers, *_: fits.extend(layers))
     model = adapted()
     calibrate(model, lm_batches(), steps=2, by="blocks", progress=False)
@@ -570,7 +570,7 @@ def test_every_way_leaves_a_record_of_one_shape(tmp_path):
 
 @pytest.mark.parametrize("by", ["model", "blocks"])
 def test_min_max_does_not_look_at_the_inputs_and_claims_no_fit(by, tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_dlqat.calibration.stages.input_moments", lambda *_: pytest.fail("measured in vain"))
+    monkeypatch.setattr("peft_dlqat.train.calibrate.input_moments", lambda *_: pytest.fail("measured in vain"))
     model = adapted(init="minmax")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = calibrate(model, lm_batches(), progress=False)
@@ -584,7 +584,7 @@ def test_min_max_does_not_look_at_the_inputs_and_claims_no_fit(by, tmp_path, mon
 
 def test_a_grid_that_was_put_back_is_not_called_fitted(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "peft_dlqat.calibration.stages.fit_to_inputs",
+        "peft_dlqat.train.calibrate.fit_to_inputs",
         lambda layers, *_: [layer.dlqat_scale["default"].data.mul_(3) for layer in layers.values()],
     )
     model = adapted()
@@ -610,7 +610,7 @@ def test_the_grid_report_is_the_same_piece_by_piece(zero_point, monkeypatch):
     """Against whole layers, by hand; pieces of 3 rows, which do not divide a layer's."""
     model = adapted(zero_point=zero_point, init="minmax")
     perturb(model)
-    monkeypatch.setattr(peft_dlqat.qweight, "_PIECE", 3 * 64)
+    monkeypatch.setattr(peft_dlqat.quant.quantizer, "_PIECE", 3 * 64)
     for row in grid_report(model).layers:
         layer = model.get_submodule(row.name)
         shipped, weight = layer.quantized_weight(), layer.original_weight()

@@ -14,8 +14,10 @@ from test_ops import NAMES, problem
 import peft_dlqat
 from peft_dlqat import DLQATConfig, Grid, calibrate
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.ops import compiled, dispatch, fake_quantize_linear, harden, reference
-from peft_dlqat.qweight import Quantizer, unrounded_codes
+from peft_dlqat.quant import compiled, dispatch, reference
+from peft_dlqat.quant.dispatch import harden
+from peft_dlqat.quant.op import fake_quantize_linear
+from peft_dlqat.quant.quantizer import Quantizer, unrounded_codes
 
 pytestmark = [
     pytest.mark.slow,

@@ -28,17 +28,17 @@ from transformers import (
     TrainingArguments,
 )
 
-import peft_dlqat.distillation.cache
-import peft_dlqat.distillation.divergence
-import peft_dlqat.distillation.store
+import peft_dlqat.train.divergence
+import peft_dlqat.train.teacher_cache
+import peft_dlqat.train.teacher_store
 from peft_dlqat import DLQATCallback, DLQATConfig, calibrate, distillation_loss, evaluate_model, teacher_logits
-from peft_dlqat.calibration.losses import batch_loss as calibration_loss
-from peft_dlqat.distillation.cache import TeacherCache
-from peft_dlqat.distillation.divergence import TopTokens, token_divergence
-from peft_dlqat.distillation.store import EntryFolder, base_fingerprint
-from peft_dlqat.distillation.trainer import DistillationLoss
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.placement import device_of
+from peft_dlqat.train.calibration_losses import batch_loss as calibration_loss
+from peft_dlqat.train.distillation_loss import DistillationLoss
+from peft_dlqat.train.divergence import TopTokens, token_divergence
+from peft_dlqat.train.teacher_cache import TeacherCache
+from peft_dlqat.train.teacher_store import EntryFolder, base_fingerprint
 
 # Training on the first grid, to keep the tests short.
 pytestmark = pytest.mark.filterwarnings("ignore:.*never calibrated")
@@ -79,7 +79,7 @@ def formula(logits, teacher, labels, reverse):
 @pytest.mark.parametrize("chunk", [None, 33])  # 33: 3 tokens at a time
 def test_value_and_gradient(reverse, chunk, monkeypatch):
     if chunk:
-        monkeypatch.setattr(peft_dlqat.distillation.divergence, "_CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(peft_dlqat.train.divergence, "_CHUNK_ELEMENTS", chunk)
     logits, teacher = pair()
     labels = some_labels()
     loss = distillation_loss(logits, teacher, labels, reverse=reverse)
@@ -99,7 +99,7 @@ def test_value_and_gradient(reverse, chunk, monkeypatch):
 def test_forward_divergence_is_to_the_bit_that_of_the_plain_code(dtype, chunk, monkeypatch):
     """As published results were made by it, and calibration by the default."""
     if chunk:
-        monkeypatch.setattr(peft_dlqat.distillation.divergence, "_CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(peft_dlqat.train.divergence, "_CHUNK_ELEMENTS", chunk)
     logits, teacher = pair((3, 16, VOCAB), dtype)
     labels = some_labels((3, 16), VOCAB)
     loss = distillation_loss(logits, teacher, labels)
@@ -122,7 +122,7 @@ def test_chunks_are_not_all_kept_for_the_backward_pass(monkeypatch):
     logits, teacher = pair((4, 16, VOCAB))
 
     def kept(chunk):
-        monkeypatch.setattr(peft_dlqat.distillation.divergence, "_CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(peft_dlqat.train.divergence, "_CHUNK_ELEMENTS", chunk)
         sizes = {}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: sizes.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) or t, lambda t: t
@@ -280,7 +280,7 @@ def teacher_rows(monkeypatch):
         rows.append(len(batch["input_ids"]))
         return teacher_logits(model, batch)
 
-    monkeypatch.setattr(peft_dlqat.distillation.cache, "teacher_logits", counting)
+    monkeypatch.setattr(peft_dlqat.train.teacher_cache, "teacher_logits", counting)
     return rows
 
 
@@ -624,7 +624,7 @@ def test_packed_sequences_of_many_lengths_are_not_padded_to_the_longest(monkeypa
         ran.append(batch["input_ids"].numel())
         return teacher_logits(model, batch)
 
-    monkeypatch.setattr(peft_dlqat.distillation.cache, "teacher_logits", counting)
+    monkeypatch.setattr(peft_dlqat.train.teacher_cache, "teacher_logits", counting)
     ids = tokens(1, 60)
     lengths = [30, *[3] * 10]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -690,7 +690,7 @@ import sys, torch
 from conftest import tiny_model
 from peft import get_peft_model
 from peft_dlqat import DLQATConfig
-from peft_dlqat.distillation.cache import TeacherCache
+from peft_dlqat.train.teacher_cache import TeacherCache
 torch.manual_seed(0)
 model = get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, init="minmax"))
 cache = TeacherCache(folder=sys.argv[1])
@@ -727,7 +727,7 @@ def test_an_entry_appears_when_it_is_whole(tmp_path, monkeypatch):
         assert not list(tmp_path.rglob("[!.]*.safetensors"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(peft_dlqat.distillation.store, "save_file", half)
+    monkeypatch.setattr(peft_dlqat.train.teacher_store, "save_file", half)
     model, batch = adapted(), {"input_ids": tokens(2)}
     with pytest.raises(KeyboardInterrupt):
         TeacherCache(folder=tmp_path).teacher(model, batch)

@@ -17,11 +17,10 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig
 
-import peft_dlqat.distillation.divergence
+import peft_dlqat.train.divergence
 from peft_dlqat import DLQATConfig, DLQATLayer, adapters_disabled
 from peft_dlqat import layer as layer_module
-from peft_dlqat.evaluation import TASK_SETS, evaluate_model, evaluate_tasks
-from peft_dlqat.evaluation.tasks import resolve_tasks
+from peft_dlqat.evaluate import TASK_SETS, evaluate_model, evaluate_tasks, resolve_tasks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TASKS = EXAMPLES / "tasks"
@@ -96,7 +95,7 @@ def test_figures_of_an_adapter(kind, chunk, monkeypatch):
     model = adapted(kind)
     kl, loss, agreement, count = plainly(model, masked_batches(), base_model(model))
     if chunk:
-        monkeypatch.setattr(peft_dlqat.distillation.divergence, "_CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(peft_dlqat.train.divergence, "_CHUNK_ELEMENTS", chunk)
     result = evaluate_model(model, iter(masked_batches()))
     assert result.tokens == count and count < 3 * 4 * 15
     assert result.kl == pytest.approx(kl, rel=1e-4) and kl > 0.01

@@ -11,8 +11,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_dlqat import DLQATConfig
-from peft_dlqat.kquant import K_QUANTS
 from peft_dlqat.layer import adapter_layers
+from peft_dlqat.quant.super_blocks import K_QUANTS
 
 KINDS = ("llama", "gpt2", "opt")
 ZERO_POINTS = ("none", "integer", "float")
@@ -191,7 +191,7 @@ def test_autocast_merges_to_the_same_logits(kind):
 
 
 def test_merged_equals_trained_when_worked_through_in_pieces(monkeypatch):
-    monkeypatch.setattr("peft_dlqat.qweight._PIECE", 5 * 64)
+    monkeypatch.setattr("peft_dlqat.quant.quantizer._PIECE", 5 * 64)
     model = adapted()
     trained = logits(model)
     model.merge_adapter()

@@ -247,12 +247,12 @@ def test_an_adapter_on_disk_gives_the_same_files(format, tmp_path):
 
 def test_the_full_model_is_never_in_memory(tmp_path, monkeypatch):
     """At no time are the base weights of two layers there."""
-    import peft_dlqat.checkpoint
+    import peft_dlqat.large.checkpoint
 
     base = save_base("llama", tmp_path / "base")
     adapted(bits=3).save_pretrained(tmp_path / "adapter")
     present, most = set(), []
-    load, release = peft_dlqat.checkpoint.Checkpoint.load, peft_dlqat.checkpoint.Checkpoint.release
+    load, release = peft_dlqat.large.checkpoint.Checkpoint.load, peft_dlqat.large.checkpoint.Checkpoint.release
 
     def counted_load(self, model, names):
         present.update(names)
@@ -263,8 +263,8 @@ def test_the_full_model_is_never_in_memory(tmp_path, monkeypatch):
         present.difference_update(names)
         return release(self, model, names)
 
-    monkeypatch.setattr(peft_dlqat.checkpoint.Checkpoint, "load", counted_load)
-    monkeypatch.setattr(peft_dlqat.checkpoint.Checkpoint, "release", counted_release)
+    monkeypatch.setattr(peft_dlqat.large.checkpoint.Checkpoint, "load", counted_load)
+    monkeypatch.setattr(peft_dlqat.large.checkpoint.Checkpoint, "release", counted_release)
     export_model(tmp_path / "adapter", tmp_path / "out", "dense", base=base, verify=False)
     assert most and max(most) == 1 and not present
 

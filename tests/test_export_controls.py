@@ -15,7 +15,7 @@ from peft_dlqat.export import compressed_tensors, dense, gguf, gptq, mlx
 from peft_dlqat.export.engines import ENGINES
 from peft_dlqat.export.gguf_model import Architecture
 from peft_dlqat.export.manifest import MANIFEST, REFERENCE
-from peft_dlqat.qweight import QuantizedWeight
+from peft_dlqat.quant.quantizer import QuantizedWeight
 
 WRITERS = {"compressed-tensors": compressed_tensors, "gguf": gguf, "mlx": mlx, "dense": dense, "gptq": gptq}
 PACKAGES = {"compressed-tensors": "compressed_tensors", "gguf": "gguf", "mlx": "mlx_lm", "dense": "torch"}

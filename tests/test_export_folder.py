@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from peft_dlqat import DLQATConfig, Grid, export_formats, export_model
-from peft_dlqat.export import exporting, folder
+from peft_dlqat.export import export as exporting
+from peft_dlqat.export import folder
 from peft_dlqat.export.manifest import load_manifest, sha256
 from peft_dlqat.export.source import Source
 from peft_dlqat.formats import BLOCK_TYPES, RULES

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from peft_dlqat import DLQATConfig, adapters_disabled, teacher_logits
-from peft_dlqat.generate import generate_dataset
+from peft_dlqat.train.generate import generate_dataset
 
 
 def word_tokenizer(**special):

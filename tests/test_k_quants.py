@@ -9,10 +9,10 @@ from peft import get_peft_model
 
 from peft_dlqat import DLQATConfig, Grid, QuantizedWeight
 from peft_dlqat.formats.k_quants import K_QUANT_TYPES
-from peft_dlqat.initialisation import initialise
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.ops import harden
-from peft_dlqat.qweight import Quantizer
+from peft_dlqat.quant.dispatch import harden
+from peft_dlqat.quant.fit import initialise
+from peft_dlqat.quant.quantizer import Quantizer
 
 gguf = pytest.importorskip("gguf")
 

@@ -10,11 +10,11 @@ from conftest import lm_batches, tiny_model
 from peft import get_peft_model
 
 from peft_dlqat import DLQATConfig, Grid, calibrate, create_dlqat_optimizer
-from peft_dlqat.initialisation import initialise
-from peft_dlqat.kquant import K_QUANTS, SMALLEST_SCALE, SUPER_BLOCK, from_super_scales, super_scales
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.ops import harden
-from peft_dlqat.qweight import Quantizer, round_to_nearest
+from peft_dlqat.quant.dispatch import harden
+from peft_dlqat.quant.fit import initialise
+from peft_dlqat.quant.quantizer import Quantizer, round_to_nearest
+from peft_dlqat.quant.super_blocks import K_QUANTS, SMALLEST_SCALE, SUPER_BLOCK, from_super_scales, super_scales
 
 QUANTS = list(K_QUANTS.values())
 each_quant = pytest.mark.parametrize("quant", QUANTS, ids=lambda quant: quant.name)

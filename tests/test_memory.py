@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peft_dlqat import DLQATConfig, estimate_memory, pack_weights
-from peft_dlqat.memory import _layers_alike
+from peft_dlqat.large.memory import _layers_alike
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -11,10 +11,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_dlqat import DLQATConfig, Grid
-from peft_dlqat.initialisation import initialise
-from peft_dlqat.kquant import K_QUANTS
-from peft_dlqat.ops import _fake_quantize_linear, fake_quantize_linear, reference
-from peft_dlqat.qweight import Quantizer, unrounded_codes
+from peft_dlqat.quant import reference
+from peft_dlqat.quant.fit import initialise
+from peft_dlqat.quant.op import _fake_quantize_linear, fake_quantize_linear
+from peft_dlqat.quant.quantizer import Quantizer, unrounded_codes
+from peft_dlqat.quant.super_blocks import K_QUANTS
 
 NAMES = ("x", "bias", "A", "B", "step", "shift", "scale", "zero")
 QUANTIZER = NAMES[2:]
@@ -176,7 +177,7 @@ def test_rows_in_pieces_give_the_same(zero_point, fan_in_fan_out, monkeypatch):
     grid = Grid(3, 32, zero_point, torch.bfloat16)
     results = []
     for piece in (2**20, 7 * 64):
-        monkeypatch.setattr("peft_dlqat.qweight._PIECE", piece)
+        monkeypatch.setattr("peft_dlqat.quant.quantizer._PIECE", piece)
         args = problem(grid)
         if fan_in_fan_out:
             args["weight"] = args["weight"].t().contiguous()

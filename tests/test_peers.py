@@ -11,7 +11,7 @@ import torch
 from conftest import lm_batches, tiny_model
 
 from peft_dlqat import DLQATConfig, distillation_loss
-from peft_dlqat.grid import Grid
+from peft_dlqat.quant.grid import Grid
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "methods"))
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from peft_dlqat import Grid
-from peft_dlqat.grid import largest_group
-from peft_dlqat.initialisation import initialise
-from peft_dlqat.ops import harden
-from peft_dlqat.qweight import Quantizer
+from peft_dlqat.quant.dispatch import harden
+from peft_dlqat.quant.fit import initialise
+from peft_dlqat.quant.grid import largest_group
+from peft_dlqat.quant.quantizer import Quantizer
 
 GRIDS = [
     Grid(bits, group, zero_point, dtype)
@@ -150,7 +150,7 @@ def test_initialise_in_pieces_is_the_same(monkeypatch):
     grid = Grid(3, 16, "integer", torch.bfloat16)
     weight = torch.randn(33, 32)
     whole = initialise(weight, grid, "mse")
-    monkeypatch.setattr("peft_dlqat.initialisation._CHUNK", 100)
+    monkeypatch.setattr("peft_dlqat.quant.fit._CHUNK", 100)
     pieces = initialise(weight, grid, "mse")
     assert torch.equal(whole[0], pieces[0]) and torch.equal(whole[1], pieces[1])
 

@@ -28,7 +28,7 @@ from scripts.resumable_training import (
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-import peft_dlqat.callback
+import peft_dlqat.train.callback
 
 SCRIPT = Path(__file__).parent / "scripts" / "resumable_training.py"
 TIME_LIMIT = 120
@@ -47,13 +47,13 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list to which the steps of every calibration by the callback are added."""
     steps: list[int] = []
-    calibrate = peft_dlqat.callback.calibrate
+    calibrate = peft_dlqat.train.callback.calibrate
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         steps.append(kwargs["steps"])
         return calibrate(*args, **kwargs)
 
-    monkeypatch.setattr(peft_dlqat.callback, "calibrate", counting)
+    monkeypatch.setattr(peft_dlqat.train.callback, "calibrate", counting)
     return steps
 
 

@@ -30,7 +30,7 @@ def test_a_layer_is_checked_and_timed(tmp_path):
 @pytest.mark.slow
 def test_an_op_that_is_off_is_not_timed(tmp_path):
     sabotage = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import layer, torch\nfrom peft_dlqat.ops import reference\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import layer, torch\nfrom peft_dlqat.quant import reference\n"
     )
     sabotage += "true = reference.weight_grads\n"
     sabotage += "reference.weight_grads = lambda *a: {k: 1.01 * v for k, v in true(*a).items()}\n"
@@ -73,14 +73,14 @@ def test_the_gpus_script_runs_without_one(tmp_path):
 def test_the_gpus_script_refuses_an_op_that_is_off():
     sabotage = (
         "import sys; sys.path.insert(0, sys.argv[1]); import gpu\nfrom unittest import mock\n"
-        "from peft_dlqat.ops import dispatch, reference\n"
+        "from peft_dlqat.quant import dispatch, reference\n"
         "class Off:\n"
         "    codes, quantized = reference.codes, reference.quantized\n"
         "    def weight_grads(*a): return {k: 1.1 * v for k, v in reference.weight_grads(*a).items()}\n"
         "model = gpu.adapted('DL-QAT', gpu.OneLayer(256, 512), ['lin'])\n"
         "chosen = lambda weight, *_: Off if dispatch._on_nvidia(weight) else reference\n"
         "dispatch._on_nvidia = lambda weight: True\n"
-        "from peft_dlqat.ops import linear\n"
+        "from peft_dlqat.quant import product as linear\n"
         "linear.implementation = chosen\n"
         "gpu.check('DL-QAT', model)\n"
     )

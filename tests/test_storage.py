@@ -14,11 +14,12 @@ from test_ops import QUANTIZER, problem
 
 from peft_dlqat import DLQATConfig, Grid, adapters_disabled, calibrate, pack_weights
 from peft_dlqat import layer as layer_module
-from peft_dlqat.initialisation import initialise
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.ops import fake_quantize_linear, harden
-from peft_dlqat.qweight import Quantizer, decode_weight, in_grid_units, round_codes, store
-from peft_dlqat.storage import STORAGES, decode, encode
+from peft_dlqat.quant.dispatch import harden
+from peft_dlqat.quant.fit import initialise
+from peft_dlqat.quant.fixed_point import STORAGES, decode, encode
+from peft_dlqat.quant.op import fake_quantize_linear
+from peft_dlqat.quant.quantizer import Quantizer, decode_weight, in_grid_units, round_codes, store
 
 HOLDS = [(bits, name) for bits in (2, 3, 4, 8) for name, width in STORAGES.items() if width >= bits]
 ZERO_POINTS = ("none", "integer", "float")

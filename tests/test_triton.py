@@ -17,14 +17,16 @@ from peft import get_peft_model
 from test_ops import NAMES, QUANTIZER, ZERO_POINTS, problem, run, weight_of
 
 from peft_dlqat import DLQATConfig, Grid
-from peft_dlqat.initialisation import initialise
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.ops import dispatch, fake_quantize_linear, harden, reference
-from peft_dlqat.qweight import Quantizer, store, unrounded_codes
-from peft_dlqat.storage import STORAGES
+from peft_dlqat.quant import dispatch, reference
+from peft_dlqat.quant.dispatch import harden
+from peft_dlqat.quant.fit import initialise
+from peft_dlqat.quant.fixed_point import STORAGES
+from peft_dlqat.quant.op import fake_quantize_linear
+from peft_dlqat.quant.quantizer import Quantizer, store, unrounded_codes
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
-gpu = pytest.importorskip("peft_dlqat.ops.gpu")
+gpu = pytest.importorskip("peft_dlqat.quant.nvidia")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (in_features, group_size): a part of a tile, several groups a tile, a group over two tiles, and whole rows.
@@ -225,8 +227,8 @@ def test_what_the_kernels_do_not_do_is_left_to_the_reference():
 
 
 def test_without_triton_one_warning_and_the_reference(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft_dlqat.ops.gpu", None)
-    monkeypatch.delattr("peft_dlqat.ops.gpu")
+    monkeypatch.setitem(sys.modules, "peft_dlqat.quant.nvidia", None)
+    monkeypatch.delattr("peft_dlqat.quant.nvidia")
     dispatch._gpu.cache_clear()
     grid = Grid(3, 32, "integer", torch.bfloat16)
     args = problem(grid)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_dlqat import DLQATConfig
-from peft_dlqat.calibration.streaming import calibrate_blocks_from_disk
+from peft_dlqat.large.calibrate_from_disk import calibrate_blocks_from_disk
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory" / "blocks.json"
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_dlqat import generate_dataset
-from peft_dlqat.distillation.store import write_whole
+from peft_dlqat.train.teacher_store import write_whole
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "examples" / "embedded"
 

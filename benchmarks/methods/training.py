@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from peft_dlqat import RECIPE, DLQATConfig, distillation_loss, evaluate_tasks
-from peft_dlqat.evaluation.tasks import resolve_tasks, task_manager
+from peft_dlqat.evaluate import resolve_tasks, task_manager
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 # Batches on which grids are fitted and post-training contenders calibrate.

@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peft_dlqat import DLQATConfig, pack_weights
 from peft_dlqat.layer import DLQATLayer
-from peft_dlqat.ops import dispatch, reference
-from peft_dlqat.qweight import unrounded_codes
+from peft_dlqat.quant import dispatch, reference
+from peft_dlqat.quant.quantizer import unrounded_codes
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_dlqat.grid import Grid, largest_group
-from peft_dlqat.initialisation import initialise
+from peft_dlqat.quant.fit import initialise
+from peft_dlqat.quant.grid import Grid, largest_group
 
 
 def straight_through(rounded: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

@@ -3,25 +3,9 @@
 Importing the package registers the method "DLQAT" with PEFT.
 """
 
-from .calibration import (
-    BlockError,
-    Calibration,
-    NoDecoderLayers,
-    calibrate,
-    calibrate_blocks,
-    calibrate_blocks_from_disk,
-)
-from .callback import DLQATCallback
 from .config import DLQATConfig
-from .distillation import (
-    DistillationLoss,
-    TeacherCache,
-    TopTokens,
-    adapters_disabled,
-    distillation_loss,
-    teacher_logits,
-)
-from .evaluation import TASK_SETS, Evaluation, evaluate_model, evaluate_tasks
+from .decoder import NoDecoderLayers
+from .evaluate import TASK_SETS, Evaluation, evaluate_model, evaluate_tasks
 from .export import (
     EngineFigures,
     FormatRow,
@@ -32,20 +16,30 @@ from .export import (
     export_model,
     verify_export,
 )
-from .generate import generate_dataset
-from .grid import Grid
+from .large.calibrate_from_disk import calibrate_blocks_from_disk
+from .large.load_packed import load_packed
+from .large.memory import MemoryEstimate, estimate_memory
 from .layer import DLQATLayer, DLQATLinear
-from .loading import load_packed
-from .memory import MemoryEstimate, estimate_memory
 from .model import DLQATModel
-from .ops import compile_on_cpu
-from .optimizer import create_dlqat_optimizer
 from .packing import pack_weights
 from .push import keep_section_on_push
-from .qweight import QuantizedWeight
-from .recipe import RECIPE, Recipe
+from .quant.dispatch import compile_on_cpu
+from .quant.grid import Grid
+from .quant.quantizer import QuantizedWeight
 from .register import extend_peft_type, register
-from .report import GridReport, LayerReport, grid_report
+from .running import adapters_disabled
+from .train.blocks import BlockError, calibrate_blocks
+from .train.calibrate import calibrate
+from .train.calibration_record import Calibration
+from .train.callback import DLQATCallback
+from .train.distillation import distillation_loss, teacher_logits
+from .train.distillation_loss import DistillationLoss
+from .train.divergence import TopTokens
+from .train.generate import generate_dataset
+from .train.optimizer import create_dlqat_optimizer
+from .train.recipe import RECIPE, Recipe
+from .train.report import GridReport, LayerReport, grid_report
+from .train.teacher_cache import TeacherCache
 
 __version__ = "0.1.0"
 

@@ -15,14 +15,14 @@ from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
-from .card import write_section
+from .adapter_card import write_section
 from .formats import RULES
-from .grid import SCALE_DTYPES, ZERO_POINTS, Grid, largest_group
-from .initialisation import INITIALISATIONS
-from .kquant import K_QUANTS, check_k_quant
 from .methods import MAGNITUDES, METHODS, Method
-from .ops import GRADIENTS
-from .storage import STORAGES
+from .quant.fit import INITIALISATIONS
+from .quant.fixed_point import STORAGES
+from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid, largest_group
+from .quant.op import GRADIENTS
+from .quant.super_blocks import K_QUANTS, check_k_quant
 
 DEFAULT_GROUP_SIZE = 128
 _BIAS = ("none", "all", "dlqat_only")
@@ -115,9 +115,9 @@ class DLQATConfig(PeftConfig):
         group_size_pattern: group_size by module name, overriding `group_size`.
         bias: which biases train: "none", "all" or "dlqat_only".
         storage: how the frozen weight is kept once the grid is frozen: "full", as it is; "int8", "int4" or "int2":
-            that many bits a weight, in units of the grid (see `peft_dlqat.storage`), and the full one is let go.
+            that many bits a weight, in units of the grid (`peft_dlqat.quant.fixed_point`), and the full one is let go.
         gradient: "exact"; "bf16", whose one product that only feeds sums is in bfloat16; or "lowrank": at LoRA's own
-            cost, without the clip's mask, for magnitude="row" or False (see `peft_dlqat.ops.lowrank`).
+            cost, without the clip's mask, for magnitude="row" or False (see `peft_dlqat.quant.lowrank`).
         init: first grid of a layer: "mse" (least squared error over clipped ranges) or "minmax".
         export: formats that the model is to be exported to ("gguf", "compressed-tensors", "mlx", "gptq", "dense"): a
             grid that one of them cannot hold exactly is refused now rather than after training.

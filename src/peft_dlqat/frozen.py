@@ -6,11 +6,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .grid import Grid
+from .layer_spec import STORED_BITS
 from .placement import at_hand, check_here
-from .qweight import Quantizer, decode_weight, store
-from .spec import STORED_BITS
-from .storage import as_rows
+from .quant.fixed_point import as_rows
+from .quant.grid import Grid
+from .quant.quantizer import Quantizer, decode_weight, store
 
 
 class FrozenWeight(BaseTunerLayer):

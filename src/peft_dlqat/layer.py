@@ -21,13 +21,14 @@ from torch import nn
 
 from .float32 import Float32BufferDict, Float32ParameterDict
 from .frozen import FrozenWeight
-from .grid import Grid
-from .initialisation import initialise
+from .layer_spec import encode_spec
 from .methods import AdapterState, Method
-from .ops import fake_quantize_linear, harden
 from .placement import at_hand, check_here, full_shape, gather_with, is_partitioned
-from .qweight import QuantizedWeight, Quantizer
-from .spec import encode_spec
+from .quant.dispatch import harden
+from .quant.fit import initialise
+from .quant.grid import Grid
+from .quant.op import fake_quantize_linear
+from .quant.quantizer import QuantizedWeight, Quantizer
 
 
 class DLQATLayer(FrozenWeight):

@@ -17,16 +17,16 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .checksum import base_record, weight_checksum
+from .adapter_file import check_state
+from .base_checksum import base_record, weight_checksum
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .frozen import check_float_weight
-from .grid import largest_group
-from .kquant import check_k_quant
 from .layer import DLQATLayer, DLQATLinear
+from .layer_spec import STORED_BITS
 from .placement import at_hand, check_here, full_shape
-from .spec import STORED_BITS
-from .state import check_state
-from .storage import STORAGES
+from .quant.fixed_point import STORAGES
+from .quant.grid import largest_group
+from .quant.super_blocks import check_k_quant
 
 # Names of the heads that PEFT trains in full for these tasks.
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}

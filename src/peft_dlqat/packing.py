@@ -10,7 +10,7 @@ from torch import nn
 
 from .config import DLQATConfig
 from .layer import DLQATLayer, adapter_layers
-from .storage import STORAGES
+from .quant.fixed_point import STORAGES
 
 
 def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:

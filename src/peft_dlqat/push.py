@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers.utils.hub import PushToHubMixin
 
-from .card import write_section
+from .adapter_card import write_section
 from .config import DLQATConfig
 
 

@@ -9,41 +9,30 @@ import pytest
 PACKAGE = "peft_dlqat"
 SOURCE = Path(__file__).parents[2] / "src" / PACKAGE
 
-# From the lowest layer to the highest. A sub-package, such as ops, is one layer: what happens inside it is its own
+# From the lowest layer to the highest. A sub-package, such as quant, is one layer: what happens inside it is its own
 # affair. `__init__` stands above all and may import any of them.
 ORDER = [
-    "kquant",
-    "grid",
-    "storage",
-    "qweight",
+    "quant",
     "formats",
-    "ops",
     "methods",
-    "initialisation",
-    "card",
-    "checksum",
+    "adapter_card",
+    "base_checksum",
     "config",
     "push",
     "placement",
     "float32",
-    "spec",
+    "layer_spec",
     "frozen",
     "layer",
-    "state",
+    "adapter_file",
     "model",
     "packing",
-    "checkpoint",
-    "loading",
-    "memory",
     "register",
-    "report",
-    "recipe",
-    "distillation",
-    "generate",
-    "calibration",
-    "optimizer",
-    "callback",
-    "evaluation",
+    "running",
+    "decoder",
+    "train",
+    "large",
+    "evaluate",
     "export",
 ]
 

@@ -21,9 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from peft_dlqat.grid import Grid
-from peft_dlqat.ops import gpu, kernels
-from peft_dlqat.qweight import Quantizer
+from peft_dlqat.quant import nvidia as gpu
+from peft_dlqat.quant import triton_kernels as kernels
+from peft_dlqat.quant.grid import Grid
+from peft_dlqat.quant.quantizer import Quantizer
 
 TYPES = {
     torch.float32: "fp32",

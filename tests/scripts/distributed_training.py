@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from peft_dlqat import DLQATCallback, DLQATConfig, calibrate
-from peft_dlqat.calibration.activations import input_moments
 from peft_dlqat.layer import adapter_layers
+from peft_dlqat.train.input_moments import input_moments
 
 GLOBAL_BATCH = 8
 CALIBRATION_STEPS = 8
@@ -145,7 +145,7 @@ def run_calibrate(case: str) -> dict[str, Any]:
     # The fit to the inputs takes the best of many grids. Where two are almost as good, the last bits of the moments
     # decide, and these differ between a sum over two processes and one: so the moments are compared, not what is
     # taken. The gradient steps are compared on the same start.
-    with mock.patch("peft_dlqat.calibration.stages.fit_to_inputs"):
+    with mock.patch("peft_dlqat.train.calibrate.fit_to_inputs"):
         calibrate(model, own, steps=CALIBRATION_STEPS, lr=CALIBRATION_LR, progress=False)
     state = {"initial": initial, "adapter": adapter(model), "batches": batches, "record": record(model)}
     return {**state, "moments": moments}

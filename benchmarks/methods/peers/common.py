@@ -24,8 +24,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_dlqat.grid import SCALE_DTYPES, Grid, ZeroPoint, largest_group
-from peft_dlqat.initialisation import initialise
+from peft_dlqat.quant.fit import initialise
+from peft_dlqat.quant.grid import SCALE_DTYPES, Grid, ZeroPoint, largest_group
 
 Batches = list[dict[str, torch.Tensor]]
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_dlqat.grid import Grid
+from peft_dlqat.quant.grid import Grid
 
 from .common import Batches, Config, check_levels, fit, grid_of, linear_layers, round_to
 

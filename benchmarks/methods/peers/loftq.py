@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from peft_dlqat.grid import Grid
+from peft_dlqat.quant.grid import Grid
 
 from . import rtn
 from .common import Config, Prepared, fit, grid_of, linear_layers, round_to

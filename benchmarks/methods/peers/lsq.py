@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from peft_dlqat.grid import Grid
+from peft_dlqat.quant.grid import Grid
 
 from .common import Config, Prepared, check_levels, fit, grid_of, linear_layers, straight_through
 

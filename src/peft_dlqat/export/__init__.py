@@ -1,6 +1,6 @@
 """Quantized weights in the formats that engines read, without rounding again."""
 
-from .exporting import export_model
+from .export import export_model
 from .table import FormatRow, FormatTable, export_formats
 from .verify import EngineFigures, LogitDifference, Verification, verify_export
 

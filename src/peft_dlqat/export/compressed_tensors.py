@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..formats import RULES
-from ..grid import Grid
-from ..qweight import QuantizedWeight
+from ..quant.grid import Grid
+from ..quant.quantizer import QuantizedWeight
 from .fitting import fitted, fitting_grid, refuse_conv1d
 from .folder import TensorFiles
 from .hf import as_dense, write_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..formats import RULES
-from ..qweight import QuantizedWeight
+from ..quant.quantizer import QuantizedWeight
 from .fitting import fitted
 from .folder import TensorFiles
 from .hf import as_dense, write_config

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from ..formats import Rule
-from ..grid import Grid
-from ..initialisation import initialise
-from ..qweight import QuantizedWeight, round_to_nearest, ship
+from ..quant.fit import initialise
+from ..quant.grid import Grid
+from ..quant.quantizer import QuantizedWeight, round_to_nearest, ship
 from .options import Options
 from .source import Entry, Source
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..formats import RULES, BlockType, block_type
-from ..qweight import QuantizedWeight
+from ..quant.quantizer import QuantizedWeight
 from .fitting import check_finite, fitted, fitting_grid
 from .gguf_model import Architecture, architecture, rope_factors, write_metadata
 from .gguf_vocab import write_vocab

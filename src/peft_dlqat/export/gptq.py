@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..formats import RULES, bit_stream
-from ..grid import Grid
-from ..qweight import QuantizedWeight
+from ..quant.grid import Grid
+from ..quant.quantizer import QuantizedWeight
 from .fitting import fitted, refuse_conv1d
 from .folder import TensorFiles, write_json
 from .hf import as_dense, write_config

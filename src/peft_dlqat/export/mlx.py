@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..formats import RULES, bit_stream, mlx_group
-from ..qweight import QuantizedWeight
+from ..quant.quantizer import QuantizedWeight
 from .fitting import fitted, refuse_conv1d
 from .folder import TensorFiles
 from .hf import as_dense, write_config

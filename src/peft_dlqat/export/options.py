@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..grid import Grid
+from ..quant.grid import Grid
 
 
 @dataclass

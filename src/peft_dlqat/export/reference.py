@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..calibration.decoder import NoDecoderLayers, capture, decoder_layers, hidden_states
-from ..checkpoint import empty_model
-from ..qweight import QuantizedWeight
+from ..decoder import NoDecoderLayers, capture, decoder_layers, hidden_states
+from ..large.checkpoint import empty_model
+from ..quant.quantizer import QuantizedWeight
 from .source import Entry, Source
 
 # As `Source.read`: some tensors, by their names.

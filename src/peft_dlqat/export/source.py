@@ -16,12 +16,12 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoint import Checkpoint, empty_model, weights_folder
-from ..checksum import base_checksum, weight_checksum
+from ..base_checksum import base_checksum, weight_checksum
 from ..config import DLQATConfig
-from ..grid import Grid
+from ..large.checkpoint import Checkpoint, empty_model, weights_folder
 from ..layer import DLQATLayer, adapter_layers
-from ..qweight import QuantizedWeight
+from ..quant.grid import Grid
+from ..quant.quantizer import QuantizedWeight
 
 T = TypeVar("T")
 

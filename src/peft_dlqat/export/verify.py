@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..distillation.divergence import kl
+from ..train.divergence import kl
 from .engines import ENGINES, runs
 from .manifest import REFERENCE, Manifest, load_manifest, load_written, sha256
 

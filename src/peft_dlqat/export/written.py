@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from ..export import gguf
 from ..formats import Rule
-from ..qweight import QuantizedWeight
-from . import gguf
+from ..quant.quantizer import QuantizedWeight
 from .fitting import fitted
 from .hf import as_dense
 from .options import Options

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..grid import Grid
+from ..quant.grid import Grid
 
 # What a packer takes: codes int8 [out, in] in [qmin, qmax]; the shipped scale S, and None, z or M, [out, n_groups].
 Packer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Grid], np.ndarray]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..grid import Grid
+from ..quant.grid import Grid
 from .blocks import BlockType
 from .k_quants import K_QUANT_BLOCKS
 

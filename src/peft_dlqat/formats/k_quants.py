@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..grid import Grid
-from ..kquant import K_QUANTS, SUPER_BLOCK, KQuant, from_super_scales
-from ..qweight import QuantizedWeight
+from ..quant.grid import Grid
+from ..quant.quantizer import QuantizedWeight
+from ..quant.super_blocks import K_QUANTS, SUPER_BLOCK, KQuant, from_super_scales
 from .blocks import BlockType
 
 Array = np.ndarray

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..grid import SCALE_DTYPES, Grid
+from ..quant.grid import SCALE_DTYPES, Grid
 from .gguf_types import block_type
 
 _PACKED_BITS = (2, 3, 4, 8)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..grid import Grid, ZeroPoint
-from ..qweight import Quantizer
+from ..quant.grid import Grid, ZeroPoint
+from ..quant.quantizer import Quantizer
 
 Magnitude = Literal["group", "row", "none"]
 MAGNITUDES: tuple[Magnitude, ...] = ("group", "row", "none")

@@ -11,8 +11,8 @@ has it t, the unit of B (see `AdapterState.low_rank`).
 
 from __future__ import annotations
 
-from ..grid import Grid
-from ..qweight import Quantizer
+from ..quant.grid import Grid
+from ..quant.quantizer import Quantizer
 from .base import AdapterState, Method
 
 

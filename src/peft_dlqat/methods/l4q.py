@@ -8,8 +8,8 @@ This is also the row "learn s, b" of DL-QAT's ablation. t is the unit of B, see 
 
 from __future__ import annotations
 
-from ..grid import Grid
-from ..qweight import Quantizer
+from ..quant.grid import Grid
+from ..quant.quantizer import Quantizer
 from .base import AdapterState, Method, lsq_gradient
 
 

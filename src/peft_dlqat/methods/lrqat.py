@@ -9,7 +9,7 @@ one scale a row the two are one. The paper's fixed-point store of W0 / s0 is no 
 
 from __future__ import annotations
 
-from ..qweight import Quantizer
+from ..quant.quantizer import Quantizer
 from .base import AdapterState, Method
 
 

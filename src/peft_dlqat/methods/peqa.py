@@ -7,8 +7,8 @@ Trained: m. Also the end-to-end stage of EfficientQAT (E2E-QP, arXiv 2407.11062)
 
 from __future__ import annotations
 
-from ..grid import Grid
-from ..qweight import Quantizer
+from ..quant.grid import Grid
+from ..quant.quantizer import Quantizer
 from .base import AdapterState, Method
 
 

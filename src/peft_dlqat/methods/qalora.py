@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from ..grid import Grid
-from ..qweight import Quantizer
+from ..quant.grid import Grid
+from ..quant.quantizer import Quantizer
 from .base import AdapterState, Method
 
 

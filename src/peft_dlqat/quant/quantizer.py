@@ -1,0 +1,216 @@
+"""From latent weight to codes and back: the arithmetic that every method, training, merge and export share.
+
+    unrounded = (W0 + update) / step + shift                       `unrounded_codes`
+    codes     = clip(round(unrounded), qmin, qmax)                 `round_codes`
+    S, Z      = scale and zero, rounded as formats keep them       `ship`
+    w_hat     = S * (codes - z)  or  S * (codes - qmin) + M        `dequantize`
+
+with update = scaling * BA. A method (see `methods`) says what the four of a `Quantizer` are; for DL-QAT (arXiv
+2504.09223, eq. 3 and 4) step = s and scale = m * s. That the magnitude is multiplied into the scale *first* is what
+makes the trained, the merged and the exported weight equal to the bit: `m * (S * codes)` and `(m * S) * codes` are
+not.
+
+Everything is elementwise on tensors grouped as [out, n_groups, group_size]. Steps after the first work in place: on a
+CPU, what is in the cache already costs little, and a new tensor much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from .fixed_point import decode, encode
+from .grid import Grid
+
+# Weights in a piece of rows: its temporaries fit a CPU's cache, which saves more time than anything else does.
+_PIECE = 2**21
+_PIECE_ON_GPU = 2**26  # a GPU wants few large launches
+# What a quantizer has a row of for each row of the weight.
+_BY_ROW = ("B", "step", "shift", "scale", "zero")
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """What one layer's weight goes through, [r, in], [out, r] and four tensors [out, n_groups].
+
+    The zeros are integers z for `zero_point="integer"` (real-valued while calibrating, and rounded straight-through),
+    offsets b for "float", and None for "none".
+
+    Attributes:
+        A: low-rank factor [r, in]; r = 0 where the method has no update inside the quantizer.
+        B: low-rank factor [out, r].
+        step: the grid's step, by which the latent weight is divided.
+        shift: the zero with which it is rounded: + z, or - b.
+        scale: by which codes are multiplied.
+        zero: the zero with which they are decoded: - z, or + b.
+        update_in_grid_units: BA is added to W0 / step, not to W0.
+        stored_bits: what W0 is kept in (see `storage`), in units of this very step and shift; 0 for W0 as it is.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    step: torch.Tensor
+    shift: torch.Tensor | None
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    update_in_grid_units: bool = False
+    stored_bits: int = 0
+
+
+def piece_rows(in_features: int, device_type: str) -> int:
+    """Rows in a piece."""
+    return max(1, (_PIECE if device_type == "cpu" else _PIECE_ON_GPU) // in_features)
+
+
+def pieces(weight: torch.Tensor, quantizer: Quantizer) -> Iterator[tuple[slice, torch.Tensor, Quantizer]]:
+    """Some rows of the weight [out, in] at a time, and the quantizer of these.
+
+    Codes that torch computes come by these pieces: a matrix product may round differently in other shapes, and then
+    a latent weight on the edge between two codes would fall to one in training and to the other at merge.
+    """
+    count = piece_rows(quantizer.A.shape[1], weight.device.type)
+    for start in range(0, weight.shape[0], count):
+        rows = slice(start, start + count)
+        own = {name: value[rows] for name in _BY_ROW if (value := getattr(quantizer, name)) is not None}
+        yield rows, weight[rows], replace(quantizer, **own)
+
+
+def shipped_zero(zero: torch.Tensor | None, grid: Grid) -> torch.Tensor | None:
+    """The zero as the forward uses it: a zero point is real-valued while calibrating, and rounded straight-through."""
+    return zero.round() if zero is not None and grid.zero_point == "integer" else zero
+
+
+def in_grid_units(
+    weight: torch.Tensor, step: torch.Tensor, shift: torch.Tensor | None, grid: Grid, in_place: bool = False
+) -> torch.Tensor:
+    """A weight [out, in] in units of the grid, grouped: weight / step + z, or (weight - b) / step."""
+    weight, step = grid.group(weight), step.unsqueeze(-1)
+    if grid.zero_point == "float":
+        assert shift is not None
+        return (weight.sub_ if in_place else weight.sub)(shift.unsqueeze(-1)).div_(step)
+    units = (weight.div_ if in_place else weight.div)(step)
+    return units if shift is None else units.add_(shift.unsqueeze(-1))
+
+
+def store(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, stored_bits: int) -> torch.Tensor:
+    """W0 [out, in] packed in `stored_bits` bits: uint8 [out, in * stored_bits / 8], see [`encode`]."""
+    packed = [
+        encode(units.flatten(-2), round_codes(units, grid).flatten(-2), grid, stored_bits)
+        for _, piece, own in pieces(weight, quantizer)
+        for units in [in_grid_units(piece.float(), own.step, shipped_zero(own.shift, grid), grid)]
+    ]
+    return torch.cat(packed)
+
+
+def decode_weight(packed: torch.Tensor, quantizer: Quantizer, grid: Grid) -> torch.Tensor:
+    """W0, float32 [out, in], as far as what `store` packed still tells it."""
+    units = grid.group(decode(packed, grid, quantizer.stored_bits))
+    step, shift = quantizer.step.unsqueeze(-1), shipped_zero(quantizer.shift, grid)
+    if shift is None:
+        return units.mul_(step).flatten(-2)
+    if grid.zero_point == "integer":
+        return units.sub_(shift.unsqueeze(-1)).mul_(step).flatten(-2)
+    return units.mul_(step).add_(shift.unsqueeze(-1)).flatten(-2)
+
+
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """In which codes are chosen: float32, or float64 if W0 is."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def unrounded_codes(
+    weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The latent weight in units of the grid, [out, n_groups, group_size] in `compute_dtype`.
+
+    Args:
+        weight: W0 [out, in], any floating dtype; with `quantizer.stored_bits`, that or what [`store`] packed.
+        quantizer: see [`Quantizer`].
+        grid: the grid.
+        scaling: lora_alpha / r.
+        out: [out, in], contiguous, where they go.
+    """
+    dtype = compute_dtype(weight)
+    A, B = quantizer.A.to(dtype), quantizer.B.to(dtype)
+    shift = shipped_zero(quantizer.shift, grid)
+    with torch.autocast(weight.device.type, enabled=False):
+        if quantizer.stored_bits:
+            packed = store(weight, quantizer, grid, quantizer.stored_bits) if weight.is_floating_point() else weight
+            update = grid.group(torch.mm(B, A, out=out).mul_(scaling))
+            if not quantizer.update_in_grid_units:
+                update.div_(quantizer.step.unsqueeze(-1))
+            return update.add_(grid.group(decode(packed, grid, quantizer.stored_bits)))
+        if quantizer.update_in_grid_units:
+            units = in_grid_units(weight.to(dtype), quantizer.step, shift, grid)
+            return grid.group(torch.addmm(units.flatten(-2), B, A, alpha=scaling, out=out))
+        latent = torch.addmm(weight.to(dtype), B, A, alpha=scaling, out=out)
+        return in_grid_units(latent, quantizer.step, shift, grid, in_place=True)
+
+
+def round_codes(unrounded: torch.Tensor, grid: Grid, in_place: bool = False) -> torch.Tensor:
+    """Round half to even, then clip to [qmin, qmax]."""
+    return (unrounded.round_ if in_place else unrounded.round)().clamp_(grid.qmin, grid.qmax)
+
+
+def ship(scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero as a file holds them, rounded to `grid.scale_dtype` or the integers of a K-quant.
+
+    Returns:
+        S = rnd(scale) and, by kind of grid, None, z, or M = rnd(b + qmin * S). M belongs to the *unsigned* code, which
+        is what file formats hold; rounding b on signed codes would not give the same weight.
+    """
+    shipped = grid.round_scale(scale)
+    if grid.zero_point == "float":
+        assert zero is not None
+        return shipped, grid.round_offset(zero + grid.qmin * shipped)
+    return shipped, shipped_zero(zero, grid)
+
+
+def dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid, in_place: bool = False
+) -> torch.Tensor:
+    """w_hat [out, in] from grouped codes [out, n_groups, group_size] and a shipped scale and zero.
+
+    With a 16-bit scale every product is exact in float32, so any engine that dequantizes in float32 finds the same
+    bits, with or without fused multiply-add.
+    """
+    scale, sub = scale.unsqueeze(-1), codes.sub_ if in_place else codes.sub
+    if grid.zero_point == "float":
+        assert zero is not None
+        weight = sub(grid.qmin).mul_(scale).add_(zero.unsqueeze(-1))
+    elif zero is not None:
+        weight = sub(zero.unsqueeze(-1)).mul_(scale)
+    else:
+        weight = (codes.mul_ if in_place else codes.mul)(scale)
+    return weight.flatten(-2)
+
+
+def round_to_nearest(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [out, n_groups, group_size] of a weight [out, in], and the weight [out, in] that they stand for."""
+    codes = round_codes(in_grid_units(weight, scale, shipped_zero(zero, grid), grid), grid)
+    return codes, dequantize(codes, *ship(scale, zero, grid), grid)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as it ships. `dequantize()`, rounded to the input's dtype, is what training multiplies with.
+
+    Attributes:
+        codes: int8 [out, in] in [qmin, qmax].
+        scale: S, float32 [out, n_groups], every value one that ships (`grid.round_scale` leaves it as it is).
+        zero: None, the integer zero point z, or the offset M of the unsigned code; float32 [out, n_groups].
+        grid: bits, group size, kind of zero, scale dtype.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    grid: Grid
+
+    def dequantize(self) -> torch.Tensor:
+        """w_hat, float32 [out, in]."""
+        return dequantize(self.grid.group(self.codes).float(), self.scale, self.zero, self.grid)
