@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from conftest import lm_batches, perturb, tiny_model, train
+from op_problems import NAMES, problem
 from peft import get_peft_model
-from test_ops import NAMES, problem
 
 import peft_dlqat
 from peft_dlqat import DLQATConfig, Grid, calibrate

@@ -12,7 +12,7 @@ from launching import launch
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-SCRIPT = Path(__file__).parent / "scripts" / "zero3_training.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "zero3_training.py"
 TIME_LIMIT = 300
 
 

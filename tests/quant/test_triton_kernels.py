@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import perturb, tiny_model, tokens
+from op_problems import NAMES, QUANTIZER, ZERO_POINTS, problem, run, weight_of
 from peft import get_peft_model
-from test_ops import NAMES, QUANTIZER, ZERO_POINTS, problem, run, weight_of
 
 from peft_dlqat import DLQATConfig, Grid
 from peft_dlqat.layer import adapter_layers
@@ -251,7 +251,7 @@ def test_a_cpu_has_the_reference(monkeypatch):
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_kernels_compile_for_a_card(arch, tmp_path):
     """What the interpreter takes the compiler need not. Nothing may spill, and nothing but the update be fused."""
-    script = Path(__file__).parent / "scripts" / "compile_kernels.py"
+    script = Path(__file__).parents[1] / "scripts" / "compile_kernels.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     found = subprocess.run(

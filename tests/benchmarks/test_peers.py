@@ -13,7 +13,7 @@ from conftest import lm_batches, tiny_model
 from peft_dlqat import DLQATConfig, distillation_loss
 from peft_dlqat.quant.grid import Grid
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "methods"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "methods"))
 
 from peers import common, gptq, loftq, lora_rtn, lsq, rtn
 

@@ -19,7 +19,7 @@ from scripts.distributed_training import (
 
 pytestmark = pytest.mark.distributed
 
-SCRIPT = Path(__file__).parent / "scripts" / "distributed_training.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "distributed_training.py"
 TOLERANCE = 1e-4
 TIME_LIMIT = 180
 

@@ -15,7 +15,7 @@ from peft_dlqat import teacher_logits
 
 pytestmark = pytest.mark.distributed
 
-SCRIPT = Path(__file__).parent / "scripts" / "sharded_training.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "sharded_training.py"
 TIME_LIMIT = 300
 
 

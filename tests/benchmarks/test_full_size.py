@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "full_size" / "run.py"
 
 spec = importlib.util.spec_from_file_location("full_size_run", SCRIPT)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PARAGRAPHS = [f"Paragraph {i} says that {i} and {i + 1} make {2 * i + 1}, as numbers do." for i in range(120)]
 EQUAL = "logits of the trained, the reloaded and the merged model are equal (torch.equal)"
 SHORT = ["--length", "16", "--steps", "6", "--calibration_steps", "2", "--batch_size", "4", "--eval_blocks", "8"]

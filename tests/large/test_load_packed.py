@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from peft_dlqat import DLQATConfig, calibrate_blocks, calibrate_blocks_from_disk, load_packed, pack_weights
 from peft_dlqat.layer import adapter_layers
 
-SCRIPT = Path(__file__).parent / "scripts" / "loading_memory.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "loading_memory.py"
 
 
 def config(storage="int8", **kwargs):

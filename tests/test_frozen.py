@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import lm_batches, perturb, tiny_model, tokens, train
+from op_problems import QUANTIZER, problem
 from peft import PeftModel, get_peft_model
-from test_ops import QUANTIZER, problem
 
 from peft_dlqat import DLQATConfig, Grid, adapters_disabled, calibrate, pack_weights
 from peft_dlqat import layer as layer_module

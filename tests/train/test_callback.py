@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import peft_dlqat.train.callback
 
-SCRIPT = Path(__file__).parent / "scripts" / "resumable_training.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "resumable_training.py"
 TIME_LIMIT = 120
 RECORD = "calibration/record"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from op_problems import NAMES, QUANTIZER, ZERO_POINTS, problem, run, weight_of
 from peft import get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,49 +17,7 @@ from peft_dlqat.quant.op import _fake_quantize_linear, fake_quantize_linear
 from peft_dlqat.quant.quantizer import Quantizer, unrounded_codes
 from peft_dlqat.quant.super_blocks import K_QUANTS
 
-NAMES = ("x", "bias", "A", "B", "step", "shift", "scale", "zero")
-QUANTIZER = NAMES[2:]
-ZERO_POINTS = ("none", "integer", "float")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def problem(grid, out=24, n_in=64, r=4, tokens=(2, 5), dtype=torch.float32, seed=0):
-    """Arguments of the op, with a grid that clips some weights and has real-valued zeros, as while calibrating."""
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out, n_in, generator=g)
-    step, shift = initialise(weight, grid, "mse")
-
-    def moved(tensor, size):
-        return None if tensor is None else tensor + size * torch.randn(tensor.shape, generator=g)
-
-    args = {
-        "x": torch.randn(*tokens, n_in, generator=g, dtype=dtype),
-        "bias": torch.randn(out, generator=g, dtype=dtype),
-        "weight": weight,
-        "A": 0.3 * torch.randn(r, n_in, generator=g),
-        "B": 0.3 * torch.randn(out, r, generator=g),
-        "step": step * (1 + 0.1 * torch.rand(step.shape, generator=g)),
-        "shift": moved(shift, 0.1),
-        "scale": step * moved(torch.ones_like(step), 0.2),
-        "zero": moved(shift, 0.1),
-    }
-    for name in NAMES:
-        if args[name] is not None:
-            args[name].requires_grad_(True)
-    return args
-
-
-def run(args, grid, scaling=1.0, in_grid_units=False, **kwargs):
-    """The op on the arguments of `problem`."""
-    quantizer = Quantizer(*(args[name] for name in QUANTIZER), update_in_grid_units=in_grid_units)
-    return fake_quantize_linear(args["x"], args["bias"], args["weight"], quantizer, grid, scaling, **kwargs)
-
-
-def weight_of(args, grid, scaling=1.0, in_grid_units=False):
-    """The oracle's weight."""
-    return oracle.fake_quantize(
-        args["weight"], *(args[name] for name in QUANTIZER), grid, scaling, in_grid_units=in_grid_units
-    )
 
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from peft_dlqat import DLQATConfig, estimate_memory, pack_weights
 from peft_dlqat.large.memory import _layers_alike
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_key_value_heads": 4}
 HEADY = {**SMALL, "vocab_size": 8000, "num_hidden_layers": 3, "tie_word_embeddings": True}

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_dlqat import RECIPE, evaluate_tasks
 
-METHODS = Path(__file__).parents[1] / "benchmarks" / "methods"
+METHODS = Path(__file__).parents[2] / "benchmarks" / "methods"
 EXPERIMENTS = sorted((METHODS / "experiments").glob("*.json"))
 EMBEDDED = METHODS.parents[1] / "examples" / "embedded" / "model"
 # Contenders whose libraries are extras of the benchmark's own.
