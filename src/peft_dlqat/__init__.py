@@ -16,17 +16,15 @@ from .export import (
     export_model,
     verify_export,
 )
+from .hub import extend_peft_type, register
 from .large.calibrate_from_disk import calibrate_blocks_from_disk
 from .large.load_packed import load_packed
 from .large.memory import MemoryEstimate, estimate_memory
 from .layer import DLQATLayer, DLQATLinear
 from .model import DLQATModel
 from .packing import pack_weights
-from .push import keep_section_on_push
-from .quant.dispatch import compile_on_cpu
 from .quant.grid import Grid
 from .quant.quantizer import QuantizedWeight
-from .register import extend_peft_type, register
 from .running import adapters_disabled
 from .train.blocks import BlockError, calibrate_blocks
 from .train.calibrate import calibrate
@@ -45,7 +43,6 @@ __version__ = "0.1.0"
 
 extend_peft_type()
 register(DLQATConfig, DLQATModel)
-keep_section_on_push()
 
 __all__ = [
     "RECIPE",
@@ -77,7 +74,6 @@ __all__ = [
     "calibrate",
     "calibrate_blocks",
     "calibrate_blocks_from_disk",
-    "compile_on_cpu",
     "create_dlqat_optimizer",
     "distillation_loss",
     "estimate_memory",

@@ -1,19 +1,51 @@
-"""Checks a saved adapter's tensors against the model before they are loaded, so that a bad file changes nothing."""
+"""A saved adapter: whether its tensors fit the model they are loaded into, and which base model they belong to."""
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Set
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .layer import DLQATLayer
-from .layer_spec import STORED_BITS, encode_spec, spec_differences
+from .layer import PREFIX, SAVED_BUFFERS, DLQATLayer
+from .layer_spec import stored_as
 from .quant.fixed_point import STORAGES
 
-_NAMED = (*DLQATLayer.adapter_layer_names, "dlqat_scale", "dlqat_zero_point", "dlqat_offset", "dlqat_spec")
+# Values of a weight that are looked at: other weights differ in nearly all of them, and the whole of a large model
+# would take minutes.
+_SAMPLE = 2**16
 
 
-def check_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], storage: str) -> None:
+def weight_checksum(weight: torch.Tensor) -> str:
+    """A checksum of a weight's shape and of up to 2**16 of its values, evenly spread; the same in any exact dtype."""
+    values = weight.detach().reshape(-1)
+    step = -(-values.numel() // _SAMPLE)
+    sample = values[::step].float().cpu().contiguous()
+    digest = hashlib.sha256(str(tuple(weight.shape)).encode())
+    digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def base_record(weights: Mapping[str, str], tensors: Iterable[torch.Tensor]) -> dict[str, dict[str, str]]:
+    """What an adapter's config keeps of its base model: checksum and dtype of the adapted weights."""
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    record = {"checksum": base_checksum(weights)}
+    return {"base": record | ({"dtype": dtypes.pop()} if len(dtypes) == 1 else {})}
+
+
+def base_checksum(weights: Mapping[str, str]) -> str:
+    """One checksum for those of all adapted weights, by module name."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(f"{name} {weights[name]}\n".encode())
+    return digest.hexdigest()
+
+
+def check_state(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], storage: str
+) -> dict[str, torch.Tensor]:
     """Refuse tensors that do not belong to this adapter.
 
     Args:
@@ -22,36 +54,31 @@ def check_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch
         state_dict: tensors by the model's own keys.
         storage: of the adapter's config.
 
+    Returns:
+        What is to be loaded: the same, with the settings added that were not there when the file was written.
+
     Raises:
         ValueError: for missing or extra tensors, shapes of another base or config, values that are not finite, a scale
-            that is 0 (or negative, where the grid has a zero), a zero point that is no code, or a grid that is not
+            that is 0 (or negative, where the grid has a zero), a zero point that is no code, or settings that are not
             the config's.
     """
     layers = {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, DLQATLayer) and adapter_name in layer.dlqat_grid
+        if isinstance(layer, DLQATLayer) and adapter_name in layer.specs
     }
     expected = {
-        f"{name}.{kind}.{adapter_name}": getattr(layer, kind)[adapter_name]
+        f"{name}.{kind}.{adapter_name}": entries[adapter_name]
         for name, layer in layers.items()
-        for kind in _NAMED
-        if adapter_name in getattr(layer, kind)
+        for kind in (*layer.adapter_layer_names, *SAVED_BUFFERS)
+        if adapter_name in (entries := getattr(layer, kind))
     }
-    allowed = model.state_dict().keys() - {f"{name}.base_layer.weight" for name in layers}
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save
-            allowed |= {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name)}
-    found = {key: value for key, value in state_dict.items() if any(f".{kind}" in key for kind in _NAMED)}
-    # Beside the adapter's own tensors, a file may hold biases, modules_to_save and resized embeddings; never W0.
-    strangers = {key for key in state_dict.keys() - found.keys() if not _known(key, allowed)}
-    missing, extra = sorted(expected.keys() - found.keys()), sorted((found.keys() - expected.keys()) | strangers)
-    if missing or extra:
-        raise ValueError(
-            f"the saved adapter does not fit this model and config: {len(missing)} tensors are missing "
-            f"{missing[:3]}, {len(extra)} are unexpected {extra[:3]}; load it with its own adapter_config.json on the "
-            "base model that it was trained on."
-        )
+    found = {key: value for key, value in state_dict.items() if f".{PREFIX}" in key}
+    _check_names(model, adapter_name, expected.keys(), found.keys(), state_dict.keys() - found.keys())
+    for name, layer in layers.items():
+        key = f"{name}.dlqat_spec.{adapter_name}"
+        if found[key].dim() == 1:
+            found[key] = layer.specs[adapter_name].completed(found[key])
     wrong = [
         f"{key} is {list(found[key].shape)}, not {list(tensor.shape)}"
         for key, tensor in expected.items()
@@ -68,45 +95,77 @@ def check_state(model: nn.Module, adapter_name: str, state_dict: dict[str, torch
                 f"{key} of the saved adapter is {str(found[key].dtype).removeprefix('torch.')}, but must be floating "
                 "point: the file is broken."
             )
+        if not torch.isfinite(found[key]).all():
+            at = key.removesuffix(f".{adapter_name}")
+            raise ValueError(f"{at} of the saved adapter holds NaN or infinity: the file is broken.")
     for name, layer in layers.items():
-        own = {kind: found.get(f"{name}.{kind}.{adapter_name}") for kind in _NAMED}
-        _check_layer(name, layer, adapter_name, own, storage)
+        own = {kind: found.get(f"{name}.{kind}.{adapter_name}") for kind in SAVED_BUFFERS}
+        _check_settings(name, layer, adapter_name, own, storage)
+        _check_scales_and_zeros(name, layer, adapter_name, own)
+    return {**state_dict, **found}
 
 
-def _check_layer(
+def _check_names(model: nn.Module, adapter_name: str, expected: Set[str], found: Set[str], others: Set[str]) -> None:
+    """Refuse a file that lacks a tensor of the adapter, or has one that is none of it."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, DLQATLayer)]
+    allowed = model.state_dict().keys() - {f"{name}.base_layer.weight" for name in layers}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save
+            allowed |= {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name)}
+
+    def known(key: str) -> bool:
+        # Keys of a file have PEFT's prefix, those of an injected model don't. With bias="all" PEFT saves the biases of
+        # modules_to_save twice, once by a name that it does not load.
+        return ".modules_to_save." in key or key in allowed or key.removeprefix("base_model.model.") in allowed
+
+    # Beside the adapter's own tensors, a file may hold biases, modules_to_save and resized embeddings; never W0.
+    strangers = {key for key in others if not known(key)}
+    missing, extra = sorted(expected - found), sorted((found - expected) | strangers)
+    if missing or extra:
+        raise ValueError(
+            f"the saved adapter does not fit this model and config: {len(missing)} tensors are missing "
+            f"{missing[:3]}, {len(extra)} are unexpected {extra[:3]}; load it with its own adapter_config.json on the "
+            "base model that it was trained on."
+        )
+
+
+def _check_settings(
     name: str, layer: DLQATLayer, adapter_name: str, state: dict[str, torch.Tensor | None], storage: str
 ) -> None:
-    grid = layer.dlqat_grid[adapter_name]
-    for kind, tensor in state.items():
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}.{kind} of the saved adapter holds NaN or infinity: the file is broken.")
-    spec = state["dlqat_spec"]
-    assert spec is not None
-    # The one buffer that is compared rather than loaded into: it must say what the config says.
-    stored_bits = int(spec[STORED_BITS])
-    if layer.packed and stored_bits != layer.dlqat_stored_bits[adapter_name]:
+    """Refuse settings other than the config's, and another storage than that of the weight that is there."""
+    spec, encoded = layer.specs[adapter_name], state["dlqat_spec"]
+    assert encoded is not None
+    kept = stored_as(encoded)
+    if kept is None or STORAGES[kept].problem(spec.grid.bits, layer.in_features):
         raise ValueError(
-            f"{name}: the saved adapter belongs to a frozen weight in {stored_bits or 'all'} bits, but here it is "
-            f"packed in {layer.dlqat_stored_bits[adapter_name]}; load the base model again."
+            f"{name}.dlqat_spec of the saved adapter says {int(encoded[6])} stored bits: the file is broken."
         )
-    if stored_bits not in (0, *STORAGES.values()) or 0 < stored_bits < grid.bits:
-        raise ValueError(f"{name}.dlqat_spec of the saved adapter says {stored_bits} stored bits: the file is broken.")
-    if stored_bits and STORAGES[storage] not in (0, stored_bits):
+    if layer.frozen.packed and kept != spec.storage:
         raise ValueError(
-            f"{name}: the saved adapter was trained on a frozen weight in {stored_bits} bits, and storage={storage!r} "
+            f"{name}: the saved adapter belongs to a frozen weight kept as {kept!r}, but here it is packed as "
+            f"{spec.storage!r}; load the base model again."
+        )
+    if kept != "full" and storage not in ("full", kept):
+        raise ValueError(
+            f"{name}: the saved adapter was trained on a frozen weight kept as {kept!r}, and storage={storage!r} "
             "would make another weight of it; use the adapter_config.json beside it, or storage='full'."
         )
-    own = encode_spec(grid, layer.dlqat_scaling[adapter_name], layer.dlqat_method[adapter_name], stored_bits)
-    if differences := spec_differences(spec, own):
+    if differences := spec.differences(encoded):
         raise ValueError(
             f"{name}: the saved adapter was made with another config ({'; '.join(differences)}); use the "
             "adapter_config.json beside it, or start a new run in an empty folder."
         )
-    scale, zero_point = state["dlqat_scale"], state["dlqat_zero_point"]
+
+
+def _check_scales_and_zeros(
+    name: str, layer: DLQATLayer, adapter_name: str, state: dict[str, torch.Tensor | None]
+) -> None:
+    grid, scale, zero_point = layer.specs[adapter_name].grid, state["dlqat_scale"], state["dlqat_zero_point"]
     assert scale is not None
-    if layer.packed and not _same_grid(layer, adapter_name, state):
+    if layer.frozen.packed and not _same_scales_and_zeros(layer, adapter_name, state):
         raise ValueError(
-            f"{name}: the frozen weight is packed on another grid than the saved adapter's; load the base model again."
+            f"{name}: the frozen weight is packed by other scales or zeros than the saved adapter's; load the base "
+            "model again."
         )
     bad_scale = scale == 0 if grid.zero_point == "none" else scale <= 0
     if bad_scale.any():
@@ -125,19 +184,11 @@ def _check_layer(
             )
 
 
-def _same_grid(layer: DLQATLayer, adapter_name: str, state: dict[str, torch.Tensor | None]) -> bool:
-    """Whether the step and zero that W0 is packed by are those of the file."""
+def _same_scales_and_zeros(layer: DLQATLayer, adapter_name: str, state: dict[str, torch.Tensor | None]) -> bool:
+    """Whether W0 is packed by those of the file."""
     own = {kind: getattr(layer, kind) for kind in ("dlqat_scale", "dlqat_zero_point", "dlqat_offset")}
     return all(
         torch.equal(entries[adapter_name].cpu(), tensor.float().cpu())
         for kind, entries in own.items()
         if adapter_name in entries and (tensor := state[kind]) is not None
     )
-
-
-def _known(key: str, allowed: set[str]) -> bool:
-    """Whether the model has such a tensor; keys of a file have PEFT's prefix, those of an injected model don't.
-
-    With bias="all" PEFT saves the biases of modules_to_save twice, once by a name that it does not load.
-    """
-    return ".modules_to_save." in key or key in allowed or key.removeprefix("base_model.model.") in allowed

@@ -9,18 +9,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
-from .adapter_card import write_section
 from .formats import RULES
+from .hub import write_section
+from .layer_spec import LayerSpec
 from .methods import MAGNITUDES, METHODS, Method
 from .quant.fit import INITIALISATIONS
 from .quant.fixed_point import STORAGES
-from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid, largest_group
+from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid
 from .quant.op import GRADIENTS
 from .quant.super_blocks import K_QUANTS, check_k_quant
 
@@ -186,6 +187,9 @@ class DLQATConfig(PeftConfig):
         default_factory=dict, metadata={"help": "What the package did with the adapter; not for setting."}
     )
 
+    # What a layer's settings are read into.
+    spec_class: ClassVar[type[LayerSpec]] = LayerSpec
+
     def __post_init__(self) -> None:
         """Refuse what no layer could take."""
         super().__post_init__()
@@ -286,12 +290,8 @@ class DLQATConfig(PeftConfig):
                 f"storage={self.storage!r} keeps the weight in units of the frozen step, but method={self.method!r} "
                 "trains the step; use storage='full', or another method."
             )
-        widest = max(self.bits, *self.bits_pattern.values(), 0)
-        if widest > STORAGES[self.storage]:
-            raise ValueError(
-                f"storage={self.storage!r} cannot hold codes of {widest} bits; use "
-                f"{' or '.join(repr(name) for name, width in STORAGES.items() if not 0 < width < widest)}."
-            )
+        if problem := STORAGES[self.storage].problem(max(self.bits, *self.bits_pattern.values(), 0), 8):
+            raise ValueError(f"storage={self.storage!r} {problem}.")
 
     def resolve_method(self) -> Method:
         """The method, with its magnitude."""
@@ -303,11 +303,6 @@ class DLQATConfig(PeftConfig):
     @staticmethod
     def _as_set(names: Any) -> Any:
         return set(names) if isinstance(names, list | tuple) else names
-
-    def grid(self, in_features: int, bits: int, group_size: int) -> Grid:
-        """The grid of a layer of `in_features` inputs, with the largest group that divides them."""
-        size = largest_group(in_features, group_size)
-        return Grid(bits, size, self.zero_point, SCALE_DTYPES[self.scale_dtype], self.scale_dtype == "k_quant")
 
     def grids(self) -> list[Grid]:
         """Every grid that a layer may get by settings and patterns; group_size -1 stands for a row of any length."""
@@ -333,10 +328,6 @@ class DLQATConfig(PeftConfig):
         for name, grid in product(self.export, grids):
             if problem := RULES[name].problem(grid, shape):
                 raise ValueError(f"export={self.export!r}: {where}{problem}.")
-
-    def scaling(self, r: int, lora_alpha: float) -> float:
-        """lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA."""
-        return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save adapter_config.json and put this adapter's section into the model card beside it.

@@ -76,7 +76,7 @@ def decoder_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
     """
 
     def held(module: nn.Module) -> int:
-        return sum(isinstance(m, DLQATLayer) and adapter_name in m.dlqat_grid for m in module.modules())
+        return sum(isinstance(m, DLQATLayer) and adapter_name in m.specs for m in module.modules())
 
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     # The first of several with as many is the outermost.

@@ -2,135 +2,135 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .layer_spec import STORED_BITS
 from .placement import at_hand, check_here
 from .quant.fixed_point import as_rows
-from .quant.grid import Grid
-from .quant.quantizer import Quantizer, decode_weight, store
+from .quant.quantizer import decode_stored, store
+
+if TYPE_CHECKING:
+    from .layer import DLQATLayer
 
 
-class FrozenWeight(BaseTunerLayer):
-    """What an adapter layer does with the weight of its base layer.
+class FrozenWeight:
+    """W0 of one adapter layer, which owns this object.
 
-    `fan_in_fan_out` says that the base layer has it as [in, out].
+    Args:
+        layer: the adapter layer; its base layer holds the weight, or what stands in its place.
+        fan_in_fan_out: whether the base layer has it as [in, out].
     """
 
-    fan_in_fan_out: bool
-    dlqat_grid: dict[str, Grid]
-    dlqat_stored_bits: dict[str, int]
-    _unmerged_weight: torch.Tensor | None = None
+    def __init__(self, layer: DLQATLayer, fan_in_fan_out: bool) -> None:
+        self._layer = layer
+        self.fan_in_fan_out = fan_in_fan_out
+        self._set_aside: torch.Tensor | None = None
 
-    def quantizer(self, adapter_name: str) -> Quantizer:
-        """Of an adapter, whose grid a packed weight counts on."""
-        raise NotImplementedError
+    @property
+    def _parameter(self) -> torch.Tensor:
+        return self._layer.get_base_layer().weight
 
-    def frozen_weight(self) -> torch.Tensor:
-        """W0 [out, in] as it is kept: in full (a view where the base layer has it transposed), or packed in uint8."""
-        base_layer = self.get_base_layer()
-        with at_hand(base_layer):
-            weight = base_layer.weight.data
-            if self._unmerged_weight is not None:
-                weight = self._unmerged_weight.to(weight.device)  # the model may have moved meanwhile
-            return as_rows(weight, self.fan_in_fan_out)
-
-    def original_weight(self) -> torch.Tensor:
-        """W0 [out, in], merged or not; of a packed one what is left of it."""
-        weight = self.frozen_weight()
-        if not self.packed:
-            return weight
-        name = next(iter(self.dlqat_grid))
-        return decode_weight(weight, self.quantizer(name), self.dlqat_grid[name]).to(self.weight_dtype)
+    @property
+    def _kept(self) -> torch.Tensor:
+        return self._parameter if self._set_aside is None else self._set_aside
 
     @property
     def packed(self) -> bool:
-        """Whether W0 is kept in few bits."""
-        if not hasattr(self, "_dtype_of_packed"):  # others have integers for weights too
-            return False
-        weight = self.get_base_layer().weight if self._unmerged_weight is None else self._unmerged_weight
-        return not weight.is_floating_point()
+        """Whether W0 is kept in few bits by this package; others have integers for weights too."""
+        return hasattr(self._layer, "_dtype_of_packed") and not self._kept.is_floating_point()
 
     @property
-    def weight_dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         """Of W0: the one that the layer computes in. A packed weight's follows the model's."""
-        weight = self.get_base_layer().weight
-        return weight.dtype if weight.is_floating_point() else self._dtype_of_packed.dtype
+        weight = self._parameter
+        return weight.dtype if weight.is_floating_point() else self._layer._dtype_of_packed.dtype
+
+    def as_kept(self) -> torch.Tensor:
+        """W0 [out, in] as it is kept: in full (a view where the base layer has it transposed), or packed in uint8."""
+        base_layer = self._layer.get_base_layer()
+        with at_hand(base_layer):
+            weight = base_layer.weight.data
+            if self._set_aside is not None:
+                weight = self._set_aside.to(weight.device)  # the model may have moved meanwhile
+            return as_rows(weight, self.fan_in_fan_out)
+
+    def original(self) -> torch.Tensor:
+        """W0 [out, in], merged or not; of a packed one what is left of it."""
+        weight = self.as_kept()
+        if not self.packed:
+            return weight
+        return decode_stored(weight, self._layer.quantizer(next(iter(self._layer.specs)))).to(self.dtype)
 
     @torch.no_grad()
-    def pack(self, adapter_name: str, stored_bits: int) -> None:
-        """Keep W0 in `stored_bits` bits a weight, in units of the adapter's grid, which must not move any more.
+    def pack(self, adapter_name: str, storage: str) -> None:
+        """Keep W0 as `storage` says, in units of the adapter's scales and zeros, which must not move any more.
 
-        The full-precision weight is gone afterwards. Codes of an untrained adapter stay as they are, see `storage`.
-        Nothing happens the second time.
+        The full-precision weight is gone afterwards. Codes of an untrained adapter stay as they are, see
+        `quant.fixed_point`. Nothing happens the second time.
 
         Args:
             adapter_name: the only adapter.
-            stored_bits: 2, 4 or 8, and not below the grid's bits.
+            storage: a key of `STORAGES`, of no fewer bits than the grid.
 
         Raises:
             ValueError: what `check_packable` raises.
         """
-        self.check_packable(adapter_name, stored_bits)
+        self.check_packable(adapter_name, storage)
         if self.packed:
             return
-        dtype, weight = self.weight_dtype, self.get_base_layer().weight
-        grid = self.dlqat_grid[adapter_name]
-        packed = store(self.original_weight(), self.quantizer(adapter_name), grid, stored_bits)
+        dtype, weight, original = self.dtype, self._parameter, self.original()
+        self._layer.set_storage(adapter_name, storage)
+        packed = store(original, self._layer.quantizer(adapter_name))
         # Not in the state dict: it only follows the model's dtype.
-        self.register_buffer(  # type: ignore[attr-defined]
+        self._layer.register_buffer(  # type: ignore[operator]
             "_dtype_of_packed", torch.empty(0, dtype=dtype, device=weight.device), persistent=False
         )
         weight.requires_grad_(False)
         weight.data = packed
-        self.stored_in(adapter_name, stored_bits)
 
-    def check_packable(self, adapter_name: str, stored_bits: int) -> None:
+    def check_packable(self, adapter_name: str, storage: str) -> None:
         """Raise what `pack` would raise; changes nothing.
 
         Raises:
-            ValueError: if there are other adapters, or a merged one, or W0 is packed in other bits already, or the
+            ValueError: if there are other adapters, or a merged one, or W0 is kept in another storage already, or the
                 adapter was trained on a W0 that was.
         """
-        if self.merged or list(self.dlqat_grid) != [adapter_name]:
-            what = "it is merged" if self.merged else f"there are {sorted(self.dlqat_grid)}"
+        layer = self._layer
+        if layer.merged or list(layer.specs) != [adapter_name]:
+            what = "it is merged" if layer.merged else f"there are {sorted(layer.specs)}"
             raise ValueError(
                 f"the frozen weight can be packed for one adapter, unmerged, but {what}; unmerge it, and delete the "
                 "others."
             )
-        known = self.dlqat_stored_bits[adapter_name]
-        if known not in (0, stored_bits):
+        known = layer.specs[adapter_name].storage
+        if known not in ("full", storage):
             if self.packed:
                 raise ValueError(
-                    f"the frozen weight is packed in {known} bits already, not in {stored_bits}; load the base model "
-                    "again."
+                    f"the frozen weight is packed as {known!r} already, not as {storage!r}; load the base model again."
                 )
             raise ValueError(
-                f"adapter {adapter_name!r} was trained on a frozen weight in {known} bits, and another one in "
-                f"{stored_bits} would change what it computes; use the storage that its own adapter_config.json names."
+                f"adapter {adapter_name!r} was trained on a frozen weight kept as {known!r}, and one kept as "
+                f"{storage!r} would change what it computes; use the storage that its own adapter_config.json names."
             )
         if not self.packed:
-            check_here(self.get_base_layer(), "pack")
-
-    def stored_in(self, adapter_name: str, stored_bits: int) -> None:
-        """Say that the adapter belongs to W0 as `stored_bits` bits tell it; 0 for W0 itself."""
-        self.dlqat_stored_bits[adapter_name] = stored_bits
-        self.dlqat_spec[adapter_name][STORED_BITS] = stored_bits
+            check_here(layer.get_base_layer(), "pack")
 
     @torch.no_grad()
     def unpack(self) -> None:
         """Put what is left of W0 back in the place of a packed one, in its dtype; nothing where it is not packed."""
         if not self.packed:
             return
-        weight = self._as_stored(self.original_weight())
-        if self._unmerged_weight is not None:
-            self._unmerged_weight = weight
+        weight = self._as_base_layer_has_it(self.original())
+        if self._set_aside is not None:
+            self._set_aside = weight
         else:
-            self.get_base_layer().weight.data = weight
+            self._parameter.data = weight
 
-    def check_same_storage(self, weight: torch.Tensor | None) -> None:
+    def check_same_kind(self, weight: torch.Tensor | None) -> None:
         """Refuse a weight from a state dict that is packed where the base layer's is not, or the other way round.
 
         It would be copied: codes as if they were weights, or weights cut to bytes.
@@ -138,7 +138,7 @@ class FrozenWeight(BaseTunerLayer):
         Raises:
             ValueError: in that case.
         """
-        in_full = self.get_base_layer().weight.is_floating_point()  # merged, a packed one is, too
+        in_full = self._parameter.is_floating_point()  # merged, a packed one is, too
         if weight is not None and weight.is_floating_point() != in_full:
             held, given = ("in full", "packed") if in_full else ("packed", "not")
             raise ValueError(
@@ -149,24 +149,34 @@ class FrozenWeight(BaseTunerLayer):
     def check_float(self) -> None:
         """Refuse to put a weight into a base layer that somebody else has quantized, see `check_float_weight`."""
         if not self.packed:
-            check_float_weight(self.get_base_layer(), "merge into")
+            check_float_weight(self._layer.get_base_layer(), "merge into")
 
-    def set_aside(self, replacement: torch.Tensor) -> None:
-        """Put another weight [out, in] into the base layer, and keep W0 for `put_back`."""
-        weight = self.get_base_layer().weight
-        if self._unmerged_weight is None:
-            self._unmerged_weight = weight.data
-        weight.data = self._as_stored(replacement)
+    def replace(self, replacement: torch.Tensor) -> None:
+        """Put another weight [out, in] into the base layer, and keep W0 for `restore`."""
+        weight = self._parameter
+        if self._set_aside is None:
+            self._set_aside = weight.data
+        weight.data = self._as_base_layer_has_it(replacement)
 
-    def put_back(self) -> None:
-        """Put the very tensor back that `set_aside` replaced."""
-        weight, original = self.get_base_layer().weight, self._unmerged_weight
-        assert original is not None
-        # The model may have moved meanwhile.
-        weight.data = original.to(weight) if original.is_floating_point() else original.to(weight.device)
-        self._unmerged_weight = None
+    def restore(self) -> None:
+        """Put the very tensor back that `replace` replaced; nothing where none was."""
+        weight, original = self._parameter, self._set_aside
+        if original is not None:
+            # The model may have moved meanwhile.
+            weight.data = original.to(weight) if original.is_floating_point() else original.to(weight.device)
+            self._set_aside = None
 
-    def _as_stored(self, weight: torch.Tensor) -> torch.Tensor:
+    @contextmanager
+    def in_its_place(self) -> Iterator[None]:
+        """Inside the block W0 stands in the base layer again, and after it the very tensor that replaced it."""
+        weight = self._parameter
+        replacement, weight.data = weight.data, self._as_base_layer_has_it(self.original()).to(weight)
+        try:
+            yield
+        finally:
+            weight.data = replacement
+
+    def _as_base_layer_has_it(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.t().contiguous() if self.fan_in_fan_out else weight
 
 

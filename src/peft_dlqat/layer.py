@@ -2,13 +2,15 @@
 
 y = x @ w_hat.T + bias,    w_hat = m * Quantize(W0 + scaling * tBA; s, zero)       (arXiv 2504.09223, eq. 3)
 
-or as another of the `methods` has it.
+or as another of the `methods` has it; `quant.naive` is the formula in a page.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -16,22 +18,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .float32 import Float32BufferDict, Float32ParameterDict
 from .frozen import FrozenWeight
-from .layer_spec import encode_spec
-from .methods import AdapterState, Method
+from .layer_spec import LayerSpec
+from .methods import AdapterTensors, TrainedTensor
 from .placement import at_hand, check_here, full_shape, gather_with, is_partitioned
 from .quant.dispatch import harden
 from .quant.fit import initialise
-from .quant.grid import Grid
 from .quant.op import fake_quantize_linear
 from .quant.quantizer import QuantizedWeight, Quantizer
 
+PREFIX = "dlqat_"
+# What is saved of an adapter beside its trained tensors.
+SAVED_BUFFERS = ("dlqat_scale", "dlqat_zero_point", "dlqat_offset", "dlqat_spec")
 
-class DLQATLayer(FrozenWeight):
+
+class DLQATLayer(BaseTunerLayer):
     """Adapter state of one linear layer and what can be done with it.
 
     Per adapter (in = in_features, out = out_features):
@@ -41,46 +46,30 @@ class DLQATLayer(FrozenWeight):
     | `dlqat_A`            | [r, in]         | trained; of QA-LoRA, [r, n_groups]                               |
     | `dlqat_B`            | [out, r]        | trained; starts at zero                                          |
     | `dlqat_magnitude`    | [out, n_groups] | m, trained; starts at one; `magnitude="row"`: [out, 1]           |
-    | `dlqat_shift`        | [out, n_groups] | trained move of the zero in codes; L4Q, DL-QAT with an offset     |
+    | `dlqat_shift`        | [out, n_groups] | trained move of the zero in codes; L4Q, DL-QAT with an offset    |
     | `dlqat_scale`        | [out, n_groups] | s, float32 buffer; calibrated, then frozen                       |
     | `dlqat_zero_point`   | [out, n_groups] | z, float32 buffer of integers; only `zero_point="integer"`       |
     | `dlqat_offset`       | [out, n_groups] | b, float32 buffer; only `zero_point="float"`                     |
-    | `dlqat_spec`         | [8]             | buffer: what the tensors beside it mean, see `encode_spec`       |
+    | `dlqat_spec`         | [8 or more]     | buffer: `specs` as numbers, see [`LayerSpec.encode`]             |
+    | `specs`              |                 | the settings, a [`LayerSpec`]                                    |
 
-    All are float32. Which of the trained ones there are is the method's choice.
+    All tensors are float32. Which of the trained ones there are is the method's choice; one that is not in this table
+    gets a dict of its own when the adapter is added. `frozen` is W0, a [`FrozenWeight`].
     """
 
-    adapter_layer_names = ("dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_shift")
+    adapter_layer_names: tuple[str, ...] = ("dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_shift")
+    other_param_names: tuple[str, ...] = (*SAVED_BUFFERS, "specs")
     active_adapters: list[str]
     merged_adapters: list[str]
-    other_param_names = (
-        "dlqat_scale",
-        "dlqat_zero_point",
-        "dlqat_offset",
-        "dlqat_spec",
-        "dlqat_grid",
-        "dlqat_scaling",
-        "dlqat_method",
-        "dlqat_gradient",
-        "dlqat_stored_bits",
-    )
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool) -> None:
         self.base_layer = base_layer
-        self.fan_in_fan_out = fan_in_fan_out
-        self.dlqat_A = Float32ParameterDict()
-        self.dlqat_B = Float32ParameterDict()
-        self.dlqat_magnitude = Float32ParameterDict()
-        self.dlqat_shift = Float32ParameterDict()
-        self.dlqat_scale = Float32BufferDict()
-        self.dlqat_zero_point = Float32BufferDict()
-        self.dlqat_offset = Float32BufferDict()
-        self.dlqat_spec = Float32BufferDict()
-        self.dlqat_grid: dict[str, Grid] = {}
-        self.dlqat_scaling: dict[str, float] = {}
-        self.dlqat_method: dict[str, Method] = {}
-        self.dlqat_gradient: dict[str, str] = {}
-        self.dlqat_stored_bits: dict[str, int] = {}
+        for name in self.adapter_layer_names:
+            setattr(self, name, Float32ParameterDict())
+        for name in SAVED_BUFFERS:
+            setattr(self, name, Float32BufferDict())
+        self.specs: dict[str, LayerSpec] = {}
+        self.frozen = FrozenWeight(self, fan_in_fan_out)
         self._disable_adapters = False
         self.merged_adapters = []
         shape = full_shape(self.get_base_layer().weight)
@@ -89,47 +78,41 @@ class DLQATLayer(FrozenWeight):
     def update_layer(
         self,
         adapter_name: str,
-        r: int,
-        scaling: float,
-        grid: Grid,
-        method: Method,
+        spec: LayerSpec,
         init: str,
         init_weights: bool = True,
         inference_mode: bool = False,
-        gradient: str = "exact",
-        stored_bits: int = 0,
     ) -> None:
-        """Add an adapter, its grid fitted to W0 by `init` (skipped for a weight on the meta device)."""
-        weight = self.original_weight()
+        """Add an adapter, its scales and zeros fitted to W0 by `init` (skipped for a weight on the meta device)."""
+        weight, grid = self.frozen.original(), spec.grid
         # Adapters are initialised where the weight is; under `low_cpu_mem_usage` both are on the meta device.
         device = torch.empty(0).device if torch.empty(0).is_meta else weight.device
-        n_groups = self.in_features // grid.group_size
         if device.type == "meta" or weight.is_meta:
-            scale = torch.empty(self.out_features, n_groups, device=device)
+            scale = torch.empty(self.out_features, self.in_features // grid.group_size, device=device)
             zero = None if grid.zero_point == "none" else torch.empty_like(scale)
         else:
             scale, zero = initialise(weight, grid, init)
-        self.dlqat_grid[adapter_name] = grid
-        self.dlqat_scaling[adapter_name] = scaling
-        self.dlqat_method[adapter_name] = method
-        self.dlqat_gradient[adapter_name] = gradient
-        self.dlqat_stored_bits[adapter_name] = stored_bits
-        # All state is float32 whatever the base and `autocast_adapter_dtype`: an A rounded on loading moves codes.
-        for name, shape in method.shapes(self.out_features, n_groups, grid, r).items():
-            start = torch.ones if name == "magnitude" else torch.zeros
-            getattr(self, f"dlqat_{name}")[adapter_name] = nn.Parameter(
-                start(shape, device=device, dtype=torch.float32)
-            )
+        self.specs[adapter_name] = spec
         self.dlqat_scale[adapter_name] = scale
         if zero is not None:
-            zeros = self.dlqat_zero_point if grid.zero_point == "integer" else self.dlqat_offset
-            zeros[adapter_name] = zero
-        self.dlqat_spec[adapter_name] = encode_spec(grid, scaling, method, stored_bits).to(device)
-        for factors in (self.dlqat_A, *(() if init_weights else (self.dlqat_B,))):
-            if adapter_name in factors:
-                nn.init.kaiming_uniform_(factors[adapter_name], a=math.sqrt(5))
+            (self.dlqat_zero_point if grid.zero_point == "integer" else self.dlqat_offset)[adapter_name] = zero
+        self.dlqat_spec[adapter_name] = spec.encode().to(device)
+        for name, tensor in spec.trained(self.out_features, self.in_features).items():
+            # All state is float32 whatever the base and `autocast_adapter_dtype`: an A rounded on loading moves codes.
+            data = torch.full(tensor.shape, tensor.start or 0.0, device=device, dtype=torch.float32)
+            self._tensors_named(name)[adapter_name] = parameter = nn.Parameter(data)
+            if tensor.start is None or (name == "B" and not init_weights):
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _tensors_named(self, name: str) -> nn.ParameterDict:
+        """The dict, by adapter, of the trained tensors of one name."""
+        attribute = f"{PREFIX}{name}"
+        if attribute not in self.adapter_layer_names:
+            setattr(self, attribute, Float32ParameterDict())
+            self.adapter_layer_names = (*self.adapter_layer_names, attribute)
+        return getattr(self, attribute)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's, but no dtype changes: a loaded adapter stays, to the bit, what was saved."""
@@ -142,27 +125,43 @@ class DLQATLayer(FrozenWeight):
                 entries[adapter_name] = entries[adapter_name].to(device)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; a weight that is packed on this adapter's grid is unpacked, as far as it goes."""
-        if adapter_name in self.dlqat_grid:
-            self.unpack()
+        """As PEFT's; a weight that is packed by this adapter's scales is unpacked, as far as it goes."""
+        if adapter_name in self.specs:
+            self.frozen.unpack()
         super().delete_adapter(adapter_name)
 
-    def zero(self, adapter_name: str) -> torch.Tensor | None:
-        """z or b [out, n_groups], or None for a symmetric grid."""
-        for zeros in (self.dlqat_zero_point, self.dlqat_offset):
-            if adapter_name in zeros:
-                return zeros[adapter_name]
-        return None
+    def set_storage(self, adapter_name: str, storage: str) -> None:
+        """Say that the adapter belongs to W0 as this storage keeps it."""
+        self.specs[adapter_name] = spec = replace(self.specs[adapter_name], storage=storage)
+        self.dlqat_spec[adapter_name].copy_(spec.encode())
 
-    def _present(self, adapter_names: list[str]) -> list[str]:
-        return [name for name in adapter_names if name in self.dlqat_grid]
+    def scales_and_zeros(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """s, and z or b, or None for a symmetric grid; both [out, n_groups]."""
+        zeros = self.dlqat_zero_point if adapter_name in self.dlqat_zero_point else self.dlqat_offset
+        return self.dlqat_scale[adapter_name], zeros[adapter_name] if adapter_name in zeros else None  # noqa: SIM401  has no get
 
-    def quantizer(self, adapter_name: str) -> Quantizer:
-        """The way of the weight into the grid and out of it, differentiable in what the adapter's method trains."""
+    def trained(self, adapter_name: str) -> dict[str, tuple[TrainedTensor, nn.Parameter]]:
+        """The adapter's trained tensors by name, each with what must be known of it."""
+        described = self.specs[adapter_name].trained(self.out_features, self.in_features)
+        return {name: (tensor, self._tensors_named(name)[adapter_name]) for name, tensor in described.items()}
+
+    def moved(self, adapter_name: str) -> bool:
+        """Whether a trained tensor is no longer as it started."""
+        return any(
+            tensor.start is not None and bool((parameter != tensor.start).any())
+            for tensor, parameter in self.trained(adapter_name).values()
+        )
+
+    def tensors(self, adapter_name: str) -> AdapterTensors:
+        """All that the method makes its quantizer of.
+
+        Raises:
+            ValueError: for a trained tensor that is not float32.
+        """
         trained = {
-            name.removeprefix("dlqat_"): getattr(self, name)[adapter_name]
+            name.removeprefix(PREFIX): entries[adapter_name]
             for name in self.adapter_layer_names
-            if adapter_name in getattr(self, name)
+            if adapter_name in (entries := getattr(self, name))
         }
         for name, tensor in trained.items():
             if tensor.dtype != torch.float32:
@@ -171,15 +170,14 @@ class DLQATLayer(FrozenWeight):
                     "FSDP2's mixed precision has rounded it; leave param_dtype (fsdp mixed precision, bf16=True) out, "
                     "and load the base model in bfloat16."
                 )
-        state = AdapterState(
-            self.dlqat_grid[adapter_name],
-            self.dlqat_scaling[adapter_name],
-            self.dlqat_scale[adapter_name],
-            self.zero(adapter_name),
-            **trained,
-        )
-        quantizer = self.dlqat_method[adapter_name].quantizer(state)
-        return replace(quantizer, stored_bits=self.dlqat_stored_bits[adapter_name])
+        spec = self.specs[adapter_name]
+        return AdapterTensors(spec.grid, spec.scaling, *self.scales_and_zeros(adapter_name), trained)
+
+    def quantizer(self, adapter_name: str) -> Quantizer:
+        """The way of the weight into the grid and out of it, differentiable in what the adapter's method trains."""
+        spec = self.specs[adapter_name]
+        quantizer = spec.method.quantizer(self.tensors(adapter_name))
+        return quantizer if spec.storage == "full" else replace(quantizer, storage=spec.storage)
 
     @torch.no_grad()
     def quantized_weight(self, adapter_name: str | None = None) -> QuantizedWeight:
@@ -197,16 +195,18 @@ class DLQATLayer(FrozenWeight):
             what = (
                 f"adapters {names} are active and their sum lies on no grid" if names else "there is no such adapter"
             )
-            raise ValueError(f"{what}: codes belong to one adapter; name one of {sorted(self.dlqat_grid)}.")
-        name = names[0]
-        self._check_codes(name)
-        return harden(self.frozen_weight(), self.quantizer(name), self.dlqat_grid[name], self.dlqat_scaling[name])
+            raise ValueError(f"{what}: codes belong to one adapter; name one of {sorted(self.specs)}.")
+        self._check_codes(names[0])
+        return harden(self.frozen.as_kept(), self.quantizer(names[0]))
+
+    def _present(self, adapter_names: list[str]) -> list[str]:
+        return [name for name in adapter_names if name in self.specs]
 
     def _check_codes(self, adapter_name: str) -> None:
         """Refuse to make codes of NaN: they are integers, which would hide that the adapter is broken."""
         with at_hand(self):
             quantizer = self.quantizer(adapter_name)
-            chosen_by = (quantizer.A, quantizer.B, quantizer.step, quantizer.shift)
+            chosen_by = (quantizer.A, quantizer.B, quantizer.step, quantizer.rounding_zero)
             finite = all(torch.isfinite(tensor).all() for tensor in chosen_by if tensor is not None)
         if not finite:
             raise ValueError(
@@ -216,15 +216,15 @@ class DLQATLayer(FrozenWeight):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """w_hat - W0 [out, in], float32."""
-        return self.quantized_weight(adapter_name).dequantize() - self.original_weight().float()
+        return self.quantized_weight(adapter_name).dequantize() - self.frozen.original().float()
 
     def _merged_weight(self, adapter_names: list[str]) -> torch.Tensor:
         """w_hat, or for several adapters W0 plus the sum of their differences to it; [out, in]."""
         if len(adapter_names) == 1:
             weight = self.quantized_weight(adapter_names[0]).dequantize()
         else:
-            weight = self.original_weight().float() + sum(self.get_delta_weight(name) for name in adapter_names)
-        return weight.to(self.weight_dtype)
+            weight = self.frozen.original().float() + sum(self.get_delta_weight(name) for name in adapter_names)
+        return weight.to(self.frozen.dtype)
 
     def check_mergeable(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise what `merge` would raise of dtypes and numbers; changes nothing.
@@ -235,7 +235,7 @@ class DLQATLayer(FrozenWeight):
         names = self._present([name for name in wanted if name not in self.merged_adapters])
         if not names:
             return
-        self.check_float()
+        self.frozen.check_float()
         for name in names:
             self._check_codes(name)
         if safe_merge:
@@ -264,36 +264,45 @@ class DLQATLayer(FrozenWeight):
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
-        base_layer = self.get_base_layer()
-        self.check_float()
-        check_here(base_layer, "merge into")
+        self.frozen.check_float()
+        check_here(self.get_base_layer(), "merge into")
         merged = self.merged_adapters + names
-        weight = self._finite_merged_weight(names) if safe_merge else self._merged_weight(merged)
-        self.set_aside(weight)
+        self.frozen.replace(self._finite_merged_weight(names) if safe_merge else self._merged_weight(merged))
         self.merged_adapters = merged
 
     def unmerge(self) -> None:
         """Put the very tensor back that `merge` replaced."""
-        if not self.merged or self._unmerged_weight is None:
+        if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.put_back()
+        self.frozen.restore()
         self.merged_adapters.clear()
 
+    @contextmanager
+    def unmerged(self) -> Iterator[None]:
+        """Inside the block the layer is not merged; after it what was merged is merged again, the very tensor."""
+        if not self.merged:
+            yield
+            return
+        names, self.merged_adapters = self.merged_adapters, []
+        try:
+            with self.frozen.in_its_place():
+                yield
+        finally:
+            self.merged_adapters = names
+
     def _quantized_output(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """The layer's output with one adapter: in the autocast dtype, else computed in W0's and returned in x's."""
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.weight_dtype
-        inputs = self._cast_input_dtype(x, dtype)
+        """The output with one adapter: in the autocast dtype, else computed in W0's and returned in x's."""
+        autocast, frozen = torch.is_autocast_enabled(x.device.type), self.frozen
+        inputs = self._cast_input_dtype(x, torch.get_autocast_dtype(x.device.type) if autocast else frozen.dtype)
+        bias = self.bias
         output = fake_quantize_linear(
             inputs,
-            None if self.bias is None else self.bias.to(inputs.dtype),
+            None if bias is None else bias.to(inputs.dtype),
             self.weight,
             self.quantizer(adapter_name),
-            self.dlqat_grid[adapter_name],
-            self.dlqat_scaling[adapter_name],
-            self.fan_in_fan_out,
-            self.dlqat_gradient[adapter_name],
+            frozen.fan_in_fan_out,
+            self.specs[adapter_name].gradient,
         )
         return output if autocast else output.to(x.dtype)
 
@@ -302,13 +311,13 @@ class DLQATLayer(FrozenWeight):
         if self.get_base_layer().weight.is_floating_point():
             return self.base_layer(x, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            _say_that_the_base_is_decoded()
-        dtype = self.weight_dtype
-        return F.linear(self._cast_input_dtype(x, dtype), self.original_weight(), self.bias).to(x.dtype)
+            _warn_that_the_base_is_decoded()
+        weight = self.frozen.original()
+        return F.linear(self._cast_input_dtype(x, weight.dtype), weight, self.bias).to(x.dtype)
 
 
 @cache
-def _say_that_the_base_is_decoded() -> None:
+def _warn_that_the_base_is_decoded() -> None:
     warnings.warn(
         "the frozen weights are packed: without its adapter the model is what is left of the base model, not the base "
         "model itself. Load that one again where you need it, and keep a teacher's predictions in a `TeacherCache` "
@@ -332,24 +341,20 @@ class DLQATLinear(nn.Module, DLQATLayer):
         base_layer: Any = self.get_base_layer()  # type: ignore[operator]
         if is_partitioned(base_layer.weight):
             gather_with(self)
-        if hasattr(base_layer, "_hf_hook"):  # device_map may have taken tensors away
-            with at_hand(self):
-                return self._output(x, *args, **kwargs)
-        return self._output(x, *args, **kwargs)
+        # device_map may have taken tensors away
+        with at_hand(self) if hasattr(base_layer, "_hf_hook") else nullcontext():
+            names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
+            if not names:
+                return self._base_output(x, *args, **kwargs)
+            result = self._quantized_output(x, names[0])
+            if len(names) > 1:
+                base = self._base_output(x, *args, **kwargs)
+                result = result + sum(self._quantized_output(x, name) - base for name in names[1:])
+            return result
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.check_same_storage(state_dict.get(f"{prefix}base_layer.weight"))
+        self.frozen.check_same_kind(state_dict.get(f"{prefix}base_layer.weight"))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
-        if not names:
-            return self._base_output(x, *args, **kwargs)
-        result = self._quantized_output(x, names[0])
-        if len(names) > 1:
-            base = self._base_output(x, *args, **kwargs)
-            result = result + sum(self._quantized_output(x, name) - base for name in names[1:])
-        return result
 
     def __repr__(self) -> str:
         """Named as PEFT names its layers."""
@@ -357,7 +362,8 @@ class DLQATLinear(nn.Module, DLQATLayer):
 
     def extra_repr(self) -> str:
         """The grids, by adapter."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, grids={self.dlqat_grid}"
+        grids = {name: spec.grid for name, spec in self.specs.items()}
+        return f"in_features={self.in_features}, out_features={self.out_features}, grids={grids}"
 
 
 def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, DLQATLayer]]:
@@ -381,8 +387,8 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
         if len(active) != 1:
             raise ValueError(f"{len(active)} adapters are active {list(active)}; name one by adapter_name.")
         adapter_name = active[0]
-    found = {name: layer for name, layer in layers.items() if adapter_name in layer.dlqat_grid}
+    found = {name: layer for name, layer in layers.items() if adapter_name in layer.specs}
     if not found:
-        known = sorted({adapter for layer in layers.values() for adapter in layer.dlqat_grid})
+        known = sorted({adapter for layer in layers.values() for adapter in layer.specs})
         raise ValueError(f"there is no DL-QAT adapter {adapter_name!r}; the model has {known}.")
     return adapter_name, found

@@ -1,45 +1,145 @@
-"""What an adapter's tensors mean, as numbers that are saved beside them."""
+"""The settings of one adapter in one layer, as one record. It is saved as numbers beside the tensors that it explains.
+
+To add a setting: a field here, with `saved` if it changes what saved tensors mean, and its check in `__post_init__`.
+`from_config` reads it from the config by its name (and by `NAME_pattern`, module by module, where there is one).
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any
+
 import torch
+from peft.utils.other import get_pattern_key
 
-from .methods import METHODS, Method
-from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid
+from .methods import METHODS, Method, TrainedTensor
+from .quant.fixed_point import STORAGES, storage_of_bits
+from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid, largest_group
 
-_FIELDS = ("bits", "group_size", "zero_point", "scale_dtype", "lora scaling", "method", "stored bits", "format")
-# What the position in a list stands for.
-_CHOICES = {"zero_point": ZERO_POINTS, "scale_dtype": tuple(SCALE_DTYPES), "method": tuple(METHODS)}
-STORED_BITS = _FIELDS.index("stored bits")
-_FORMAT = 2  # to be raised when the tensors' meaning changes; in 2, B counts in units of the step
+# Raised when the meaning of saved tensors changes. In 2, B counts in units of the step.
+_FORMAT = 2
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # as PEFT calls them
 
 
-def encode_spec(grid: Grid, scaling: float, method: Method, stored_bits: int = 0) -> torch.Tensor:
-    """What an adapter's tensors mean, float32 [8], saved with them.
+def saved(default: Any, to_number: Callable[[Any], float] = float) -> Any:
+    """A field that is saved beside the tensors.
 
-    [bits, group_size, zero_point, scale_dtype, scaling, method, stored_bits, format]; zero_point, scale_dtype and
-    method are positions in `grid.ZERO_POINTS`, `grid.SCALE_DTYPES` and `methods.METHODS`. Two configs can agree in
-    every tensor's shape and name and still mean different weights (3 or 4 bits, say); loading compares this.
+    Args:
+        default: its value in files that were written before it was there.
+        to_number: value -> number, exact in float32.
     """
-    zero_point, scale_dtype, method_index = (
-        _CHOICES[field].index(name)
-        for field, name in (("zero_point", grid.zero_point), ("scale_dtype", grid.scale_name), ("method", method.name))
-    )
-    numbers = [grid.bits, grid.group_size, zero_point, scale_dtype, scaling, method_index, stored_bits, _FORMAT]
-    return torch.tensor(numbers, device="cpu", dtype=torch.float32)
+    return field(default=default, metadata={"to_number": to_number})
 
 
-def spec_differences(found: torch.Tensor, own: torch.Tensor) -> list[str]:
-    """The fields in which a file's spec is another than the layer's, in words."""
-    return [
-        f"{field}: {_in_words(field, file)} in the file, {_in_words(field, here)} here"
-        for field, file, here in zip(_FIELDS, found.tolist(), own.tolist(), strict=True)
-        if abs(file - here) > 1e-5 * abs(here)
-    ]
+@dataclass(frozen=True)
+class LayerSpec:
+    """What an adapter does in one layer.
+
+    Attributes:
+        grid: the format of the codes.
+        r: rank of the low-rank update.
+        scaling: lora_alpha / r.
+        method: the row of the formula.
+        gradient: how the weight's gradient is computed, see `quant.op`.
+        storage: how W0 is kept that the adapter belongs to, a key of `STORAGES`; "full" until it is packed.
+    """
+
+    grid: Grid
+    r: int
+    scaling: float
+    method: Method
+    gradient: str = "exact"
+    storage: str = "full"
+
+    @classmethod
+    def from_config(cls, config: Any, name: str, in_features: int) -> LayerSpec:
+        """The settings of the module `name` with so many inputs, by the config and its patterns."""
+        r, bits, group_size = (setting(config, key, name) for key in ("r", "bits", "group_size"))
+        alpha = setting(config, "lora_alpha", name)
+        return cls(
+            grid=Grid(
+                bits,
+                largest_group(in_features, group_size),
+                config.zero_point,
+                SCALE_DTYPES[config.scale_dtype],
+                config.scale_dtype == "k_quant",
+            ),
+            r=r,
+            scaling=alpha / (math.sqrt(r) if config.use_rslora else r),
+            method=config.resolve_method(),
+            gradient=config.gradient,
+            # Of an adapter that was trained on a packed weight; a new one's is packed when its scales are frozen.
+            storage=config.record.get("storage", "full"),
+            **{entry.name: setting(config, entry.name, name) for entry in _added(cls)},
+        )
+
+    def trained(self, out_features: int, in_features: int) -> dict[str, TrainedTensor]:
+        """The tensors that train, by name."""
+        return self.method.trained(self.grid, out_features, in_features // self.grid.group_size, self.r)
+
+    def _numbers(self) -> dict[str, float]:
+        numbers = {
+            "bits": self.grid.bits,
+            "group_size": self.grid.group_size,
+            "zero_point": ZERO_POINTS.index(self.grid.zero_point),
+            "scale_dtype": list(SCALE_DTYPES).index(self.grid.scale_name),
+            "lora scaling": self.scaling,
+            "method": self.method.number,
+            "stored bits": STORAGES[self.storage].bits,
+            "format": _FORMAT,
+        }
+        added = {entry.name: entry.metadata["to_number"](getattr(self, entry.name)) for entry in _added(type(self))}
+        return {**numbers, **added}
+
+    def encode(self) -> torch.Tensor:
+        """The record as numbers, float32 [8 or more].
+
+        [bits, group_size, zero_point, scale_dtype, scaling, method, stored bits, format], then the fields that are
+        `saved`. zero_point and scale_dtype are positions in `ZERO_POINTS` and `SCALE_DTYPES`, the method is its own
+        `number`. Two configs can agree in every tensor's shape and name and still mean other weights (3 or 4 bits,
+        say). Loading compares these numbers.
+        """
+        return torch.tensor(list(self._numbers().values()), device="cpu", dtype=torch.float32)
+
+    def completed(self, encoded: torch.Tensor) -> torch.Tensor:
+        """Numbers of a file that was written before some fields were there, with their defaults added."""
+        defaults: dict[str, Any] = {entry.name: entry.default for entry in _added(type(self))}
+        with_defaults = replace(self, **defaults)
+        return torch.cat([encoded.float().cpu(), with_defaults.encode()[len(encoded) :]])
+
+    def differences(self, encoded: torch.Tensor) -> list[str]:
+        """The fields in which a file's numbers are others than these, in words; how W0 is kept is not compared."""
+        own = self._numbers()
+        return [
+            f"{name}: {self._in_words(name, theirs)} in the file, {self._in_words(name, ours)} here"
+            for (name, ours), theirs in zip(own.items(), self.completed(encoded).tolist(), strict=True)
+            if name != "stored bits" and not abs(theirs - ours) <= 1e-5 * abs(ours)
+        ]
+
+    def _in_words(self, name: str, number: float) -> object:
+        known: dict[str, dict[int, str]] = {
+            "zero_point": dict(enumerate(ZERO_POINTS)),
+            "scale_dtype": dict(enumerate(SCALE_DTYPES)),
+            "method": {method.number: key for key, method in METHODS.items()},
+        }
+        if name in known:
+            return repr(known[name][int(number)]) if int(number) in known[name] else number
+        return round(number, 6) if number != int(number) else int(number)
 
 
-def _in_words(field: str, value: float) -> object:
-    choices = _CHOICES.get(field)
-    if choices is not None:
-        return repr(choices[int(value)]) if 0 <= value < len(choices) else value
-    return round(value, 6) if value != int(value) else int(value)
+def _added(cls: type[LayerSpec]) -> list[Field[Any]]:
+    """The fields that are `saved`."""
+    return [entry for entry in fields(cls) if "to_number" in entry.metadata]
+
+
+def setting(config: Any, key: str, name: str) -> Any:
+    """A config's value for the module `name`: of the pattern that matches, or of all."""
+    pattern = getattr(config, _PATTERNS.get(key, f"{key}_pattern"), None) or {}
+    return pattern.get(get_pattern_key(pattern.keys(), name), getattr(config, key))
+
+
+def stored_as(encoded: torch.Tensor) -> str | None:
+    """How W0 was kept for an adapter with these numbers, a key of `STORAGES`; None for no known storage."""
+    return storage_of_bits(int(encoded[6]))

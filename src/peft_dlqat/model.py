@@ -17,12 +17,11 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapter_file import check_state
-from .base_checksum import base_record, weight_checksum
+from .adapter_file import base_record, check_state, weight_checksum
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .frozen import check_float_weight
-from .layer import DLQATLayer, DLQATLinear
-from .layer_spec import STORED_BITS
+from .layer import PREFIX, DLQATLayer, DLQATLinear
+from .layer_spec import setting, stored_as
 from .placement import at_hand, check_here, full_shape
 from .quant.fixed_point import STORAGES
 from .quant.grid import largest_group
@@ -47,7 +46,7 @@ class DLQATModel(BaseTuner):
         TypeError: if a target's weight is quantized already.
     """
 
-    prefix: str = "dlqat_"
+    prefix: str = PREFIX
     tuner_layer_cls = DLQATLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -87,22 +86,20 @@ class DLQATModel(BaseTuner):
         _check_untied(config, model, targets)
         for name, module in targets.items():
             check_target(name, module)
-            settings, in_features = _layer_settings(config, name), _in_features(module)
-            asked = settings["group_size"]
+            in_features, bits = _out_in(module)[1], setting(config, "bits", name)
+            asked = setting(config, "group_size", name)
             if config.scale_dtype == "k_quant":
-                check_k_quant(settings["bits"], config.zero_point, asked, name, in_features)
+                check_k_quant(bits, config.zero_point, asked, name, in_features)
             if asked > in_features and asked != DEFAULT_GROUP_SIZE:
                 raise ValueError(
                     f"group_size={asked} is larger than in_features={in_features} of {name}; use at most "
                     f"{in_features}, or -1 for one scale a row (group_size_pattern sets it for some modules only)."
                 )
             used = largest_group(in_features, asked)
-            if in_features * STORAGES[config.storage] % 8:
-                raise ValueError(
-                    f"storage={config.storage!r} packs whole bytes, but in_features={in_features} of {name} is no "
-                    f"multiple of {8 // STORAGES[config.storage]}; use storage='int8', or exclude_modules."
-                )
-            config.check_export([config.grid(in_features, settings["bits"], asked)], f"{name}: ", _out_in(module))
+            if problem := STORAGES[config.storage].problem(bits, in_features):
+                raise ValueError(f"{name}: storage={config.storage!r} {problem}.")
+            spec = config.spec_class.from_config(config, name, in_features)
+            config.check_export([spec.grid], f"{name}: ", _out_in(module))
             if asked not in (-1, used):
                 smaller.setdefault(f"{asked} -> {used}", []).append(name)
         for field in ("bits_pattern", "group_size_pattern"):
@@ -129,18 +126,12 @@ class DLQATModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        settings = _layer_settings(peft_config, current_key)
+        in_features = _out_in(target)[1]
         kwargs = {
-            "r": settings["r"],
-            "scaling": peft_config.scaling(settings["r"], settings["lora_alpha"]),
-            "grid": peft_config.grid(_in_features(target), settings["bits"], settings["group_size"]),
-            "method": peft_config.resolve_method(),
+            "spec": peft_config.spec_class.from_config(peft_config, current_key, in_features),
             "init": self._first_init,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
-            "gradient": peft_config.gradient,
-            # Of an adapter that was trained on a packed weight; a new one's is packed when its grid is frozen.
-            "stored_bits": STORAGES[peft_config.record.get("storage", "full")],
         }
         if isinstance(target, DLQATLayer):
             target.update_layer(adapter_name, **kwargs)
@@ -195,7 +186,7 @@ class DLQATModel(BaseTuner):
         else:
             for layer in self.model.modules():
                 if isinstance(layer, DLQATLayer):
-                    layer.unpack()
+                    layer.frozen.unpack()
         self._hook.remove()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
@@ -246,11 +237,13 @@ class DLQATModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """As PEFT's, then checks the tensors before any of them reaches the model."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_state(model, adapter_name, remapped, config.storage)
+        checked = check_state(model, adapter_name, remapped, config.storage)
         for name, layer in model.named_modules():
-            if isinstance(layer, DLQATLayer) and adapter_name in layer.dlqat_grid:
-                layer.stored_in(adapter_name, int(remapped[f"{name}.dlqat_spec.{adapter_name}"][STORED_BITS]))
-        return remapped
+            if isinstance(layer, DLQATLayer) and adapter_name in layer.specs:
+                kept = stored_as(checked[f"{name}.dlqat_spec.{adapter_name}"])
+                assert kept is not None
+                layer.set_storage(adapter_name, kept)
+        return checked
 
 
 def _is_target(config: DLQATConfig, name: str) -> bool:
@@ -261,9 +254,9 @@ def _is_target(config: DLQATConfig, name: str) -> bool:
 
 def check_target(name: str, module: nn.Module) -> None:
     """Refuse a module that is no linear layer, holds a quantized weight, or one that is not finite."""
-    if isinstance(module, DLQATLayer) and module.packed:
+    if isinstance(module, DLQATLayer) and module.frozen.packed:
         raise ValueError(
-            f"the frozen weight of {name} is packed on the grid of adapter {next(iter(module.dlqat_grid))!r}, and "
+            f"the frozen weight of {name} is packed by the scales of adapter {next(iter(module.specs))!r}, and "
             "serves no other; load the base model again for a second adapter."
         )
     layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
@@ -276,7 +269,7 @@ def check_target(name: str, module: nn.Module) -> None:
             "torch.nn.Linear and transformers' Conv1D can be adapted: narrow target_modules or use exclude_modules."
         )
     with at_hand(layer):
-        weight: Any = module.original_weight() if isinstance(module, DLQATLayer) else layer.weight
+        weight: Any = module.frozen.original() if isinstance(module, DLQATLayer) else layer.weight
         if not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError(
                 f"the weight of {name} holds NaN or infinity, which no grid can hold; repair the base model "
@@ -339,17 +332,13 @@ def _count_parameters(model: nn.Module, adapter_name: str, bias: str) -> dict[st
 def _base_record(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """What tells the base model from another one; nothing while its weights are not there."""
     layers = {
-        name: layer.original_weight()
+        name: layer.frozen.original()
         for name, layer in model.named_modules()
-        if isinstance(layer, DLQATLayer) and adapter_name in layer.dlqat_grid
+        if isinstance(layer, DLQATLayer) and adapter_name in layer.specs
     }
     if not layers or any(weight.is_meta for weight in layers.values()):
         return {}
     return base_record({name: weight_checksum(weight) for name, weight in layers.items()}, layers.values())
-
-
-def _in_features(module: nn.Module) -> int:
-    return _out_in(module)[1]
 
 
 def _out_in(module: nn.Module) -> tuple[int, int]:
@@ -358,17 +347,3 @@ def _out_in(module: nn.Module) -> tuple[int, int]:
         in_features, out_features = full_shape(module.weight)
         return out_features, in_features
     return module.out_features, module.in_features  # type: ignore[return-value]
-
-
-def _layer_settings(config: DLQATConfig, key: str) -> dict[str, Any]:
-    """r, lora_alpha, bits and group_size of the module named `key`."""
-    fields: dict[str, dict[str, Any]] = {
-        "r": config.rank_pattern,
-        "lora_alpha": config.alpha_pattern,
-        "bits": config.bits_pattern,
-        "group_size": config.group_size_pattern,
-    }
-    return {
-        name: pattern.get(get_pattern_key(pattern.keys(), key), getattr(config, name))
-        for name, pattern in fields.items()
-    }

@@ -1,4 +1,4 @@
-"""Packing the frozen weights of a whole model, once the grid is frozen."""
+"""Packing the frozen weights of a whole model, once the scales are frozen."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from torch import nn
 
 from .config import DLQATConfig
 from .layer import DLQATLayer, adapter_layers
-from .quant.fixed_point import STORAGES
 
 
 def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
     """Keep the frozen weights of the adapted layers as the config's `storage` says, and let the full ones go.
 
-    [`calibrate`], [`calibrate_blocks`] and the callback call it when the grid is frozen. Call it yourself to train on
-    the initial grid, or for an adapter that was trained on packed weights, and was loaded: it computes the same to the
-    bit without, but packs anew in each forward pass. [`load_packed`] does both without the full model in memory.
-    Nothing happens with storage="full", and nothing the second time. A warning says so where the adapter was trained
-    on full weights, and packed ones change what it computes.
+    [`calibrate`] and the callback call it when the scales are frozen. Call it yourself to train on the initial scales.
+    Call it too for a loaded adapter that was trained on packed weights: without, it computes the same to the bit, but
+    packs anew in each forward pass. [`load_packed`] does both without the full model in memory. Nothing happens with
+    storage="full", and nothing the second time. A warning says so where the adapter was trained on full weights, and
+    packed ones change what it computes.
 
     Args:
         model: a model with one DL-QAT adapter, not merged.
@@ -37,7 +36,7 @@ def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
     check_packable(layers.values(), adapter_name, config)
     warn_if_trained(layers.values(), adapter_name, config)
     for layer in layers.values():
-        layer.pack(adapter_name, STORAGES[config.storage])
+        layer.frozen.pack(adapter_name, config.storage)
     config.record["storage"] = config.storage
 
 
@@ -45,13 +44,13 @@ def check_packable(layers: Collection[DLQATLayer], adapter_name: str, config: DL
     """Raise what [`pack_weights`] would raise; changes nothing."""
     if config.storage != "full":
         for layer in layers:
-            layer.check_packable(adapter_name, STORAGES[config.storage])
+            layer.frozen.check_packable(adapter_name, config.storage)
 
 
 def warn_if_trained(layers: Collection[DLQATLayer], adapter_name: str, config: DLQATConfig) -> None:
     """Warn where weights are about to be packed under an adapter that was trained on full ones: its B is not zero."""
     if config.init_weights and any(
-        layer.dlqat_stored_bits[adapter_name] == 0 and bool(layer.dlqat_B[adapter_name].any())
+        layer.specs[adapter_name].storage == "full" and bool(layer.dlqat_B[adapter_name].any())
         for layer in layers
         if adapter_name in layer.dlqat_B and not layer.dlqat_B[adapter_name].is_meta
     ):

@@ -94,9 +94,11 @@ def _original_weights(model: nn.Module) -> Iterator[None]:
     kept = []
     for layer in model.modules():
         if isinstance(layer, DLQATLayer) and layer.merged:
-            weight, original = layer.get_base_layer().weight, layer.original_weight()
+            weight, original = layer.get_base_layer().weight, layer.frozen.original()
             kept.append((layer, weight, weight.data, list(layer.merged_adapters)))
-            weight.data = (original.t() if layer.fan_in_fan_out else original).to(weight)  # the model may have moved
+            weight.data = (original.t() if layer.frozen.fan_in_fan_out else original).to(
+                weight
+            )  # the model may have moved
             layer.merged_adapters.clear()
     try:
         yield

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..base_checksum import base_checksum, weight_checksum
+from ..adapter_file import base_checksum, weight_checksum
 from ..config import DLQATConfig
 from ..large.checkpoint import Checkpoint, empty_model, weights_folder
 from ..layer import DLQATLayer, adapter_layers
@@ -125,17 +125,12 @@ class Source:
     @property
     def untrained(self) -> bool:
         """Whether the adapter is as it was made: B (or QA-LoRA's) zero, and m one."""
-        return not any(
-            (factor[self.adapter_name] != start).any()
-            for layer in self.layers.values()
-            for factor, start in ((layer.dlqat_B, 0), (layer.dlqat_magnitude, 1), (layer.dlqat_shift, 0))
-            if self.adapter_name in factor
-        )
+        return not any(layer.moved(self.adapter_name) for layer in self.layers.values())
 
     @cached_property
     def base_checksum(self) -> str:
         """Checksum of the adapted layers' original weights, as adapters record it; of packed ones the recorded one."""
-        if any(layer.packed for layer in self.layers.values()):
+        if any(layer.frozen.packed for layer in self.layers.values()):
             return str(self.adapter.record.get("base", {}).get("checksum", ""))
         return base_checksum({path: self._with_weight(path, _checksum) for path in self.layers})
 
@@ -168,7 +163,7 @@ class Source:
     def _with_weight(self, path: str, function: Callable[[DLQATLayer], T]) -> T:
         """Call a function of a layer while its original weight is in memory."""
         layer = self.layers[path]
-        if not layer.frozen_weight().is_meta:
+        if not layer.frozen.as_kept().is_meta:
             return function(layer)
         assert self._checkpoint is not None
         self._checkpoint.load(self.model, [f"{path}.weight"])
@@ -188,13 +183,13 @@ class Source:
                 continue  # tied to one that is there already
             seen.add(id(tensor))
             self._keys[name] = key
-            grid = None if layer is None else layer.dlqat_grid[self.adapter_name]
+            grid = None if layer is None else layer.specs[self.adapter_name].grid
             module = self.model.get_submodule(key.rpartition(".")[0])
             conv1d = isinstance(module.get_base_layer() if isinstance(module, DLQATLayer) else module, Conv1D)
             transposed = conv1d and name.endswith(".weight")
             shape, dtype = tuple(tensor.shape), tensor.dtype
             if layer is not None:  # whose weight may be packed
-                shape, dtype = (layer.out_features, layer.in_features), layer.weight_dtype
+                shape, dtype = (layer.out_features, layer.in_features), layer.frozen.dtype
                 shape = shape[::-1] if transposed else shape
             entries.append(Entry(name, shape, dtype, grid, transposed))
         return entries
@@ -259,7 +254,7 @@ def _resolve(model: nn.Module, key: str) -> torch.Tensor:
 
 
 def _checksum(layer: DLQATLayer) -> str:
-    return weight_checksum(layer.original_weight())
+    return weight_checksum(layer.frozen.original())
 
 
 def _on_cpu(weight: QuantizedWeight) -> QuantizedWeight:

@@ -16,12 +16,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..base_checksum import base_record, weight_checksum
+from ..adapter_file import base_record, weight_checksum
 from ..config import DLQATConfig
 from ..decoder import capture, decoder_layers, hidden_states
 from ..layer import DLQATLayer, adapter_layers
 from ..placement import several_processes
-from ..quant.fixed_point import STORAGES
 from ..running import evaluating, random_state_kept
 from ..train.blocks import BlockError, Fit, calibrate_block, check_storage, pass_through, summary
 from ..train.recipe import RECIPE
@@ -118,7 +117,7 @@ def calibrate_blocks_from_disk(
             for part, layer in block.named_modules(prefix=name):
                 if isinstance(layer, DLQATLayer):
                     initialise_layer(model, _ADAPTER, part, layer)
-                    checksums[part] = weight_checksum(layer.original_weight())
+                    checksums[part] = weight_checksum(layer.frozen.original())
             calculated_from = source.add([getattr(*holder(inner, tensor)) for tensor in own])
             name, own_calls = f"base_model.model.{name}", [call[index] for call in calls]
             with random_state_kept():
@@ -135,14 +134,14 @@ def calibrate_blocks_from_disk(
             if config.storage != "full":  # what packing says of the adapter: it belongs to weights so stored
                 for layer in block.modules():
                     if isinstance(layer, DLQATLayer):
-                        layer.stored_in(_ADAPTER, STORAGES[config.storage])
+                        layer.set_storage(_ADAPTER, config.storage)
             if error is not None:
                 done.put(index, _put_away(model, name), error, calculated_from)
                 errors.append(error)
                 bar.set_postfix(error=f"{error.before:.3g} -> {error.after:.3g}")
         kept: dict[str, Any] = model.peft_config[_ADAPTER].record  # type: ignore[attr-defined, assignment]
         kept.update(
-            base_record(checksums, [layer.original_weight() for layer in adapter_layers(inner, _ADAPTER)[1].values()])
+            base_record(checksums, [layer.frozen.original() for layer in adapter_layers(inner, _ADAPTER)[1].values()])
         )
         kept["calibration"] = asdict(summary(errors, fit))
         if config.storage != "full":

@@ -11,12 +11,11 @@ from peft import PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..base_checksum import base_checksum, base_record, weight_checksum
+from ..adapter_file import base_checksum, base_record, weight_checksum
 from ..config import DLQATConfig
 from ..layer import adapter_layers
 from ..model import check_target
 from ..packing import pack_weights, warn_if_trained
-from ..quant.fixed_point import STORAGES
 from .checkpoint import Checkpoint, holder, initialise_layer, skeleton, weights_folder
 
 
@@ -102,9 +101,9 @@ def load_packed(
             initialise_layer(model, adapter_name, name, layer)
         else:
             check_target(name, layer)
-        checksums[name] = weight_checksum(layer.original_weight())
+        checksums[name] = weight_checksum(layer.frozen.original())
         layer._move_adapter_to_device_of_base_layer(adapter_name)
-        layer.pack(adapter_name, STORAGES[config.storage])
+        layer.frozen.pack(adapter_name, config.storage)
     _tie(weights, inner)
     for module in inner.modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -118,7 +117,7 @@ def load_packed(
             stacklevel=2,
         )
     if new:
-        dtypes = [torch.empty(0, dtype=layer.weight_dtype) for layer in layers.values()]
+        dtypes = [torch.empty(0, dtype=layer.frozen.dtype) for layer in layers.values()]
         model.peft_config[adapter_name].record.update(base_record(checksums, dtypes))
     return model.to(device)
 

@@ -1,6 +1,6 @@
 """The first scale and zero of a layer, from its weight and, where known, how large each of its inputs is.
 
-All methods fit one affine grid to every group of input channels; what they return is already on the grid that ships
+Both ways fit one affine grid to every group of input channels; what they return is already on the grid that ships
 (scales in `scale_dtype`, zero points integer), so that a fresh adapter is exactly round-to-nearest.
 """
 
@@ -157,14 +157,14 @@ WEIGHTED = {"mse"}
 
 @torch.no_grad()
 def initialise(
-    weight: torch.Tensor, grid: Grid, method: str, importance: torch.Tensor | None = None
+    weight: torch.Tensor, grid: Grid, init: str, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Zero]:
     """Fit scale and zero to a weight.
 
     Args:
         weight: W0 [out, in], finite, any floating dtype.
         grid: with a group size that divides in.
-        method: a key of `INITIALISATIONS`.
+        init: a key of `INITIALISATIONS`.
         importance: how much an error of each input channel's weights counts [in], not negative: the second moment of
             the layer's inputs makes it the squared error of the layer's output, channels taken as uncorrelated. All
             count the same by default.
@@ -176,6 +176,6 @@ def initialise(
     # A channel that was never active would leave its weights to chance; a millionth of the mean does no harm.
     importance = importance.float() / importance.float().mean().clamp(min=1e-30) + 1e-6
     rows = max(1, (_CHUNK if weight.device.type == "cpu" else _CHUNK_ON_GPU) // weight.shape[1])
-    parts = [INITIALISATIONS[method](chunk.float(), grid, importance) for chunk in weight.split(rows)]
+    parts = [INITIALISATIONS[init](chunk.float(), grid, importance) for chunk in weight.split(rows)]
     scales, zeros = zip(*parts, strict=True)
     return torch.cat(scales), None if zeros[0] is None else torch.cat(zeros)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import torch
 
-from .grid import Grid
 from .quantizer import Quantizer
 
 
@@ -26,8 +25,6 @@ def weight_grads(
     y: torch.Tensor | None,
     bias: torch.Tensor | None,
     quantizer: Quantizer,
-    grid: Grid,
-    scaling: float,
 ) -> dict[str, torch.Tensor]:
     """Gradients of the quantizer's tensors that `needs` names; x [tokens, in], y and `grad` = dL/dy [tokens, out].
 
@@ -35,7 +32,7 @@ def weight_grads(
     of its scales, shared out so that a common factor of them, and of nothing else, gets dL/dm.
     """
     grads: dict[str, torch.Tensor] = {}
-    A, B = quantizer.A, quantizer.B
+    A, B, grid, scaling = quantizer.A, quantizer.B, quantizer.grid, quantizer.scaling
     magnitude = (quantizer.scale / quantizer.step)[:, 0]
     if "A" in needs:
         in_rank = grad @ (scaling * magnitude.unsqueeze(1) * B).to(grad.dtype)

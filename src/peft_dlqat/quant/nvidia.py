@@ -8,51 +8,46 @@ import torch
 import triton
 
 from ..quant import triton_kernels as kernels
-from .fixed_point import as_rows
-from .grid import Grid
+from .fixed_point import STORAGES, Storage, as_rows
 from .quantizer import Quantizer, ship, shipped_zero, store
 
 _ROWS, _COLUMNS = 32, 128  # of a tile
 _WARPS = 8
 
 
-def supports(weight: torch.Tensor, quantizer: Quantizer, grid: Grid) -> bool:
-    """Whether the kernels can do it: float32 arithmetic, and groups that tile evenly."""
-    size = grid.group_size
-    return weight.dtype != torch.float64 and (size & (size - 1) == 0 or size == quantizer.A.shape[1])
+def supports(weight: torch.Tensor, quantizer: Quantizer) -> bool:
+    """Whether the kernels can do it: float32 arithmetic, groups that tile evenly, the storage that they decode."""
+    size, plain = quantizer.grid.group_size, type(STORAGES[quantizer.storage]) is Storage
+    return weight.dtype != torch.float64 and (size & (size - 1) == 0 or size == quantizer.A.shape[1]) and plain
 
 
-def codes(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float) -> torch.Tensor:
+def codes(weight: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """As the reference's."""
-    result = torch.empty(_shape(quantizer), dtype=torch.int8, device=weight.device)
-    return _quantize(weight, quantizer, grid, scaling, result)
+    result = torch.empty(quantizer.shape, dtype=torch.int8, device=weight.device)
+    return _quantize(weight, quantizer, result)
 
 
 def quantized(
-    weight: torch.Tensor,
-    quantizer: Quantizer,
-    grid: Grid,
-    scaling: float,
-    dtype: torch.dtype,
-    fan_in_fan_out: bool = False,
+    weight: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype, fan_in_fan_out: bool = False
 ) -> torch.Tensor:
     """As the reference's; in memory transposed where the base layer has it so, which needs it contiguous."""
-    n_out, n_in = _shape(quantizer)
+    n_out, n_in = quantizer.shape
     if fan_in_fan_out:
         result = torch.empty((n_in, n_out), dtype=dtype, device=weight.device).t()
     else:
         result = torch.empty((n_out, n_in), dtype=dtype, device=weight.device)
-    return _quantize(as_rows(weight, fan_in_fan_out), quantizer, grid, scaling, result)
+    return _quantize(as_rows(weight, fan_in_fan_out), quantizer, result)
 
 
 def weight_grads(
-    g: torch.Tensor, wanted: set[str], weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float
+    g: torch.Tensor, wanted: set[str], weight: torch.Tensor, quantizer: Quantizer
 ) -> dict[str, torch.Tensor]:
     """As the reference's; dL/dA and dL/dB are products in the dtype of g, as LoRA's are."""
+    grid, scaling = quantizer.grid, quantizer.scaling
     scale, zero = ship(quantizer.scale, quantizer.zero, grid)
-    slope = scale if quantizer.update_in_grid_units else scale / quantizer.step
+    slope = scale if quantizer.update_in_steps else scale / quantizer.step
     factors = bool(wanted & {"A", "B"})
-    arguments, constants = _arguments(weight, quantizer, grid, scaling)
+    arguments, constants = _arguments(weight, quantizer)
     n_out, n_groups = quantizer.scale.shape
     tiles = (triton.cdiv(g.shape[1], constants["COLUMNS"]), triton.cdiv(n_out, _ROWS))
     n_sums = max(n_groups, tiles[0])
@@ -72,7 +67,7 @@ def weight_grads(
             enable_fp_fusion=False,
         )
     of_all, of_clipped, of_codes, of_latent = sums.unflatten(-1, (n_groups, -1)).sum(-1)
-    # Where nothing is clipped this is `of_all` to the bit, and the gradients of shift and zero cancel as they should.
+    # Where nothing is clipped this is `of_all` to the bit, and the gradients of the two zeros cancel as they should.
     of_inside = of_all - of_clipped
     integer = grid.zero_point == "integer"
     grads: dict[str, torch.Tensor] = {}
@@ -80,8 +75,8 @@ def weight_grads(
         grads["scale"] = of_codes
     if "zero" in wanted:
         grads["zero"] = -scale * of_all if integer else of_all
-    if "shift" in wanted:
-        grads["shift"] = of_inside * (scale if integer else -scale / quantizer.step)
+    if "rounding_zero" in wanted:
+        grads["rounding_zero"] = of_inside * (scale if integer else -scale / quantizer.step)
     if "step" in wanted:
         grads["step"] = of_latent * (-scale / quantizer.step)
     if "A" in wanted:
@@ -91,12 +86,10 @@ def weight_grads(
     return grads
 
 
-def _quantize(
-    weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float, result: torch.Tensor
-) -> torch.Tensor:
+def _quantize(weight: torch.Tensor, quantizer: Quantizer, result: torch.Tensor) -> torch.Tensor:
     """Fill `result` [out, in] with w_hat or, if it is int8, with codes."""
-    arguments, constants = _arguments(weight, quantizer, grid, scaling)
-    scale, zero = ship(quantizer.scale, quantizer.zero, grid)
+    arguments, constants = _arguments(weight, quantizer)
+    scale, zero = ship(quantizer.scale, quantizer.zero, quantizer.grid)
     tiles = (triton.cdiv(result.shape[1], constants["COLUMNS"]), triton.cdiv(result.shape[0], _ROWS))
     with torch.cuda.device_of(weight):
         kernels.quantize[tiles](
@@ -114,13 +107,12 @@ def _quantize(
     return result
 
 
-def _arguments(
-    weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _arguments(weight: torch.Tensor, quantizer: Quantizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """What both kernels take, tensors and numbers, and constants."""
-    if quantizer.stored_bits and weight.is_floating_point():
-        weight = store(weight, quantizer, grid, quantizer.stored_bits)
-    n_out, n_in = _shape(quantizer)
+    grid, stored_bits = quantizer.grid, STORAGES[quantizer.storage].bits
+    if stored_bits and weight.is_floating_point():
+        weight = store(weight, quantizer)
+    n_out, n_in = quantizer.shape
     step = quantizer.step.float().contiguous()
     columns = max(16, min(_COLUMNS, triton.next_power_of_2(n_in)))
     n_groups = n_in // grid.group_size
@@ -129,7 +121,7 @@ def _arguments(
         "A": quantizer.A.float().contiguous(),
         "B": quantizer.B.float().contiguous(),
         "step": step,
-        "shift": _or_any(shipped_zero(quantizer.shift, grid), step),
+        "rounding_zero": _or_any(shipped_zero(quantizer.rounding_zero, grid), step),
         "n_out": n_out,
         "n_in": n_in,
         "r": quantizer.A.shape[0],
@@ -137,22 +129,18 @@ def _arguments(
         "group_size": grid.group_size,
         "row_stride": weight.stride(0),
         "column_stride": weight.stride(1),
-        "scaling": float(scaling),
+        "scaling": float(quantizer.scaling),
     }
     constants = {
         "BITS": grid.bits,
         "ZERO_POINT": grid.zero_point,
-        "IN_GRID_UNITS": quantizer.update_in_grid_units,
-        "STORED_BITS": quantizer.stored_bits,
+        "UPDATE_IN_STEPS": quantizer.update_in_steps,
+        "STORED_BITS": stored_bits,
         "ROWS": _ROWS,
         "COLUMNS": columns,
         "GROUPS": 1 if n_groups == 1 else max(1, columns // grid.group_size),
     }
     return arguments, constants
-
-
-def _shape(quantizer: Quantizer) -> tuple[int, int]:
-    return quantizer.B.shape[0], quantizer.A.shape[1]
 
 
 def _or_any(zero: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,11 @@
-"""The one differentiable op of the package, behind a torch.library schema.
+"""The one differentiable op of the package: the layer's product with the quantized weight.
 
-`fake_quantize_linear` takes the frozen weight and a `Quantizer`, and returns the layer's output. Forward and backward
-are custom ops, opaque to torch.compile (no graph break, the same bits compiled or not).
+`fake_quantize_linear` takes the frozen weight and a `Quantizer`, and returns the layer's output. The weight is
+computed again in backward, so nothing of its size is kept from forward. Its gradient comes in pieces of some rows, so
+beside w_hat itself no temporary is of its size.
+
+In eager mode the op is a plain `torch.autograd.Function`. For `torch.compile` the same functions are a custom op,
+which is opaque to it: no graph break, and the same bits compiled or not.
 """
 
 from __future__ import annotations
@@ -9,50 +13,169 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from ..quant import product as linear
-from .dispatch import compile_on_cpu, harden
+from . import lowrank
+from .dispatch import implementation
+from .fixed_point import as_rows
 from .grid import Grid
-from .quantizer import Quantizer
+from .quantizer import Quantizer, pieces
 
-_ARGUMENTS = ("x", "bias", "weight", "A", "B", "step", "shift", "scale", "zero")
+# What the op can be differentiated in, in the order of its arguments.
+_TENSORS = ("x", "bias", "weight", "A", "B", "step", "rounding_zero", "scale", "zero")
+_OF_WEIGHT = _TENSORS[3:]  # whose gradients come from that of w_hat
 GRADIENTS = ("exact", "bf16", "lowrank")
 
 
+def fake_quantize_linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    quantizer: Quantizer,
+    fan_in_fan_out: bool = False,
+    gradient: str = "exact",
+) -> torch.Tensor:
+    """`F.linear(x, w_hat, bias)` with w_hat the quantized weight, differentiable by straight-through rounding.
+
+    Differentiable once, in x, bias and all tensors of the quantizer, never in the frozen weight. The weight's
+    arithmetic is float32; the product runs in the dtype of x. Between forward and backward only the arguments are
+    kept.
+
+    Args:
+        x: input [..., in].
+        bias: [out] in the dtype of x, or None.
+        weight: W0 [out, in] ([in, out] with `fan_in_fan_out`), any floating dtype; or as [`store`] packed it.
+        quantizer: the low-rank update, and the way into the grid and out of it.
+        fan_in_fan_out: whether the weight is stored transposed, as transformers' Conv1D does.
+        gradient: "exact"; "bf16", where the product dy.T @ x that only feeds sums is computed in bfloat16, in which a
+            CPU is twice as fast; or "lowrank", at LoRA's own cost, see `lowrank`.
+
+    Returns:
+        y [..., out], in the dtype of x.
+    """
+    grid, q = quantizer.grid, quantizer
+    tensors = (x, bias, weight, q.A, q.B, q.step, q.rounding_zero, q.scale, q.zero)
+    if torch.compiler.is_compiling():
+        numbers = (grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, grid.k_quant)
+        constants = (*numbers, q.scaling, q.update_in_steps, q.storage, fan_in_fan_out, gradient)
+        return _compiled_forward(*tensors, *constants)
+    return _FakeQuantizeLinear.apply(*tensors, quantizer, fan_in_fan_out, gradient)
+
+
+def _forward(
+    x: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor, quantizer: Quantizer, fan_in_fan_out: bool
+) -> torch.Tensor:
+    w_hat = implementation(weight, quantizer).quantized(weight, quantizer, x.dtype, fan_in_fan_out)
+    # The same call as the base layer's own forward, so that a merged layer gives the same bits.
+    if fan_in_fan_out:
+        flat = x.reshape(-1, x.shape[-1])
+        product = flat @ w_hat.t().contiguous() if bias is None else torch.addmm(bias, flat, w_hat.t().contiguous())
+        return product.view(*x.shape[:-1], w_hat.shape[0])
+    return F.linear(x, w_hat, bias)
+
+
+def _backward(
+    grad: torch.Tensor,
+    wanted: set[str],
+    y: torch.Tensor | None,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    quantizer: Quantizer,
+    fan_in_fan_out: bool,
+    gradient: str,
+) -> dict[str, torch.Tensor]:
+    """Gradients of the tensors that `wanted` names; `grad` is dL/dy [..., out], `y` there for `lowrank`."""
+    kernels = implementation(weight, quantizer)
+    grads: dict[str, torch.Tensor] = {}
+    flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    if "x" in wanted:
+        # w_hat has no name here, so that it is gone before the pieces of its gradient come.
+        grads["x"] = (flat_grad @ kernels.quantized(weight, quantizer, grad.dtype, fan_in_fan_out)).view(x.shape)
+    if "bias" in wanted:
+        grads["bias"] = flat_grad.sum(0)
+    of_weight = {name for name in _OF_WEIGHT if name in wanted}
+    if gradient == "lowrank" and not wanted & {"step", "rounding_zero"}:  # which move only in calibration
+        flat_y = None if y is None else y.reshape(-1, y.shape[-1])
+        return grads | lowrank.weight_grads(flat_grad, of_weight, flat_x, flat_y, bias, quantizer)
+    if of_weight:
+        if gradient == "bf16":
+            flat_x, flat_grad = flat_x.bfloat16(), flat_grad.bfloat16()
+        parts = [
+            kernels.weight_grads(flat_grad[:, rows].t() @ flat_x, of_weight, piece, own)
+            for rows, piece, own in pieces(as_rows(weight, fan_in_fan_out), quantizer)
+        ]
+        for name in of_weight:
+            own_parts = [part[name] for part in parts]
+            grads[name] = torch.stack(own_parts).sum(0) if name == "A" else torch.cat(own_parts)
+    return grads
+
+
+def _keeps_output(ctx: Any, gradient: str) -> bool:
+    """The low-rank path has the magnitude's gradient from the output."""
+    return gradient == "lowrank" and ctx.needs_input_grad[_TENSORS.index("scale")]
+
+
+class _FakeQuantizeLinear(torch.autograd.Function):
+    """The op in eager mode; the quantizer's tensors stand before it too, for autograd to see them."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        tensors, (quantizer, fan_in_fan_out, gradient) = arguments[: len(_TENSORS)], arguments[len(_TENSORS) :]
+        x, bias, weight = tensors[:3]
+        output = _forward(x, bias, weight, quantizer, fan_in_fan_out)
+        ctx.save_for_backward(output if _keeps_output(ctx, gradient) else None, *tensors)
+        # Not the quantizer itself: its tensors are kept as autograd keeps them, or they would outlive a checkpoint.
+        ctx.before = quantizer.grid, quantizer.scaling
+        ctx.after = quantizer.update_in_steps, quantizer.storage
+        ctx.constants = fan_in_fan_out, gradient
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        y, x, bias, weight, *of_weight = ctx.saved_tensors
+        quantizer = Quantizer(*ctx.before, *of_weight, *ctx.after)
+        wanted = {name for name, need in zip(_TENSORS, ctx.needs_input_grad, strict=False) if need}
+        with torch.autocast(grad.device.type, enabled=False):
+            grads = _backward(grad, wanted, y, x, bias, weight, quantizer, *ctx.constants)
+        return (*map(grads.get, _TENSORS), None, None, None)
+
+
 @torch.library.custom_op("peft_dlqat::fake_quantize_linear", mutates_args=())
-def _fake_quantize_linear(
+def _compiled_forward(
     x: torch.Tensor,
     bias: torch.Tensor | None,
     weight: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
     step: torch.Tensor,
-    shift: torch.Tensor | None,
+    rounding_zero: torch.Tensor | None,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
-    update_in_grid_units: bool,
-    stored_bits: int,
-    scaling: float,
     bits: int,
     group_size: int,
     zero_point: str,
     scale_dtype: torch.dtype,
     k_quant: bool,
+    scaling: float,
+    update_in_steps: bool,
+    storage: str,
     fan_in_fan_out: bool,
     gradient: str,
 ) -> torch.Tensor:
     grid = Grid(bits, group_size, zero_point, scale_dtype, k_quant)  # type: ignore[arg-type]
-    quantizer = Quantizer(A, B, step, shift, scale, zero, update_in_grid_units, stored_bits)
-    return linear.forward(x, bias, weight, quantizer, grid, scaling, fan_in_fan_out)
+    quantizer = Quantizer(grid, scaling, A, B, step, rounding_zero, scale, zero, update_in_steps, storage)
+    return _forward(x, bias, weight, quantizer, fan_in_fan_out)
 
 
-@_fake_quantize_linear.register_fake
+@_compiled_forward.register_fake
 def _(x: torch.Tensor, bias: Any, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], B.shape[0]))
 
 
 @torch.library.custom_op("peft_dlqat::fake_quantize_linear_backward", mutates_args=())
-def _fake_quantize_linear_backward(
+def _compiled_backward(
     grad: torch.Tensor,
     needs: list[bool],
     y: torch.Tensor | None,
@@ -62,102 +185,44 @@ def _fake_quantize_linear_backward(
     A: torch.Tensor,
     B: torch.Tensor,
     step: torch.Tensor,
-    shift: torch.Tensor | None,
+    rounding_zero: torch.Tensor | None,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
-    update_in_grid_units: bool,
-    stored_bits: int,
-    scaling: float,
     bits: int,
     group_size: int,
     zero_point: str,
     scale_dtype: torch.dtype,
     k_quant: bool,
+    scaling: float,
+    update_in_steps: bool,
+    storage: str,
     fan_in_fan_out: bool,
     gradient: str,
 ) -> list[torch.Tensor]:
     """The gradients that `needs` asks for, in the order of the arguments."""
     grid = Grid(bits, group_size, zero_point, scale_dtype, k_quant)  # type: ignore[arg-type]
-    quantizer = Quantizer(A, B, step, shift, scale, zero, update_in_grid_units, stored_bits)
-    wanted = {name for name, need in zip(_ARGUMENTS, needs, strict=True) if need}
+    quantizer = Quantizer(grid, scaling, A, B, step, rounding_zero, scale, zero, update_in_steps, storage)
+    wanted = {name for name, need in zip(_TENSORS, needs, strict=True) if need}
     with torch.autocast(grad.device.type, enabled=False):
-        grads = linear.backward(grad, wanted, y, x, bias, weight, quantizer, grid, scaling, fan_in_fan_out, gradient)
-    return [grads[name] for name in _ARGUMENTS if name in wanted]
+        grads = _backward(grad, wanted, y, x, bias, weight, quantizer, fan_in_fan_out, gradient)
+    return [grads[name] for name in _TENSORS if name in wanted]
 
 
-@_fake_quantize_linear_backward.register_fake
+@_compiled_backward.register_fake
 def _(grad: torch.Tensor, needs: list[bool], y: Any, *arguments: Any) -> list[torch.Tensor]:
     # Contiguous, as the real ones are, whatever the strides of the argument.
     return [tensor.new_empty(tensor.shape) for tensor, need in zip(arguments, needs, strict=False) if need]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    tensors, constants, gradient = inputs[: len(_ARGUMENTS)], inputs[len(_ARGUMENTS) :], inputs[-1]
-    # The low-rank path has the magnitude's gradient from the output.
-    keeps_output = gradient == "lowrank" and ctx.needs_input_grad[_ARGUMENTS.index("scale")]
-    ctx.save_for_backward(output if keeps_output else None, *tensors)
-    ctx.constants = constants
+    ctx.save_for_backward(output if _keeps_output(ctx, inputs[-1]) else None, *inputs[: len(_TENSORS)])
+    ctx.constants = inputs[len(_TENSORS) :]
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    needs = [bool(need) for need in ctx.needs_input_grad[: len(_ARGUMENTS)]]
-    found = iter(_fake_quantize_linear_backward(grad, needs, *ctx.saved_tensors, *ctx.constants))
+def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    needs = [bool(need) for need in ctx.needs_input_grad[: len(_TENSORS)]]
+    found = iter(_compiled_backward(grad, needs, *ctx.saved_tensors, *ctx.constants))
     return (*(next(found) if need else None for need in needs), *(None for _ in ctx.constants))
 
 
-_fake_quantize_linear.register_autograd(_backward, setup_context=_setup_context)
-
-
-def fake_quantize_linear(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight: torch.Tensor,
-    quantizer: Quantizer,
-    grid: Grid,
-    scaling: float,
-    fan_in_fan_out: bool = False,
-    gradient: str = "exact",
-) -> torch.Tensor:
-    """`F.linear(x, w_hat, bias)` with w_hat the quantized weight, differentiable by straight-through rounding.
-
-    Differentiable in x, bias and all tensors of the quantizer, never in the frozen weight. The weight's arithmetic is
-    float32; the product runs in the dtype of x. Between forward and backward only the arguments are kept.
-
-    Args:
-        x: input [..., in].
-        bias: [out] in the dtype of x, or None.
-        weight: W0 [out, in] ([in, out] with `fan_in_fan_out`), any floating dtype; or as [`store`] packed it.
-        quantizer: the low-rank update, and the way into the grid and out of it.
-        grid: the grid, with `grid.group_size * n_groups == in`.
-        scaling: lora_alpha / r.
-        fan_in_fan_out: whether the weight is stored transposed, as transformers' Conv1D does.
-        gradient: "exact"; "bf16", where the product dy.T @ x that only feeds sums is computed in bfloat16; or
-            "lowrank", at LoRA's own cost, see `lowrank`.
-
-    Returns:
-        y [..., out], in the dtype of x.
-    """
-    return _fake_quantize_linear(
-        x,
-        bias,
-        weight,
-        quantizer.A,
-        quantizer.B,
-        quantizer.step,
-        quantizer.shift,
-        quantizer.scale,
-        quantizer.zero,
-        quantizer.update_in_grid_units,
-        quantizer.stored_bits,
-        scaling,
-        grid.bits,
-        grid.group_size,
-        grid.zero_point,
-        grid.scale_dtype,
-        grid.k_quant,
-        fan_in_fan_out,
-        gradient,
-    )
-
-
-__all__ = ["GRADIENTS", "compile_on_cpu", "fake_quantize_linear", "harden"]
+_compiled_forward.register_autograd(_autograd, setup_context=_setup_context)

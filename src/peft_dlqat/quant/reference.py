@@ -1,8 +1,8 @@
-"""The weight's arithmetic in plain torch: the oracle for every faster kernel, and the default.
+"""The weight's arithmetic in plain torch: the default, and what every kernel is compared with.
 
-Forward, with W = W0 + scaling * BA in groups (see `qweight`):
+Forward, with W = W0 + scaling * BA in groups (see `quantizer`):
 
-    w_hat = dequantize(quantize(W; step, shift); scale, zero)          y = x @ w_hat.T + bias
+    w_hat = dequantize(quantize(W; step, rounding_zero); scale, zero)          y = x @ w_hat.T + bias
 
 Backward. With g = dL/dw_hat = dy.T @ x [out, in], u = the code before rounding, `inside` = (qmin <= u <= qmax),
 c = the code counted from its zero (code - z, or code) and S the shipped scale, straight-through rounding gives
@@ -11,19 +11,17 @@ c = the code counted from its zero (code - z, or code) and S the shipped scale, 
     dL/dA     = scaling * B.T @ dL/dW              dL/dB = scaling * dL/dW @ A.T
     dL/dstep  = -sum(g * inside * S / step * (u - z))                  with u for u - z where b is the zero
     dL/dscale = sum(g * c)
-    dL/dshift = sum(g * inside * S)                for z               -sum(g * inside * S / step)    for b
+    dL/drounding_zero = sum(g * inside * S)        for z               -sum(g * inside * S / step)    for b
     dL/dzero  = -sum(g * S)                        for z               sum(g)                         for b
 
 with each sum over a group. Where step and scale are one s, the two add up to LSQ's gradient (arXiv 1902.08153, eq. 3),
-those of shift and zero to LSQ+'s (arXiv 2004.09576, eq. 6); where scale = m * s, m gets DL-QAT's. With the update in
+those of the two zeros to LSQ+'s (arXiv 2004.09576, eq. 6); where scale = m * s, m gets DL-QAT's. With the update in
 units of the grid, dL/dA and dL/dB lack the division by step, and dL/dstep has W0's own share of u.
 
 Rows have nothing to do with each other, but for adding up in dL/dA: everything can be had in pieces of some rows.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
@@ -33,7 +31,7 @@ from .quantizer import (
     Quantizer,
     compute_dtype,
     dequantize,
-    in_grid_units,
+    in_steps,
     pieces,
     round_codes,
     ship,
@@ -42,41 +40,29 @@ from .quantizer import (
 )
 
 
-def codes(weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float) -> torch.Tensor:
+def codes(weight: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """Codes, int8 [out, in]; the weight has outputs as rows."""
-    result = torch.empty((quantizer.B.shape[0], quantizer.A.shape[1]), dtype=torch.int8, device=weight.device)
+    result = torch.empty(quantizer.shape, dtype=torch.int8, device=weight.device)
     for rows, piece, own in pieces(weight, quantizer):
-        result[rows] = round_codes(unrounded_codes(piece, own, grid, scaling), grid, in_place=True).flatten(-2)
+        result[rows] = round_codes(unrounded_codes(piece, own), own.grid, in_place=True).flatten(-2)
     return result
-
-
-def quantized_rows(
-    weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """w_hat of some rows, in `compute_dtype`, and in `out` if that is given."""
-    codes = round_codes(unrounded_codes(weight, quantizer, grid, scaling, out), grid, in_place=True)
-    return dequantize(codes, *ship(quantizer.scale, quantizer.zero, grid), grid, in_place=True)
 
 
 @torch.no_grad()  # what is written in place of another tensor has no gradient
 def quantized(
-    weight: torch.Tensor,
-    quantizer: Quantizer,
-    grid: Grid,
-    scaling: float,
-    dtype: torch.dtype,
-    fan_in_fan_out: bool = False,
-    of_rows: Callable[[torch.Tensor, Quantizer, Grid, float], torch.Tensor] = quantized_rows,
+    weight: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype, fan_in_fan_out: bool = False
 ) -> torch.Tensor:
-    """w_hat [out, in]; `of_rows` computes a piece of it."""
-    w_hat = torch.empty((quantizer.B.shape[0], quantizer.A.shape[1]), dtype=dtype, device=weight.device)
-    # What torch.compile has made cannot write into a given tensor.
-    in_place = of_rows is quantized_rows and dtype == compute_dtype(weight)
+    """w_hat [out, in] in a dtype; with `fan_in_fan_out` the weight comes as [in, out]."""
+    grid = quantizer.grid
+    w_hat = torch.empty(quantizer.shape, dtype=dtype, device=weight.device)
+    in_place = dtype == compute_dtype(weight)  # a new tensor costs more than what is computed
     for rows, piece, own in pieces(as_rows(weight, fan_in_fan_out), quantizer):
-        if in_place:  # a new tensor costs more than what is computed
-            quantized_rows(piece, own, grid, scaling, out=w_hat[rows])
-        else:
-            w_hat[rows] = of_rows(piece, own, grid, scaling)
+        unrounded = unrounded_codes(piece, own, out=w_hat[rows] if in_place else None)
+        of_rows = dequantize(
+            round_codes(unrounded, grid, in_place=True), *ship(own.scale, own.zero, grid), grid, in_place=True
+        )
+        if not in_place:
+            w_hat[rows] = of_rows
     return w_hat
 
 
@@ -89,10 +75,11 @@ def _inside(g: torch.Tensor, unrounded: torch.Tensor, grid: Grid) -> torch.Tenso
 
 
 def weight_grads(
-    g: torch.Tensor, wanted: set[str], weight: torch.Tensor, quantizer: Quantizer, grid: Grid, scaling: float
+    g: torch.Tensor, wanted: set[str], weight: torch.Tensor, quantizer: Quantizer
 ) -> dict[str, torch.Tensor]:
     """From g = dL/dw_hat of some rows: the gradients of these rows' tensors, and their part of A's."""
-    unrounded = unrounded_codes(weight, quantizer, grid, scaling)
+    grid, scaling, step = quantizer.grid, quantizer.scaling, quantizer.step
+    unrounded = unrounded_codes(weight, quantizer)
     codes = round_codes(unrounded, grid)
     scale, zero = ship(quantizer.scale, quantizer.zero, grid)
     g = grid.group(g.to(unrounded.dtype))
@@ -103,25 +90,25 @@ def weight_grads(
         grads["scale"] = counted.mul_(g).sum(-1)
     if "zero" in wanted:
         grads["zero"] = -scale * g.sum(-1) if integer else g.sum(-1)
-    if not wanted & {"A", "B", "step", "shift"}:
+    if not wanted & {"A", "B", "step", "rounding_zero"}:
         return grads
 
     g = _inside(g, unrounded, grid)
-    step, shift = quantizer.step, shipped_zero(quantizer.shift, grid)
-    if "shift" in wanted:
-        # Where shift and zero are one, nothing is clipped and S is step, this and dL/dzero add up to 0, exactly: Adam
+    rounding_zero = shipped_zero(quantizer.rounding_zero, grid)
+    if "rounding_zero" in wanted:
+        # Where the two zeros are one, nothing is clipped and S is step, this and dL/dzero add up to 0, exactly: Adam
         # would make full steps of what rounding leaves of it.
-        grads["shift"] = g.sum(-1) * (scale if integer else -scale / step)
+        grads["rounding_zero"] = g.sum(-1) * (scale if integer else -scale / step)
     if "step" in wanted:
-        in_units = unrounded
-        if quantizer.update_in_grid_units:
-            in_units = in_grid_units(weight.to(unrounded.dtype), step, shift, grid)
-        if integer and shift is not None:
-            in_units = in_units - shift.unsqueeze(-1)
-        grads["step"] = (in_units * g).sum(-1) * (-scale / step)
+        units = unrounded
+        if quantizer.update_in_steps:
+            units = in_steps(weight.to(unrounded.dtype), step, rounding_zero, grid)
+        if integer and rounding_zero is not None:
+            units = units - rounding_zero.unsqueeze(-1)
+        grads["step"] = (units * g).sum(-1) * (-scale / step)
     if wanted & {"A", "B"}:
         A, B = quantizer.A, quantizer.B
-        g = g.mul_((scale if quantizer.update_in_grid_units else scale / step).unsqueeze(-1)).flatten(-2)
+        g = g.mul_((scale if quantizer.update_in_steps else scale / step).unsqueeze(-1)).flatten(-2)
         if "A" in wanted:
             grads["A"] = (scaling * (B.to(g.dtype).t() @ g)).to(A.dtype)
         if "B" in wanted:

@@ -21,7 +21,7 @@ def quantize(
     A,
     B,
     step,
-    shift,
+    rounding_zero,
     scale,
     zero,
     result,
@@ -37,7 +37,7 @@ def quantize(
     scaling,
     BITS: tl.constexpr,
     ZERO_POINT: tl.constexpr,
-    IN_GRID_UNITS: tl.constexpr,
+    UPDATE_IN_STEPS: tl.constexpr,
     STORED_BITS: tl.constexpr,
     CODES_ONLY: tl.constexpr,
     ROWS: tl.constexpr,
@@ -48,10 +48,10 @@ def quantize(
     column = tl.program_id(0) * COLUMNS
     rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     steps = _of_groups(step, rows, n_out, column // group_size, n_groups, GROUPS)
-    shifts = _of_groups(shift, rows, n_out, column // group_size, n_groups, GROUPS)
+    rounding_zeros = _of_groups(rounding_zero, rows, n_out, column // group_size, n_groups, GROUPS)
     unrounded, _ = _unrounded(
-        weight, A, B, steps, shifts, rows, column, n_out, n_in, r, row_stride, column_stride, scaling,
-        BITS, ZERO_POINT, IN_GRID_UNITS, STORED_BITS, ROWS, COLUMNS, GROUPS,
+        weight, A, B, steps, rounding_zeros, rows, column, n_out, n_in, r, row_stride, column_stride, scaling,
+        BITS, ZERO_POINT, UPDATE_IN_STEPS, STORED_BITS, ROWS, COLUMNS, GROUPS,
     )  # fmt: skip
     values = _round(_clip(unrounded, BITS))
     if not CODES_ONLY:
@@ -76,7 +76,7 @@ def weight_grads(
     A,
     B,
     step,
-    shift,
+    rounding_zero,
     zero,
     slope,
     sums,
@@ -91,7 +91,7 @@ def weight_grads(
     scaling,
     BITS: tl.constexpr,
     ZERO_POINT: tl.constexpr,
-    IN_GRID_UNITS: tl.constexpr,
+    UPDATE_IN_STEPS: tl.constexpr,
     STORED_BITS: tl.constexpr,
     FACTORS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -114,17 +114,17 @@ def weight_grads(
     slopes = tl.load(where, mask=mask, other=0.0).to(tl.float32)
     slopes = tl.reshape(slopes, (ROWS, GROUPS, COLUMNS // GROUPS))
     steps = _of_groups(step, rows, n_out, column // group_size, n_groups, GROUPS)
-    shifts = _of_groups(shift, rows, n_out, column // group_size, n_groups, GROUPS)
+    rounding_zeros = _of_groups(rounding_zero, rows, n_out, column // group_size, n_groups, GROUPS)
     unrounded, latent = _unrounded(
-        weight, A, B, steps, shifts, rows, column, n_out, n_in, r, row_stride, column_stride, scaling,
-        BITS, ZERO_POINT, IN_GRID_UNITS, STORED_BITS, ROWS, COLUMNS, GROUPS,
+        weight, A, B, steps, rounding_zeros, rows, column, n_out, n_in, r, row_stride, column_stride, scaling,
+        BITS, ZERO_POINT, UPDATE_IN_STEPS, STORED_BITS, ROWS, COLUMNS, GROUPS,
     )  # fmt: skip
     clipped = _clip(unrounded, BITS)
     counted = _round(clipped)
     inside = tl.where(clipped == unrounded, slopes, 0.0)
     if ZERO_POINT == "integer":
         counted = counted - _of_groups(zero, rows, n_out, column // group_size, n_groups, GROUPS)
-        latent = latent - shifts
+        latent = latent - rounding_zeros
     own_sums = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     mask_sums = (rows[:, None] < n_out) & (own_sums[None, :] < n_sums)
     where_sums = sums + rows[:, None] * n_sums + own_sums[None, :]
@@ -144,7 +144,7 @@ def _unrounded(
     A,
     B,
     steps,
-    shifts,
+    rounding_zeros,
     rows,
     column,
     n_out,
@@ -155,7 +155,7 @@ def _unrounded(
     scaling,
     BITS: tl.constexpr,
     ZERO_POINT: tl.constexpr,
-    IN_GRID_UNITS: tl.constexpr,
+    UPDATE_IN_STEPS: tl.constexpr,
     STORED_BITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -163,7 +163,7 @@ def _unrounded(
 ):
     """u, and that part of it of which step takes a share: all of it or, with the update in grid units, W0's own.
 
-    `steps` and `shifts` are those of the tile; the result's shape is the tile's, in groups.
+    `steps` and `rounding_zeros` are those of the tile; the result's shape is the tile's, in groups.
     """
     columns = column + tl.arange(0, COLUMNS)
     update = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -182,19 +182,19 @@ def _unrounded(
         PARTS: tl.constexpr = 2 ** (STORED_BITS - BITS)
         numbers = tl.reshape(_unpack(own, STORED_BITS), (ROWS, GROUPS, COLUMNS // GROUPS)).to(tl.float32)
         own = numbers * (1.0 / PARTS) + (0.5 / PARTS - 0.5 - 2 ** (BITS - 1))
-        if not IN_GRID_UNITS:
+        if not UPDATE_IN_STEPS:
             update = _divide(update, steps)
     else:
         own = tl.reshape(own.to(tl.float32), (ROWS, GROUPS, COLUMNS // GROUPS))
-        if not IN_GRID_UNITS:
+        if not UPDATE_IN_STEPS:
             own += update
         if ZERO_POINT == "float":
-            own = _divide(own - shifts, steps)
+            own = _divide(own - rounding_zeros, steps)
         elif ZERO_POINT == "integer":
-            own = _divide(own, steps) + shifts
+            own = _divide(own, steps) + rounding_zeros
         else:
             own = _divide(own, steps)
-    if IN_GRID_UNITS:
+    if UPDATE_IN_STEPS:
         return own + update, own
     if STORED_BITS:
         own += update

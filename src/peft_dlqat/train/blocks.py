@@ -10,7 +10,6 @@ Targets computed from the quantized layers' outputs instead did worse on a small
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,10 +45,6 @@ from .grid_training import (
 )
 from .input_moments import InputMoments, fit_to_inputs
 from .recipe import RECIPE
-
-# Steps of the grid by which a unit of B moves a weight. Of 0.05 to 2, 0.2 and 0.6 gave the lowest divergence on a
-# small pretrained Llama, at 2 and at 3 bits.
-_UPDATE = 0.4
 
 
 class BlockError(NamedTuple):
@@ -173,37 +168,21 @@ class Fit:
         check_steps(self.steps, self.lr)
 
     def adapter_tensors(self, layer: DLQATLayer) -> list[torch.Tensor]:
-        """A, B, m and the shift, where they are fitted."""
-        if not self.train_adapter:
-            return []
-        kinds = (layer.dlqat_A, layer.dlqat_B, layer.dlqat_magnitude, layer.dlqat_shift)
-        return [tensors[self.adapter_name] for tensors in kinds if self.adapter_name in tensors]
+        """The method's own, where they are fitted."""
+        return [parameter for _, parameter in layer.trained(self.adapter_name).values()] if self.train_adapter else []
 
     def tensors(self, layer: DLQATLayer) -> list[torch.Tensor]:
         """All that is fitted in a linear layer."""
         return [*grid_tensors(layer, self.adapter_name), *self.adapter_tensors(layer)]
 
     def optimizer(self, layers: list[DLQATLayer]) -> torch.optim.Optimizer:
-        """Adam, each tensor's step in a unit of its own.
-
-        A unit of B moves a weight by about `_UPDATE`; those of A, m and the shift are ten times A's mean size, one
-        half, and one code. Smaller units of A gave a higher divergence on a small pretrained Llama at 3 bits.
-        """
+        """Adam, each tensor's step in a unit of its own."""
         optimizer = grid_optimizer(layers, self.adapter_name, self.lr)
-        name = self.adapter_name
         for layer in layers if self.train_adapter else ():
-            units = {}
-            if name in layer.dlqat_A:
-                A = layer.dlqat_A[name]
-                size = A.abs().mean().item()
-                units[A] = 10 * size
-                units[layer.dlqat_B[name]] = _UPDATE / (size * math.sqrt(len(A)) * layer.dlqat_scaling[name])
-            if name in layer.dlqat_magnitude:
-                units[layer.dlqat_magnitude[name]] = 0.5
-            if name in layer.dlqat_shift:
-                units[layer.dlqat_shift[name]] = 1.0
-            for tensor, unit in units.items():
-                optimizer.add_param_group({"params": [tensor], "lr": self.lr * unit})
+            for tensor, parameter in layer.trained(self.adapter_name).values():
+                step = tensor.block_step
+                unit = step(layer.tensors(self.adapter_name)) if callable(step) else step
+                optimizer.add_param_group({"params": [parameter], "lr": self.lr * unit})
         return optimizer
 
 
@@ -219,7 +198,7 @@ def calibrate_block(name: str, block: nn.Module, calls: list[Call], hidden: Hidd
     layers = {
         part: module
         for part, module in block.named_modules()
-        if isinstance(module, DLQATLayer) and fit.adapter_name in module.dlqat_grid
+        if isinstance(module, DLQATLayer) and fit.adapter_name in module.specs
     }
     weighted = fit.init in WEIGHTED
     with InputMoments(layers if weighted else {}) as moments:

@@ -13,14 +13,14 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapter_card import write_section
 from ..config import DLQATConfig
+from ..hub import write_section
 from ..layer import adapter_layers
 from ..packing import pack_weights
 from .calibrate import calibrate, check_arguments
 from .calibration_losses import Objective
 from .calibration_record import By
-from .optimizer import scales_the_grid
+from .optimizer import adapter_parameters
 from .recipe import RECIPE
 from .report import grid_report
 
@@ -98,7 +98,7 @@ class DLQATCallback(TrainerCallback):
             for entry in state.log_history:
                 if _RECORD in entry:
                     config.record["calibration"] = entry[_RECORD]
-            on_full = any(layer.dlqat_stored_bits[adapter_name] == 0 for layer in layers.values())
+            on_full = any(layer.specs[adapter_name].storage == "full" for layer in layers.values())
             if config.storage != "full" and on_full:
                 raise ValueError(
                     f"the checkpoint was trained on full weights, and storage={config.storage!r} would change what it "
@@ -176,7 +176,7 @@ class DLQATCallback(TrainerCallback):
 
 
 def _warn_if_magnitude_decays(model: nn.Module, optimizer: Any) -> None:
-    magnitudes = {id(parameter) for name, parameter in model.named_parameters() if scales_the_grid(name)}
+    magnitudes = {id(parameter) for parameter, tensor in adapter_parameters(model).items() if not tensor.decays}
     for group in getattr(optimizer, "param_groups", []):
         if group.get("weight_decay") and any(id(parameter) in magnitudes for parameter in group["params"]):
             warnings.warn(

@@ -18,8 +18,7 @@ from .recipe import RECIPE
 
 def grid_tensors(layer: DLQATLayer, adapter_name: str) -> list[torch.Tensor]:
     """s and, where there is one, z or b."""
-    zero = layer.zero(adapter_name)
-    return [layer.dlqat_scale[adapter_name], *([] if zero is None else [zero])]
+    return [tensor for tensor in layer.scales_and_zeros(adapter_name) if tensor is not None]
 
 
 def grid_optimizer(layers: Iterable[DLQATLayer], adapter_name: str, lr: float) -> torch.optim.Optimizer:
@@ -32,7 +31,7 @@ def grid_optimizer(layers: Iterable[DLQATLayer], adapter_name: str, lr: float) -
         scale = layer.dlqat_scale[adapter_name]
         unit = scale.abs().mean().item()
         for tensor in grid_tensors(layer, adapter_name):
-            in_codes = tensor is not scale and layer.dlqat_grid[adapter_name].zero_point == "integer"
+            in_codes = tensor is not scale and layer.specs[adapter_name].grid.zero_point == "integer"
             groups.append({"params": [tensor], "lr": lr if in_codes else lr * unit})
     return torch.optim.Adam(groups, eps=1e-15)  # a group's share of a mean loss can be far below the usual eps
 
@@ -41,7 +40,7 @@ def grid_optimizer(layers: Iterable[DLQATLayer], adapter_name: str, lr: float) -
 def stay_on_grid(layers: Iterable[DLQATLayer], adapter_name: str) -> None:
     """Keep a scale from reaching zero and a zero point among the codes."""
     for layer in layers:
-        grid, scale = layer.dlqat_grid[adapter_name], layer.dlqat_scale[adapter_name]
+        grid, scale = layer.specs[adapter_name].grid, layer.dlqat_scale[adapter_name]
         smallest = grid.smallest_scale
         if grid.zero_point == "none":
             scale.copy_(torch.where(scale.abs() < smallest, smallest * torch.where(scale < 0, -1, 1), scale))
@@ -55,14 +54,14 @@ def stay_on_grid(layers: Iterable[DLQATLayer], adapter_name: str) -> None:
 def freeze(layers: Iterable[DLQATLayer], adapter_name: str) -> None:
     """Round scales and zeros to the values that ship."""
     for layer in layers:
-        shipped = snap(layer.dlqat_scale[adapter_name], layer.zero(adapter_name), layer.dlqat_grid[adapter_name])
+        shipped = snap(*layer.scales_and_zeros(adapter_name), layer.specs[adapter_name].grid)
         set_grid(layer, adapter_name, shipped)
 
 
 @torch.no_grad()
 def set_grid(layer: DLQATLayer, adapter_name: str, values: Iterable[torch.Tensor | None]) -> None:
     """Write s and, where there is one, the zero into the layer's buffers."""
-    for buffer, value in zip((layer.dlqat_scale[adapter_name], layer.zero(adapter_name)), values, strict=True):
+    for buffer, value in zip(layer.scales_and_zeros(adapter_name), values, strict=True):
         if buffer is not None and value is not None:
             buffer.copy_(value)
 
@@ -108,7 +107,7 @@ def check_active(layers: Iterable[DLQATLayer], adapter_name: str) -> None:
         ValueError: if it is merged, not the active one, or switched off; or if W0 is packed on its grid.
     """
     for layer in layers:
-        if layer.packed:
+        if layer.frozen.packed:
             raise ValueError(
                 f"the frozen weights are packed on the grid of adapter {adapter_name!r}, which cannot move any more; "
                 "load the base model again to calibrate anew."

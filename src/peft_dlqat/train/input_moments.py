@@ -105,6 +105,6 @@ def fit_to_inputs(
     """
     for name, layer in layers.items():
         scale, zero = initialise(
-            layer.original_weight(), layer.dlqat_grid[adapter_name], method, importance=moments[name]
+            layer.frozen.original(), layer.specs[adapter_name].grid, method, importance=moments[name]
         )
         set_grid(layer, adapter_name, (scale, zero))

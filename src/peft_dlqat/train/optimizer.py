@@ -10,15 +10,22 @@ from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
 from ..layer import DLQATLayer
+from ..methods import TrainedTensor
 from .recipe import RECIPE
 
-# What the Trainer exempts from weight decay; m and shift are added to it below.
+# What the Trainer exempts from weight decay.
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
-def scales_the_grid(parameter_name: str) -> bool:
-    """Whether a parameter moves scales and zeros, as m and shift do: it must not decay."""
-    return ".dlqat_magnitude." in parameter_name or ".dlqat_shift." in parameter_name
+def adapter_parameters(model: nn.Module) -> dict[nn.Parameter, TrainedTensor]:
+    """Every adapter's trained parameters, each with what must be known of it."""
+    return {
+        parameter: tensor
+        for layer in model.modules()
+        if isinstance(layer, DLQATLayer)
+        for name in layer.specs
+        for tensor, parameter in layer.trained(name).values()
+    }
 
 
 def create_dlqat_optimizer(
@@ -30,17 +37,19 @@ def create_dlqat_optimizer(
     weight_decay: float = 0.0,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
-    """Create an optimiser in which the magnitude m has a learning rate of its own and no weight decay.
+    """Create an optimiser in which each trained tensor has its own learning rate and weight decay.
 
-    Decay would pull m to zero, and the layer's output with it. A shift of the zero goes with m. In the manner of
-    PEFT's `create_loraplus_optimizer`.
+    The magnitude m (and a shift of the zero) learns at a multiple of the rate of A and B, and does not decay: decay
+    would pull m to zero, and the layer's output with it. A method says so of its tensors (see [`TrainedTensor`]). In
+    the manner of PEFT's `create_loraplus_optimizer`.
 
     Args:
         model: a model with a DL-QAT adapter.
         optimizer_cls: for example `torch.optim.AdamW`.
         lr: learning rate of A, B and whatever else is trainable; the recipe's for the model's width by default.
-        magnitude_lr: learning rate of m; the recipe's multiple of `lr` by default, and the method's share of that.
-        weight_decay: of all but m, biases and norms.
+        magnitude_lr: learning rate of the tensors that must not decay, m and shift; by default `lr` times the factor
+            that the method gives them.
+        weight_decay: of all but these, biases and norms.
         **kwargs: further arguments of the optimiser.
 
     Returns:
@@ -62,38 +71,17 @@ def create_dlqat_optimizer(
         if rate is not None and not 0 <= rate < math.inf:
             raise ValueError(f"{argument}={rate!r} must be a number, 0 or more; the recipe has {RECIPE.lr(model):g}.")
     lr = RECIPE.lr(model) if lr is None else lr
-    if magnitude_lr is None:
-        magnitude_base, factors = lr, _magnitude_factors(model)
-    else:
-        magnitude_base, factors = magnitude_lr, dict.fromkeys(trainable.values(), 1.0)
+    of_adapters = adapter_parameters(model)
     decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
-    magnitudes: dict[float, list[nn.Parameter]] = {}
-    others: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable.items():
-        if scales_the_grid(name):
-            magnitudes.setdefault(factors[parameter], []).append(parameter)
-        else:
-            (others if name in decayed else exempt).append(parameter)
-    groups = [
-        {"params": others, "lr": lr, "weight_decay": weight_decay},
-        {"params": exempt, "lr": lr, "weight_decay": 0.0},
-        *(
-            {"params": group, "lr": factor * magnitude_base, "weight_decay": 0.0}
-            for factor, group in magnitudes.items()
-        ),
-    ]
+        tensor = of_adapters.get(parameter)
+        decays, rate = (name in decayed, lr) if tensor is None else (tensor.decays, lr * tensor.lr_factor)
+        if tensor is not None and not decays and magnitude_lr is not None:
+            rate = magnitude_lr
+        groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
     # Schedules that end at a rate of their own read the optimiser's own as the one to start from.
-    return optimizer_cls([group for group in groups if group["params"]], **{**kwargs, "lr": lr})
-
-
-def _magnitude_factors(model: nn.Module) -> dict[nn.Parameter, float]:
-    """Of each m and shift, its learning rate over that of A and B."""
-    return {
-        tensors[name]: RECIPE.magnitude_factor * method.magnitude_share
-        for layer in model.modules()
-        if isinstance(layer, DLQATLayer)
-        for name, method in layer.dlqat_method.items()
-        for tensors in (layer.dlqat_magnitude, layer.dlqat_shift)
-        if name in tensors
-    }
+    return optimizer_cls(
+        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
+        **{**kwargs, "lr": lr},
+    )

@@ -31,8 +31,6 @@ class Recipe:
             and steps of at least `reference_tokens`.
         reference_width: beyond it, the learning rate falls as 1 / width.
         reference_tokens: below so many tokens a step, the learning rate falls as sqrt(tokens).
-        magnitude_factor: the learning rate of m and shift is so many times that of A and B; less for L4Q, whose m
-            rounds.
         warmup: share of the steps in which the learning rate rises.
         schedule: transformers' name of what it does then: it falls to 0 as the square of the steps left, and gives the
             codes time to settle.
@@ -45,7 +43,6 @@ class Recipe:
     learning_rate: float = 1.4e-2
     reference_width: int = 256
     reference_tokens: int = 16 * 256
-    magnitude_factor: float = 6.0
     warmup: float = 0.025
     schedule: str = "polynomial"
     schedule_arguments: tuple[tuple[str, float], ...] = (("power", 2.0), ("lr_end", 0.0))

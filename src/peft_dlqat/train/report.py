@@ -103,11 +103,11 @@ def grid_report(model: nn.Module, adapter_name: str | None = None) -> GridReport
 
 
 def _examine(name: str, layer: DLQATLayer, adapter_name: str) -> LayerReport:
-    grid, scale, zero = layer.dlqat_grid[adapter_name], layer.dlqat_scale[adapter_name], layer.zero(adapter_name)
-    weight, quantizer = layer.original_weight(), layer.quantizer(adapter_name)
+    grid, (scale, zero) = layer.specs[adapter_name].grid, layer.scales_and_zeros(adapter_name)
+    weight, quantizer = layer.frozen.original(), layer.quantizer(adapter_name)
     clipped, steps, squares = 0, 0, 0.0
     for _, piece, own in pieces(weight, quantizer):
-        unrounded = unrounded_codes(piece, own, grid, layer.dlqat_scaling[adapter_name])
+        unrounded = unrounded_codes(piece, own)
         codes = round_codes(unrounded, grid)
         clipped += int((unrounded.round() != codes).sum())
         steps += int((codes.sort(-1).values.diff() != 0).sum())

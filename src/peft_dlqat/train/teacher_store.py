@@ -158,8 +158,8 @@ def base_fingerprint(model: nn.Module) -> str:
                 check_whole(parameter)
                 values = parameter.detach()
                 if layer is not None and name == "weight":  # perhaps merged
-                    original = layer.original_weight()
-                    values = original.t() if layer.fan_in_fan_out else original
+                    original = layer.frozen.original()
+                    values = original.t() if layer.frozen.fan_in_fan_out else original
                 values = values.reshape(-1)
                 # Integers: float32 cannot tell the last two indices of 2**24 values apart.
                 sample = values[torch.arange(_SAMPLES, device=values.device) * (len(values) - 1) // (_SAMPLES - 1)]

@@ -1,17 +1,21 @@
-"""The package's section of an adapter's model card (README.md)."""
+"""The package on the Hub: its section of an adapter's model card, and its place in PEFT's registry."""
 
 from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from peft.utils import PeftType, register_peft_method
 
 from .methods import METHODS
 
 if TYPE_CHECKING:
     from .config import DLQATConfig
 
+NAME = "dlqat"
 _START, _END = "<!-- peft_dlqat -->", "<!-- /peft_dlqat -->"
 
 
@@ -21,7 +25,7 @@ def write_section(directory: str | os.PathLike[str], config: DLQATConfig) -> Non
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8")
-    section = f"{_START}\n{render(config)}\n{_END}"
+    section = f"{_START}\n{_section(config)}\n{_END}"
     if _START in text and _END in text:
         text = re.sub(f"{_START}.*?{_END}", lambda _: section, text, flags=re.DOTALL)
     else:
@@ -36,7 +40,7 @@ def _split_metadata(text: str) -> tuple[str, str, str]:
     return (match[1], match[2], text[match.end() :]) if match else ("", "", text)
 
 
-def render(config: DLQATConfig) -> str:
+def _section(config: DLQATConfig) -> str:
     """The section as Markdown: how to load the adapter, its grid, its size, and what calibration did."""
     method = METHODS[config.method]
     base = config.base_model_name_or_path or "BASE_MODEL"
@@ -84,3 +88,40 @@ def _calibration(record: dict[str, Any] | None) -> str:
     loss = f"loss {record['loss_before']:.4f} -> {record['loss_after']:.4f}"
     kept = {"before": "; nothing gained, and the initial grid was kept", "fitted": "", "after": ""}[record["kept"]]
     return f"{fitted}{steps}: {loss}{kept}"
+
+
+def extend_peft_type() -> None:
+    """Add `PeftType.DLQAT`, unless it is there: PEFT's own member, or one of an earlier import.
+
+    PEFT's enum is closed, and `register_peft_method` refuses names outside it. So the member is added exactly as the
+    class statement would have made it; everything after is PEFT's own.
+    """
+    member_name = NAME.upper()
+    if member_name in PeftType.__members__:
+        return
+    enum: Any = PeftType
+    member = str.__new__(enum, member_name)
+    member._name_ = member._value_ = member_name
+    member._sort_order_ = len(enum._member_names_)
+    enum._member_names_.append(member_name)
+    enum._member_map_[member_name] = member
+    enum._value2member_map_[member_name] = member
+    type.__setattr__(enum, member_name, member)
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Make the method known to `get_peft_model`, `PeftModel.from_pretrained` and all the rest.
+
+    Idempotent. Where PEFT already has a method of this name that is not ours, PEFT's stays and a warning says so.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.DLQAT)  # type: ignore[attr-defined]
+    if known is None:
+        register_peft_method(name=NAME, config_cls=config_cls, model_cls=model_cls)
+    elif known is not config_cls:
+        warnings.warn(
+            f"PEFT already has a method named {NAME!r} ({known.__module__}.{known.__qualname__}), which stays in "
+            "place: use `from peft import DLQATConfig`, and uninstall peft-dlqat.",
+            stacklevel=3,
+        )
