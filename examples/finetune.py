@@ -260,8 +260,8 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 def bits_per_weight(model: nn.Module) -> float:
     """Mean over the weights of the quantized layers."""
     layers = [module for module in model.modules() if isinstance(module, DLQATLayer)]
-    sizes = [layer.original_weight().numel() for layer in layers]
-    bits = [layer.dlqat_grid["default"].bits_per_weight() for layer in layers]
+    sizes = [layer.frozen.original().numel() for layer in layers]
+    bits = [layer.specs["default"].grid.bits_per_weight() for layer in layers]
     return sum(size * width for size, width in zip(sizes, bits, strict=True)) / sum(sizes)
 
 

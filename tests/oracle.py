@@ -47,7 +47,7 @@ def fake_quantize(
     zero: torch.Tensor | None,
     grid: Grid,
     scaling: float,
-    in_grid_units: bool = False,
+    in_steps: bool = False,
 ) -> torch.Tensor:
     """w_hat [out, in] in the dtype of the arguments, differentiable in all of them."""
     size = grid.group_size
@@ -64,7 +64,7 @@ def fake_quantize(
         return straight_through(x.to(torch.float32).to(grid.scale_dtype).to(x.dtype), x)
 
     update = scaling * B @ A
-    latent = weight if in_grid_units else weight + update
+    latent = weight if in_steps else weight + update
     low, high = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1
     if grid.zero_point == "integer":
         shift, zero = straight_through(shift.round(), shift), straight_through(zero.round(), zero)
@@ -74,7 +74,7 @@ def fake_quantize(
         real = latent / widen(step) + widen(shift)
     else:
         real = (latent - widen(shift)) / widen(step)
-    if in_grid_units:
+    if in_steps:
         real = real + update
     clipped = real.clamp(low, high)
     codes = straight_through(clipped.round(), clipped)

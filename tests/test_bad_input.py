@@ -141,7 +141,7 @@ def test_default_group_adapts_with_one_warning():
     assert len(about_groups) == 1
     assert "128 -> 64" in about_groups[0]
     sizes = {
-        layer.in_features: layer.dlqat_grid["default"].group_size
+        layer.in_features: layer.specs["default"].grid.group_size
         for layer in model.modules()
         if isinstance(layer, DLQATLayer)
     }
@@ -254,9 +254,9 @@ def test_two_adapters_add_their_differences():
         model.base_model.set_adapter(["default", "second"])
     counts = set()
     for layer in dlqat_layers(model):
-        names = sorted(layer.dlqat_grid)
+        names = sorted(layer.specs)
         counts.add(len(names))
-        w0 = layer.original_weight().double()
+        w0 = layer.frozen.original().double()
         weight = w0 + sum(layer.quantized_weight(name).dequantize().double() - w0 for name in names)
         x = torch.randn(5, layer.in_features)
         expected = x.double() @ weight.t()
@@ -276,7 +276,7 @@ def test_two_adapters_merge_and_unmerge(one_by_one):
     layers = dlqat_layers(model)
     with pytest.warns(UserWarning, match="lies on no grid"):
         model.base_model.set_adapter(["default", "second"])
-    before = [(layer.get_base_layer().weight.data_ptr(), layer.original_weight().clone()) for layer in layers]
+    before = [(layer.get_base_layer().weight.data_ptr(), layer.frozen.original().clone()) for layer in layers]
     together = outputs(model)
     if one_by_one:
         model.merge_adapter(["default"])
@@ -286,9 +286,9 @@ def test_two_adapters_merge_and_unmerge(one_by_one):
         model.merge_adapter()
     assert (outputs(model) - together).abs().max() < 1e-5 * together.abs().max()
     for layer in layers:
-        names = sorted(layer.dlqat_grid)
-        differences = (layer.quantized_weight(name).dequantize() - layer.original_weight() for name in names)
-        expected = layer.original_weight() + sum(differences)
+        names = sorted(layer.specs)
+        differences = (layer.quantized_weight(name).dequantize() - layer.frozen.original() for name in names)
+        expected = layer.frozen.original() + sum(differences)
         torch.testing.assert_close(layer.get_base_layer().weight.data, expected, rtol=0, atol=1e-6)
     model.unmerge_adapter()
     for layer, (pointer, weight) in zip(layers, before, strict=True):

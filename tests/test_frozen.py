@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import lm_batches, perturb, tiny_model, tokens, train
-from op_problems import QUANTIZER, problem
+from op_problems import QUANTIZER, problem, quantizer_of
 from peft import PeftModel, get_peft_model
 
 from peft_dlqat import DLQATConfig, Grid, adapters_disabled, calibrate, pack_weights
@@ -17,11 +18,11 @@ from peft_dlqat import layer as layer_module
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.quant.dispatch import harden
 from peft_dlqat.quant.fit import initialise
-from peft_dlqat.quant.fixed_point import STORAGES, decode, encode
+from peft_dlqat.quant.fixed_point import STORAGES
 from peft_dlqat.quant.op import fake_quantize_linear
-from peft_dlqat.quant.quantizer import Quantizer, decode_weight, in_grid_units, round_codes, store
+from peft_dlqat.quant.quantizer import Quantizer, decode_stored, in_steps, round_codes, store
 
-HOLDS = [(bits, name) for bits in (2, 3, 4, 8) for name, width in STORAGES.items() if width >= bits]
+HOLDS = [(bits, name) for bits in (2, 3, 4, 8) for name, storage in STORAGES.items() if storage.bits >= bits]
 ZERO_POINTS = ("none", "integer", "float")
 
 
@@ -31,50 +32,52 @@ def still(args):
 
 @pytest.mark.parametrize("bits,storage", HOLDS)
 def test_codes_are_kept_and_the_rest_to_half_a_part_of_a_cell(bits, storage):
-    grid, width = Grid(bits, 64, "integer", torch.bfloat16), STORAGES[storage]
+    grid, kept = Grid(bits, 64, "integer", torch.bfloat16), STORAGES[storage]
     units = torch.linspace(grid.qmin - 2, grid.qmax + 2, 2049 * 64).view(-1, 64)  # ties between codes are among them
     codes = round_codes(units, grid)
-    packed = encode(units, codes, grid, width)
-    assert packed.dtype == torch.uint8 and packed.numel() * 8 == units.numel() * width
-    found = decode(packed, grid, width)
+    packed = kept.encode(units, codes, grid)
+    assert packed.dtype == torch.uint8 and packed.numel() * 8 == units.numel() * kept.bits
+    found = kept.decode(packed, grid)
     # A tie is kept in the cell of its own code, at that cell's edge.
     assert torch.equal(round_codes(found, grid), codes)
     inside = (units >= grid.qmin - 0.5) & (units <= grid.qmax + 0.5)
-    assert (found - units)[inside].abs().max() <= 0.5 * 2.0 ** (bits - width)
-    assert torch.equal(encode(found, codes, grid, width), packed)
+    assert (found - units)[inside].abs().max() <= 0.5 * 2.0 ** (bits - kept.bits)
+    assert torch.equal(kept.encode(found, codes, grid), packed)
 
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("bits,storage", HOLDS)
 def test_an_untrained_weight_has_the_same_codes(bits, storage, zero_point):
-    grid, width = Grid(bits, 32, zero_point, torch.bfloat16), STORAGES[storage]
+    grid, width = Grid(bits, 32, zero_point, torch.bfloat16), STORAGES[storage].bits
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     s, zero = initialise(weight, grid, "mse")
-    full = Quantizer(torch.randn(4, 64), torch.zeros(40, 4), s, zero, s, zero)
-    stored = Quantizer(*(getattr(full, name) for name in QUANTIZER), stored_bits=width)
-    packed = store(weight, full, grid, width)
-    assert torch.equal(harden(weight, full, grid, 1.0).codes, harden(packed, stored, grid, 1.0).codes)
-    left = decode_weight(packed, stored, grid)
-    inside = (in_grid_units(weight, s, zero, grid) - grid.qmin).flatten(-2)
+    full = Quantizer(grid, 1.0, torch.randn(4, 64), torch.zeros(40, 4), s, zero, s, zero)
+    stored = replace(full, storage=storage)
+    packed = store(weight, stored)
+    assert torch.equal(harden(weight, full).codes, harden(packed, stored).codes)
+    left = decode_stored(packed, stored)
+    inside = (in_steps(weight, s, zero, grid) - grid.qmin).flatten(-2)
     inside = (inside > -0.5) & (inside < grid.qmax - grid.qmin + 0.5)
     bound = 0.51 * 2.0 ** (bits - width) * s.abs().repeat_interleave(32, 1)
     assert ((left - weight).abs() <= bound)[inside].all()
 
 
-@pytest.mark.parametrize("in_grid_units", [False, True])
+@pytest.mark.parametrize("in_steps", [False, True])
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
-def test_value_and_gradients_are_those_of_the_decoded_weight(zero_point, in_grid_units):
+def test_value_and_gradients_are_those_of_the_decoded_weight(zero_point, in_steps):
     grid = Grid(3, 32, zero_point, torch.bfloat16)
     args = problem(grid)
-    args["shift"] = None if args["shift"] is None else args["shift"].detach().round().requires_grad_(True)
-    quantizer = Quantizer(*(args[name] for name in QUANTIZER), in_grid_units, stored_bits=8)
-    packed = store(args["weight"], quantizer, grid, 8)
-    y = fake_quantize_linear(args["x"], args["bias"], packed, quantizer, grid, 0.5)
-    assert torch.equal(y, fake_quantize_linear(args["x"], args["bias"], args["weight"], quantizer, grid, 0.5))
+    args["rounding_zero"] = (
+        None if args["rounding_zero"] is None else args["rounding_zero"].detach().round().requires_grad_(True)
+    )
+    quantizer = quantizer_of(args, grid, 0.5, in_steps, "int8")
+    packed = store(args["weight"], quantizer)
+    y = fake_quantize_linear(args["x"], args["bias"], packed, quantizer)
+    assert torch.equal(y, fake_quantize_linear(args["x"], args["bias"], args["weight"], quantizer))
 
     double = {k: None if v is None else v.double().requires_grad_(True) for k, v in still(args).items()}
-    weight = decode_weight(packed, Quantizer(*(still(args)[name] for name in QUANTIZER), stored_bits=8), grid).double()
-    w_hat = oracle.fake_quantize(weight, *(double[name] for name in QUANTIZER), grid, 0.5, in_grid_units)
+    weight = decode_stored(packed, quantizer_of(still(args), grid, storage="int8")).double()
+    w_hat = oracle.fake_quantize(weight, *(double[name] for name in QUANTIZER), grid, 0.5, in_steps)
     expected = F.linear(double["x"], w_hat, double["bias"])
     assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     weights = torch.randn(y.shape)
@@ -109,21 +112,21 @@ def logits(model):
 def test_packed_trained_merged_reloaded_are_equal(kind, storage, bits, tmp_path):
     model = trained(kind, storage, bits=bits)
     layers = adapter_layers(model)[1]
-    assert all(layer.packed and layer.weight.dtype == torch.uint8 for layer in layers.values())
-    assert all(layer.weight.numel() * 8 == layer.in_features * layer.out_features * STORAGES[storage]
+    assert all(layer.frozen.packed and layer.weight.dtype == torch.uint8 for layer in layers.values())
+    assert all(layer.weight.numel() * 8 == layer.in_features * layer.out_features * STORAGES[storage].bits
                for layer in layers.values())  # fmt: skip
     expected = logits(model)
     model.merge_adapter()
     assert torch.equal(logits(model), expected)
     model.unmerge_adapter()
-    assert torch.equal(logits(model), expected) and next(iter(layers.values())).packed
+    assert torch.equal(logits(model), expected) and next(iter(layers.values())).frozen.packed
     model.save_pretrained(tmp_path)
 
     loaded = PeftModel.from_pretrained(tiny_model(kind), tmp_path).eval()
-    assert not next(iter(adapter_layers(loaded)[1].values())).packed
+    assert not next(iter(adapter_layers(loaded)[1].values())).frozen.packed
     assert torch.equal(logits(loaded), expected)
     pack_weights(loaded)
-    assert next(iter(adapter_layers(loaded)[1].values())).packed
+    assert next(iter(adapter_layers(loaded)[1].values())).frozen.packed
     assert torch.equal(logits(loaded), expected)
     low = PeftModel.from_pretrained(tiny_model(kind), tmp_path, low_cpu_mem_usage=True).eval()
     assert torch.equal(logits(low), expected)
@@ -140,9 +143,9 @@ def test_a_packed_model_follows_device_and_dtype():
     layer = next(iter(adapter_layers(model)[1].values()))
     packed = layer.weight.data.clone()
     model.to(torch.bfloat16)
-    assert torch.equal(layer.weight, packed) and layer.weight_dtype == torch.bfloat16
+    assert torch.equal(layer.weight, packed) and layer.frozen.dtype == torch.bfloat16
     assert logits(model).dtype == torch.bfloat16
-    assert layer.original_weight().dtype == torch.bfloat16
+    assert layer.frozen.original().dtype == torch.bfloat16
 
 
 def test_unloading_and_deleting_leave_the_decoded_weight(monkeypatch):
@@ -232,7 +235,7 @@ def test_all_layers_are_packed_or_none():
     layers = adapter_layers(model, "default")[1].values()
     with pytest.raises(ValueError, match="there are"):
         pack_weights(model, "default")
-    assert not any(layer.packed for layer in layers)
+    assert not any(layer.frozen.packed for layer in layers)
     before = [layer.dlqat_scale["default"].clone() for layer in layers]
     with pytest.raises(ValueError, match="there are"):  # before anything is measured
         calibrate(model, [], adapter_name="default", progress=False)

@@ -204,7 +204,7 @@ def test_a_fresh_adapter_is_round_to_nearest():
     _, layers = adapter_layers(model)
     for layer in layers.values():
         quantized = layer.quantized_weight()
-        error = (quantized.dequantize() - layer.original_weight()).abs()
+        error = (quantized.dequantize() - layer.frozen.original()).abs()
         grid = quantized.grid
         inside = (quantized.codes > grid.qmin) & (quantized.codes < grid.qmax)
         step = quantized.scale.abs().repeat_interleave(grid.group_size, 1)

@@ -73,7 +73,7 @@ def equation(method, t, weight, grid, scaling):
 
     if method in ("dlqat", "peqa", "lrqat"):
         return oracle.fake_quantize(
-            weight, A, B, s, zero, m * s, times_m(zero), grid, scaling, in_grid_units=method == "lrqat"
+            weight, A, B, s, zero, m * s, times_m(zero), grid, scaling, in_steps=method == "lrqat"
         )
     if method == "l4q":
         if zero is not None:
@@ -93,7 +93,7 @@ def equation(method, t, weight, grid, scaling):
 def test_weight_and_gradients_are_those_of_the_equation(method, zero_point, scale_dtype):
     model = adapted(method, zero_point, scale_dtype=scale_dtype)
     layer = next(iter(adapter_layers(model)[1].values()))
-    grid = layer.dlqat_grid["default"]
+    grid = layer.specs["default"].grid
     trained = {
         name.removeprefix("dlqat_"): getattr(layer, name)["default"]
         for name in layer.adapter_layer_names
@@ -102,9 +102,9 @@ def test_weight_and_gradients_are_those_of_the_equation(method, zero_point, scal
     double = {name: tensor.detach().double().requires_grad_(True) for name, tensor in trained.items()}
     frozen = {"s": layer.dlqat_scale["default"].double()}
     if zero_point != "none":
-        frozen["zero"] = layer.zero("default").double()
-    weight = layer.original_weight().double()
-    w_hat = equation(method["method"], {**double, **frozen}, weight, grid, layer.dlqat_scaling["default"])
+        frozen["zero"] = layer.scales_and_zeros("default")[1].double()
+    weight = layer.frozen.original().double()
+    w_hat = equation(method["method"], {**double, **frozen}, weight, grid, layer.specs["default"].scaling)
 
     found = layer.quantized_weight().dequantize()
     # A code that lies on a tie may fall either way in the other precision.

@@ -82,7 +82,7 @@ def test_several_adapters_add_set_delete():
     assert torch.equal(logits(model), second)
     assert not any(".default" in key for key in model.state_dict())
     for layer in adapter_layers(model)[1].values():
-        assert list(layer.dlqat_grid) == ["other"]
+        assert list(layer.specs) == ["other"]
 
 
 def test_merge_and_unload_leaves_plain_linears():
@@ -234,12 +234,12 @@ def test_patterns_set_each_layers_own_values():
         ),
     )
     layers = {name.removeprefix("base_model.model.model."): layer for name, layer in adapter_layers(model)[1].items()}
-    grids = {name: layer.dlqat_grid["default"] for name, layer in layers.items()}
+    grids = {name: layer.specs["default"].grid for name, layer in layers.items()}
     assert grids["layers.1.mlp.down_proj"].bits == 8
     assert grids["layers.0.self_attn.q_proj"].bits == 2 and grids["layers.1.self_attn.q_proj"].bits == 3
     assert grids["layers.0.self_attn.o_proj"].group_size == 64 and grids["layers.0.self_attn.v_proj"].group_size == 32
     up = layers["layers.0.mlp.up_proj"]
-    assert up.dlqat_A["default"].shape == (2, 64) and up.dlqat_scaling["default"] == 16
+    assert up.dlqat_A["default"].shape == (2, 64) and up.specs["default"].scaling == 16
     with pytest.warns(UserWarning, match="bits_pattern keys did not match"):
         get_peft_model(tiny_model(), config(bits_pattern={"nowhere": 2}))
 
@@ -247,7 +247,7 @@ def test_patterns_set_each_layers_own_values():
 def test_rslora_scaling():
     model = get_peft_model(tiny_model(), config(r=16, lora_alpha=8, use_rslora=True))
     layer = next(iter(adapter_layers(model)[1].values()))
-    assert layer.dlqat_scaling["default"] == 2.0
+    assert layer.specs["default"].scaling == 2.0
 
 
 @pytest.mark.parametrize("layers", [1, [1]])
@@ -267,7 +267,7 @@ def test_default_group_size_adapts_with_one_warning_that_names_the_modules():
         model = get_peft_model(tiny_model(), DLQATConfig(bits=3))
     ours = [str(w.message) for w in caught if "group_size" in str(w.message)]
     assert len(ours) == 1 and "layers.0.self_attn.q_proj" in ours[0] and "128 -> 64" in ours[0]
-    grids = {layer.dlqat_grid["default"].group_size for layer in adapter_layers(model)[1].values()}
+    grids = {layer.specs["default"].grid.group_size for layer in adapter_layers(model)[1].values()}
     assert grids == {64, 128}
 
 

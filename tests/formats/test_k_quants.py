@@ -49,7 +49,7 @@ def quantized(grid, out=19, n_in=1536):
     magnitude = 1 + 0.2 * torch.randn_like(scale)
     offset = zero if zero is None or grid.zero_point == "integer" else magnitude * zero
     A, B = torch.zeros(0, n_in), torch.zeros(out, 0)
-    return harden(weight, Quantizer(A, B, scale, zero, magnitude * scale, offset), grid, 1.0)
+    return harden(weight, Quantizer(grid, 1.0, A, B, scale, zero, magnitude * scale, offset))
 
 
 def read(blocks, kind):

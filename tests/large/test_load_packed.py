@@ -62,7 +62,7 @@ def test_new_adapter(kind, storage, changes, tmp_path):
     given = config(storage, **changes)
     model = load_packed(tmp_path, given)
     assert_same(model, expected)
-    assert not given.record and all(layer.packed for layer in adapter_layers(model)[1].values())
+    assert not given.record and all(layer.frozen.packed for layer in adapter_layers(model)[1].values())
 
 
 @pytest.mark.parametrize("changes", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "up_proj"]}])

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from peft_dlqat import DLQATConfig, Grid
 from peft_dlqat.quant import reference
 from peft_dlqat.quant.fit import initialise
-from peft_dlqat.quant.op import _fake_quantize_linear, fake_quantize_linear
+from peft_dlqat.quant.op import _compiled_forward, fake_quantize_linear
 from peft_dlqat.quant.quantizer import Quantizer, unrounded_codes
 from peft_dlqat.quant.super_blocks import K_QUANTS
 
@@ -24,24 +24,24 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [16, 32, 64])
 @pytest.mark.parametrize("scale_dtype", DTYPES)
-@pytest.mark.parametrize("in_grid_units", [False, True])
-def test_value_and_every_gradient(zero_point, bits, group_size, scale_dtype, in_grid_units):
-    check_value_and_every_gradient(Grid(bits, group_size, zero_point, scale_dtype), in_grid_units)
+@pytest.mark.parametrize("in_steps", [False, True])
+def test_value_and_every_gradient(zero_point, bits, group_size, scale_dtype, in_steps):
+    check_value_and_every_gradient(Grid(bits, group_size, zero_point, scale_dtype), in_steps)
 
 
 @pytest.mark.parametrize("quant", K_QUANTS.values(), ids=lambda quant: quant.name)
-@pytest.mark.parametrize("in_grid_units", [False, True])
-def test_value_and_every_gradient_of_k_quants(quant, in_grid_units):
+@pytest.mark.parametrize("in_steps", [False, True])
+def test_value_and_every_gradient_of_k_quants(quant, in_steps):
     grid = Grid(quant.bits, quant.group_size, quant.zero_point, torch.float32, k_quant=True)
-    check_value_and_every_gradient(grid, in_grid_units, n_in=512)
+    check_value_and_every_gradient(grid, in_steps, n_in=512)
 
 
-def check_value_and_every_gradient(grid, in_grid_units, **size):
+def check_value_and_every_gradient(grid, in_steps, **size):
     """The op's, against those of the oracle in float64."""
     args = problem(grid, **size)
-    y = run(args, grid, 2.0, in_grid_units)
+    y = run(args, grid, 2.0, in_steps)
     double = {k: None if v is None else v.detach().double().requires_grad_(True) for k, v in args.items()}
-    expected = F.linear(double["x"], weight_of(double, grid, 2.0, in_grid_units), double["bias"])
+    expected = F.linear(double["x"], weight_of(double, grid, 2.0, in_steps), double["bias"])
     assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
@@ -63,10 +63,10 @@ def test_a_zero_that_clips_nothing_has_no_gradient(zero_point):
     args["B"] = torch.zeros_like(args["B"])
     step, zero = initialise(args["weight"].detach(), grid, "minmax")
     zero = zero.requires_grad_(True)
-    quantizer = Quantizer(args["A"], args["B"], 1.01 * step, zero, 1.01 * step, zero)
-    y = fake_quantize_linear(args["x"], None, args["weight"], quantizer, grid, 1.0)
+    quantizer = Quantizer(grid, 1.0, args["A"], args["B"], 1.01 * step, zero, 1.01 * step, zero)
+    y = fake_quantize_linear(args["x"], None, args["weight"], quantizer)
     (y * torch.randn(y.shape)).sum().backward()
-    inside = unrounded_codes(args["weight"], quantizer, grid, 1.0)
+    inside = unrounded_codes(args["weight"], quantizer)
     nothing_clipped = ((inside >= grid.qmin) & (inside <= grid.qmax)).all(-1)
     assert nothing_clipped.any() and (zero.grad[nothing_clipped] == 0).all()
 
@@ -89,7 +89,7 @@ def test_some_weights_are_clipped(zero_point):
     args = problem(grid)
     latent = args["weight"] + 2.0 * args["B"] @ args["A"]
     w = grid.group(latent)
-    z = None if args["shift"] is None else args["shift"].unsqueeze(-1)
+    z = None if args["rounding_zero"] is None else args["rounding_zero"].unsqueeze(-1)
     s = args["step"].unsqueeze(-1)
     t = (w - z) / s if zero_point == "float" else w / s + (z.round() if zero_point == "integer" else 0)
     share = ((t < grid.qmin) | (t > grid.qmax)).float().mean()
@@ -112,11 +112,11 @@ def test_low_precision_input_runs_in_its_own_dtype(dtype):
 def test_only_the_asked_gradients_are_computed():
     grid = Grid(4, 32, "integer", torch.bfloat16)
     args = problem(grid)
-    for name in ("x", "bias", "step", "shift", "scale", "zero"):
+    for name in ("x", "bias", "step", "rounding_zero", "scale", "zero"):
         args[name].requires_grad_(False)
     run(args, grid).sum().backward()
     assert args["A"].grad is not None and args["B"].grad is not None
-    assert all(args[name].grad is None for name in ("x", "bias", "step", "shift", "scale", "zero"))
+    assert all(args[name].grad is None for name in ("x", "bias", "step", "rounding_zero", "scale", "zero"))
 
 
 @pytest.mark.parametrize("tokens", [(3,), (0,), (2, 3, 4), ()])
@@ -183,15 +183,38 @@ def test_nothing_of_the_weights_size_is_kept_for_backward():
     y.sum().backward()
 
 
+def test_the_second_derivative_is_refused_not_wrong():
+    grid = Grid(3, 32, "integer", torch.bfloat16)
+    args = problem(grid)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(run(args, grid).sum(), args["x"], create_graph=True)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "lowrank"])
+def test_compiled_and_eager_give_the_same_bits(gradient):
+    grid = Grid(3, 64, "none", torch.bfloat16)
+    found = {}
+    for name, call in (("eager", run), ("compiled", torch.compile(run, backend="aot_eager", fullgraph=True))):
+        args = problem(grid)
+        y = call(args, grid, gradient=gradient)
+        y.sum().backward()
+        found[name] = [y, *(args[key].grad for key in ("x", "bias", "A", "B", "scale"))]
+    assert all(torch.equal(*pair) for pair in zip(found["eager"], found["compiled"], strict=True))
+
+
+def constants_of(grid, scaling):
+    """The custom op's arguments after its tensors."""
+    numbers = (grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, grid.k_quant)
+    return (*numbers, scaling, False, "full", False, "exact")
+
+
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 def test_the_op_passes_torchs_own_checks(zero_point):
     """Schema, fake tensors and autograd registration, which torch.compile relies on."""
     grid = Grid(3, 32, zero_point, torch.bfloat16)
     args = problem(grid)
     tensors = (args[k] for k in ("x", "bias", "weight", *QUANTIZER))
-    constants = (False, 0, 2.0, grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, grid.k_quant)
-    constants = (*constants, False, "exact")
-    torch.library.opcheck(_fake_quantize_linear, (*tensors, *constants))
+    torch.library.opcheck(_compiled_forward, (*tensors, *constants_of(grid, 2.0)))
 
 
 def test_compiled_backward_knows_the_strides_of_an_input_that_is_not_contiguous():
@@ -199,13 +222,12 @@ def test_compiled_backward_knows_the_strides_of_an_input_that_is_not_contiguous(
     grid = Grid(3, 32, "integer", torch.bfloat16)
     args = {name: value if value is None else value.detach() for name, value in problem(grid).items()}
     x = torch.randn(2, 64, 5).transpose(1, 2)
-    constants = (False, 0, 1.0, grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, grid.k_quant)
     given = (torch.randn(2, 5, 24), [True] + [False] * 8, None, x, *(args[k] for k in ("bias", "weight", *QUANTIZER)))
     backward = torch.ops.peft_dlqat.fake_quantize_linear_backward
-    real = backward(*given, *constants, False, "exact")
+    real = backward(*given, *constants_of(grid, 1.0))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = backward(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in given), *constants,
-                        False, "exact")  # fmt: skip
+        fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in given]
+        fake = backward(*fakes, *constants_of(grid, 1.0))
     assert [t.stride() for t in fake] == [t.stride() for t in real] and not x.is_contiguous()
 
 
@@ -213,8 +235,8 @@ def test_the_lowrank_gradient_of_a_magnitude_of_zero_is_a_number():
     grid = Grid(3, 32, "none", torch.bfloat16)
     args = {name: None if value is None else value.detach() for name, value in problem(grid).items()}
     m = torch.ones(24, 1).index_fill(0, torch.tensor([3]), 0.0).requires_grad_(True)
-    quantizer = Quantizer(args["A"], args["B"], args["step"], None, m * args["step"], None)
-    fake_quantize_linear(args["x"], None, args["weight"], quantizer, grid, 1.0, gradient="lowrank").sum().backward()
+    quantizer = Quantizer(grid, 1.0, args["A"], args["B"], args["step"], None, m * args["step"], None)
+    fake_quantize_linear(args["x"], None, args["weight"], quantizer, gradient="lowrank").sum().backward()
     assert m.grad.isfinite().all() and m.grad.count_nonzero() == 23
 
 
@@ -236,8 +258,8 @@ def test_the_lowrank_gradient_only_lacks_the_mask_of_the_clip(zero_point, fan_in
         if zero_point == "float":
             own["shift"] = torch.linspace(-1, 1, 48).view(24, 2).requires_grad_(True)
             decoded = own["m"] * zero + step * own["shift"]
-        quantizer = Quantizer(own["A"], own["B"], step, zero, own["m"] * step, decoded)
-        y = fake_quantize_linear(own["x"], own["bias"], weight, quantizer, grid, 0.7, fan_in_fan_out, gradient)
+        quantizer = Quantizer(grid, 0.7, own["A"], own["B"], step, zero, own["m"] * step, decoded)
+        y = fake_quantize_linear(own["x"], own["bias"], weight, quantizer, fan_in_fan_out, gradient)
         (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
         found[gradient] = {name: tensor.grad for name, tensor in own.items()}
     for name, exact in found["exact"].items():

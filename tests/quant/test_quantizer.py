@@ -24,7 +24,7 @@ def rtn(weight, scale, zero, grid, magnitude=1.0):
     """The weight, rounded to nearest on the grid and multiplied by m."""
     A, B = torch.zeros(0, weight.shape[1]), torch.zeros(weight.shape[0], 0)
     out = zero if zero is None or grid.zero_point == "integer" else magnitude * zero
-    return harden(weight, Quantizer(A, B, scale, zero, magnitude * scale, out), grid, 1.0)
+    return harden(weight, Quantizer(grid, 1.0, A, B, scale, zero, magnitude * scale, out))
 
 
 def ident(grid):

@@ -100,7 +100,7 @@ def test_what_ships(quant):
     A, B = torch.zeros(0, 512), torch.zeros(8, 0)
     magnitude = 1 + 0.2 * torch.randn_like(scale)
     offset = None if zero is None else magnitude * zero
-    weight = harden(torch.randn(8, 512), Quantizer(A, B, scale, zero, magnitude * scale, offset), grid, 1.0)
+    weight = harden(torch.randn(8, 512), Quantizer(grid, 1.0, A, B, scale, zero, magnitude * scale, offset))
     assert torch.equal(grid.round_scale(weight.scale), weight.scale)
     if zero is not None:
         assert torch.equal(grid.round_offset(weight.zero), weight.zero)
@@ -161,7 +161,7 @@ def test_calibrating_and_training_stay_on_the_grid_and_lower_the_loss(quant):
     model = get_peft_model(tiny_model("wide llama"), config_of(quant, r=4))
     calibrate(model, lm_batches(2), steps=3, progress=False)
     for layer in adapter_layers(model)[1].values():
-        grid, scale = layer.dlqat_grid["default"], layer.dlqat_scale["default"]
+        grid, scale = layer.specs["default"].grid, layer.dlqat_scale["default"]
         assert grid.k_quant and torch.equal(grid.round_scale(scale), scale)
     optimizer = create_dlqat_optimizer(model, torch.optim.AdamW, lr=1e-2)
     batch, losses = lm_batches(1)[0], []
@@ -190,5 +190,5 @@ def test_by_pattern_a_layer_has_another_k_quant():
         group_size_pattern={"down_proj": 32},
     )
     layers = adapter_layers(get_peft_model(tiny_model("wide llama"), config))[1]
-    names = {name.rpartition(".")[2]: layer.dlqat_grid["default"].super_block.name for name, layer in layers.items()}
+    names = {name.rpartition(".")[2]: layer.specs["default"].grid.super_block.name for name, layer in layers.items()}
     assert names.pop("down_proj") == "Q4_K" and set(names.values()) == {"Q2_K"}

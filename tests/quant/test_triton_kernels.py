@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import perturb, tiny_model, tokens
-from op_problems import NAMES, QUANTIZER, ZERO_POINTS, problem, run, weight_of
+from op_problems import NAMES, QUANTIZER, ZERO_POINTS, problem, quantizer_of, run, weight_of
 from peft import get_peft_model
 
 from peft_dlqat import DLQATConfig, Grid
@@ -21,7 +21,6 @@ from peft_dlqat.layer import adapter_layers
 from peft_dlqat.quant import dispatch, reference
 from peft_dlqat.quant.dispatch import harden
 from peft_dlqat.quant.fit import initialise
-from peft_dlqat.quant.fixed_point import STORAGES
 from peft_dlqat.quant.op import fake_quantize_linear
 from peft_dlqat.quant.quantizer import Quantizer, store, unrounded_codes
 
@@ -63,10 +62,6 @@ def place(args, weight_dtype=torch.float32):
     return placed
 
 
-def quantizer_of(args, in_grid_units=False, stored_bits=0):
-    return Quantizer(*(args[name] for name in QUANTIZER), in_grid_units, stored_bits)
-
-
 def gradients(output, args, names=NAMES):
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
     names = [name for name in names if args[name] is not None]
@@ -82,31 +77,33 @@ def assert_close(found, true, limit):
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("n_in,group_size", SHAPES)
-@pytest.mark.parametrize("in_grid_units", [False, True])
-def test_value_and_every_gradient(zero_point, bits, n_in, group_size, in_grid_units):
+@pytest.mark.parametrize("in_steps", [False, True])
+def test_value_and_every_gradient(zero_point, bits, n_in, group_size, in_steps):
     grid = Grid(bits, group_size, zero_point, torch.bfloat16)
     args = place(problem(grid, out=40, n_in=n_in))  # a tile of rows and a part of one
-    y = run(args, grid, 2.0, in_grid_units)
+    y = run(args, grid, 2.0, in_steps)
     double = {k: None if v is None else v.detach().double().requires_grad_(True) for k, v in args.items()}
-    expected = F.linear(double["x"], weight_of(double, grid, 2.0, in_grid_units), double["bias"])
+    expected = F.linear(double["x"], weight_of(double, grid, 2.0, in_steps), double["bias"])
     assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     assert_close(gradients(y, args), gradients(expected, double), 1e-5)
 
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
-@pytest.mark.parametrize("bits,stored_bits", [(2, 2), (2, 4), (3, 4), (4, 4), (3, 8), (8, 8)])
-@pytest.mark.parametrize("in_grid_units", [False, True])
-def test_packed_weights(zero_point, bits, stored_bits, in_grid_units):
+@pytest.mark.parametrize(
+    "bits,storage", [(2, "int2"), (2, "int4"), (3, "int4"), (4, "int4"), (3, "int8"), (8, "int8")]
+)
+@pytest.mark.parametrize("in_steps", [False, True])
+def test_packed_weights(zero_point, bits, storage, in_steps):
     grid = Grid(bits, 16, zero_point, torch.bfloat16)
     args = place(problem(grid, out=40, n_in=48))
     args["step"].requires_grad_(False)
-    quantizer = quantizer_of(args, in_grid_units, stored_bits)
-    packed = store(args["weight"], quantizer, grid, stored_bits)
-    y = fake_quantize_linear(args["x"], args["bias"], packed, quantizer, grid, 0.5)
-    assert torch.equal(y, fake_quantize_linear(args["x"], args["bias"], args["weight"], quantizer, grid, 0.5))
-    names = ("x", "A", "B", "shift", "scale", "zero")
+    quantizer = quantizer_of(args, grid, 0.5, in_steps, storage)
+    packed = store(args["weight"], quantizer)
+    y = fake_quantize_linear(args["x"], args["bias"], packed, quantizer)
+    assert torch.equal(y, fake_quantize_linear(args["x"], args["bias"], args["weight"], quantizer))
+    names = ("x", "A", "B", "rounding_zero", "scale", "zero")
     with by_reference():
-        expected = fake_quantize_linear(args["x"], args["bias"], packed, quantizer, grid, 0.5)
+        expected = fake_quantize_linear(args["x"], args["bias"], packed, quantizer)
         true = gradients(expected, args, names)
     assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     assert_close(gradients(y, args, names), true, 1e-5)
@@ -117,11 +114,11 @@ def test_packed_weights(zero_point, bits, stored_bits, in_grid_units):
 def test_codes_differ_only_on_an_edge(zero_point, r):
     grid = Grid(4, 32, zero_point, torch.bfloat16)
     args = place(problem(grid, out=70, n_in=160, r=r))
-    quantizer = quantizer_of(args)
-    codes = harden(args["weight"], quantizer, grid, 0.5).codes
-    other = reference.codes(args["weight"], quantizer, grid, 0.5)
-    double = Quantizer(*(None if args[name] is None else args[name].double() for name in QUANTIZER))
-    unrounded = unrounded_codes(args["weight"].double(), double, grid, 0.5).flatten(-2)
+    quantizer = quantizer_of(args, grid, 0.5)
+    codes = harden(args["weight"], quantizer).codes
+    other = reference.codes(args["weight"], quantizer)
+    double = Quantizer(grid, 0.5, *(None if args[name] is None else args[name].double() for name in QUANTIZER))
+    unrounded = unrounded_codes(args["weight"].double(), double).flatten(-2)
     on_edge = ((unrounded - unrounded.floor()) - 0.5).abs() < 1e-5 * unrounded.abs().clamp(min=1)
     assert codes.unique().numel() == 16 and on_edge.float().mean() < 0.01
     assert torch.equal(codes[~on_edge], other[~on_edge])
@@ -135,7 +132,7 @@ def test_low_precision_and_the_merged_weight(zero_point, scale_dtype, dtype):
     grid = Grid(3, 32, zero_point, scale_dtype)
     args = place(problem(grid, dtype=dtype, tokens=(64,)), weight_dtype=dtype)
     y = run(args, grid)
-    shipped = harden(args["weight"], quantizer_of(args), grid, 1.0).dequantize().to(dtype)
+    shipped = harden(args["weight"], quantizer_of(args, grid)).dequantize().to(dtype)
     assert y.dtype == dtype and torch.equal(y, F.linear(args["x"], shipped, args["bias"]))
     double = {k: None if v is None else v.detach().double().requires_grad_(True) for k, v in args.items()}
     expected = F.linear(double["x"], weight_of(double, grid), double["bias"])
@@ -146,14 +143,12 @@ def test_low_precision_and_the_merged_weight(zero_point, scale_dtype, dtype):
 def test_a_transposed_weight_gives_the_same_bits(zero_point):
     grid = Grid(3, 32, zero_point, torch.bfloat16)
     args = place(problem(grid, out=40, n_in=160))
-    quantizer = quantizer_of(args)
+    quantizer = quantizer_of(args, grid)
     transposed = args["weight"].t().contiguous()
-    w_hat = gpu.quantized(args["weight"], quantizer, grid, 1.0, torch.bfloat16)
-    other = gpu.quantized(transposed, quantizer, grid, 1.0, torch.bfloat16, fan_in_fan_out=True)
+    w_hat = gpu.quantized(args["weight"], quantizer, torch.bfloat16)
+    other = gpu.quantized(transposed, quantizer, torch.bfloat16, fan_in_fan_out=True)
     assert torch.equal(w_hat, other) and other.t().is_contiguous()
-    assert torch.equal(
-        harden(transposed.t(), quantizer, grid, 1.0).codes, gpu.codes(args["weight"], quantizer, grid, 1.0)
-    )
+    assert torch.equal(harden(transposed.t(), quantizer).codes, gpu.codes(args["weight"], quantizer))
     y, z = run(args, grid), run({**args, "weight": transposed}, grid, fan_in_fan_out=True)
     assert_close(gradients(z, args), gradients(y, args), 1e-5)
 
@@ -165,10 +160,10 @@ def test_a_zero_that_clips_nothing_has_no_gradient(zero_point, group_size):
     args = place(problem(grid, n_in=512))
     step, zero = initialise(args["weight"], grid, "minmax")
     zero.requires_grad_(True)
-    quantizer = Quantizer(args["A"], torch.zeros_like(args["B"]), 1.01 * step, zero, 1.01 * step, zero)
-    y = fake_quantize_linear(args["x"], None, args["weight"], quantizer, grid, 1.0)
+    quantizer = Quantizer(grid, 1.0, args["A"], torch.zeros_like(args["B"]), 1.01 * step, zero, 1.01 * step, zero)
+    y = fake_quantize_linear(args["x"], None, args["weight"], quantizer)
     (gradient,) = torch.autograd.grad(y.square().sum(), zero)
-    inside = unrounded_codes(args["weight"], quantizer, grid, 1.0)
+    inside = unrounded_codes(args["weight"], quantizer)
     nothing_clipped = ((inside >= grid.qmin) & (inside <= grid.qmax)).all(-1)
     assert nothing_clipped.any() and (gradient[nothing_clipped] == 0).all()
 
@@ -177,7 +172,7 @@ def test_without_a_low_rank_update():
     grid = Grid(3, 32, "integer", torch.bfloat16)
     args = place(problem(grid, r=0))
     y = run(args, grid)
-    w_hat = reference.quantized(args["weight"], quantizer_of(args), grid, 1.0, torch.float32)
+    w_hat = reference.quantized(args["weight"], quantizer_of(args, grid), torch.float32)
     assert torch.allclose(y, F.linear(args["x"], w_hat, args["bias"]), rtol=1e-5, atol=1e-5)
     assert gradients(y, args, ("A", "B", "scale"))["A"].shape == (0, 64)
 
@@ -185,7 +180,7 @@ def test_without_a_low_rank_update():
 def test_the_lowrank_gradient():
     grid = Grid(3, 32, "integer", torch.bfloat16)
     args = place(problem(grid))
-    args["step"], args["shift"] = args["step"].detach(), args["shift"].detach()
+    args["step"], args["rounding_zero"] = args["step"].detach(), args["rounding_zero"].detach()
     args["scale"] = (1.5 * args["step"]).requires_grad_(True)
     found = gradients(run(args, grid, gradient="lowrank"), args, ("x", "A", "B", "scale"))
     with by_reference():
@@ -208,7 +203,7 @@ def test_a_merged_model_gives_the_same_bits(storage):
     perturb(model)
     if storage != "full":
         for layer in adapter_layers(model)[1].values():
-            layer.pack("default", STORAGES[storage])
+            layer.frozen.pack("default", storage)
     ids = tokens(2, 8).to(DEVICE)
     with torch.no_grad():
         expected = model(ids).logits
@@ -220,7 +215,7 @@ def test_what_the_kernels_do_not_do_is_left_to_the_reference():
     def chosen(group_size, n_in=128, dtype=torch.float32):
         grid = Grid(3, group_size, "integer", torch.bfloat16)
         args = problem(grid, n_in=n_in)
-        return dispatch.implementation(args["weight"].to(dtype), quantizer_of(args), grid)
+        return dispatch.implementation(args["weight"].to(dtype), quantizer_of(args, grid))
 
     assert chosen(32) is gpu and chosen(129, 129) is gpu
     assert chosen(43, 129) is reference and chosen(32, dtype=torch.float64) is reference
@@ -229,21 +224,21 @@ def test_what_the_kernels_do_not_do_is_left_to_the_reference():
 def test_without_triton_one_warning_and_the_reference(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft_dlqat.quant.nvidia", None)
     monkeypatch.delattr("peft_dlqat.quant.nvidia")
-    dispatch._gpu.cache_clear()
+    dispatch._nvidia.cache_clear()
     grid = Grid(3, 32, "integer", torch.bfloat16)
     args = problem(grid)
     with pytest.warns(UserWarning, match="pip install triton") as caught:
         for _ in range(2):
-            assert dispatch.implementation(args["weight"], quantizer_of(args), grid) is reference
+            assert dispatch.implementation(args["weight"], quantizer_of(args, grid)) is reference
     assert len(caught) == 1
-    dispatch._gpu.cache_clear()
+    dispatch._nvidia.cache_clear()
 
 
 def test_a_cpu_has_the_reference(monkeypatch):
     monkeypatch.undo()
     grid = Grid(3, 32, "integer", torch.bfloat16)
     args = problem(grid)
-    assert dispatch.implementation(args["weight"], quantizer_of(args), grid) is reference
+    assert dispatch.implementation(args["weight"], quantizer_of(args, grid)) is reference
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from peft_dlqat.quant import nvidia as gpu
 from peft_dlqat.quant import triton_kernels as kernels
+from peft_dlqat.quant.fixed_point import STORAGES
 from peft_dlqat.quant.grid import Grid
 from peft_dlqat.quant.quantizer import Quantizer
 
@@ -84,10 +85,10 @@ class Compiled:
         )
 
 
-def quantizer(n_out: int, n_in: int, r: int, grid: Grid, stored_bits: int) -> Quantizer:
+def quantizer(n_out: int, n_in: int, r: int, grid: Grid, storage: str) -> Quantizer:
     groups = torch.ones(n_out, n_in // grid.group_size)
     zero = None if grid.zero_point == "none" else groups
-    return Quantizer(torch.ones(r, n_in), torch.ones(n_out, r), groups, zero, groups, zero, False, stored_bits)
+    return Quantizer(grid, 1.0, torch.ones(r, n_in), torch.ones(n_out, r), groups, zero, groups, zero, False, storage)
 
 
 def compile_all(dtypes: list[torch.dtype], bits: int, group_size: int, r: int, n_out: int, n_in: int) -> None:
@@ -95,17 +96,17 @@ def compile_all(dtypes: list[torch.dtype], bits: int, group_size: int, r: int, n
     zero_points = ("none", "integer", "float")
     for dtype, zero_point in itertools.product(dtypes, zero_points):
         grid = Grid(bits, group_size, zero_point, torch.bfloat16)
-        for stored_bits in (0, 8, 4):
-            if stored_bits and dtype != dtypes[0]:
+        for storage in ("full", "int8", "int4"):
+            if storage != "full" and dtype != dtypes[0]:
                 continue
             weight = torch.ones(n_out, n_in, dtype=dtype)
-            if stored_bits:
-                weight = torch.ones(n_out, n_in * stored_bits // 8, dtype=torch.uint8)
-            own = quantizer(n_out, n_in, r, grid, stored_bits)
-            print(f"{zero_point}, {weight.dtype}, {stored_bits} bits stored:")
-            gpu.quantized(weight, own, grid, 1.0, dtype)
-            gpu.codes(weight, own, grid, 1.0)
-            gpu.weight_grads(torch.ones(n_out, n_in, dtype=dtype), {"A", "B", "scale"}, weight, own, grid, 1.0)
+            if storage != "full":
+                weight = torch.ones(n_out, n_in * STORAGES[storage].bits // 8, dtype=torch.uint8)
+            own = quantizer(n_out, n_in, r, grid, storage)
+            print(f"{zero_point}, {weight.dtype}, {storage}:")
+            gpu.quantized(weight, own, dtype)
+            gpu.codes(weight, own)
+            gpu.weight_grads(torch.ones(n_out, n_in, dtype=dtype), {"A", "B", "scale"}, weight, own)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def test_the_adapter_is_fitted_alike_whatever_the_size_of_the_weights():
 def test_weights_are_packed_as_by_calibrate_but_not_under_an_adapter_that_was_fitted():
     model = adapted(storage="int8")
     run(model, steps=2)
-    assert all(layer.packed for layer in adapter_layers(model)[1].values())
+    assert all(layer.frozen.packed for layer in adapter_layers(model)[1].values())
     with pytest.raises(ValueError, match=r"train_adapter=True with storage='int8'.*leave one of the two out"):
         run(adapted(storage="int8"), train_adapter=True)
 

@@ -93,7 +93,11 @@ def test_the_frozen_grid_is_one_that_ships(zero_point, scale_dtype):
     model = adapted(zero_point=zero_point, scale_dtype=scale_dtype)
     calibrate(model, lm_batches(), steps=10, progress=False)
     for layer in adapter_layers(model)[1].values():
-        grid, scale, zero = layer.dlqat_grid["default"], layer.dlqat_scale["default"], layer.zero("default")
+        grid, scale, zero = (
+            layer.specs["default"].grid,
+            layer.dlqat_scale["default"],
+            layer.scales_and_zeros("default")[1],
+        )
         assert torch.equal(scale, grid.round_scale(scale)) and scale.all()
         assert zero_point == "none" or (scale > 0).all()
         if zero_point == "integer":
@@ -155,7 +159,7 @@ def test_the_fit_to_the_inputs_minimises_the_weighted_error(zero_point):
 
     def error():
         return {
-            name: ((layer.quantized_weight().dequantize() - layer.original_weight()).square() @ moments[name]).sum()
+            name: ((layer.quantized_weight().dequantize() - layer.frozen.original()).square() @ moments[name]).sum()
             for name, layer in layers.items()
         }
 
@@ -431,7 +435,7 @@ def test_grid_report_figures():
     report = grid_report(model)
     assert len(report.layers) == 14 and not report.problems
     row, layer = report.layers[0], next(iter(adapter_layers(model)[1].values()))
-    w_hat, w0 = layer.quantized_weight().dequantize(), layer.original_weight()
+    w_hat, w0 = layer.quantized_weight().dequantize(), layer.frozen.original()
     assert row.error == pytest.approx(((w_hat - w0).norm() / w0.norm()).item(), rel=1e-4)
     assert row.magnitude_min == row.magnitude_max == 1
     codes = layer.quantized_weight().codes.view(-1, 32)
@@ -613,12 +617,12 @@ def test_the_grid_report_is_the_same_piece_by_piece(zero_point, monkeypatch):
     monkeypatch.setattr(peft_dlqat.quant.quantizer, "_PIECE", 3 * 64)
     for row in grid_report(model).layers:
         layer = model.get_submodule(row.name)
-        shipped, weight = layer.quantized_weight(), layer.original_weight()
+        shipped, weight = layer.quantized_weight(), layer.frozen.original()
         w_hat = shipped.dequantize()
         assert row.error == pytest.approx(((w_hat - weight).norm() / weight.norm()).item(), rel=1e-5)
         groups = shipped.grid.group(shipped.codes)
         levels = [len(set(group)) for group in groups.flatten(0, 1).tolist()]
         assert row.levels == pytest.approx(sum(levels) / len(levels))
-        unrounded = unrounded_codes(weight, layer.quantizer("default"), shipped.grid, layer.dlqat_scaling["default"])
+        unrounded = unrounded_codes(weight, layer.quantizer("default"))
         outside = (unrounded.round() < shipped.grid.qmin) | (unrounded.round() > shipped.grid.qmax)
         assert row.clipped == pytest.approx(outside.float().mean().item()) and row.clipped > 0

@@ -65,10 +65,10 @@ def test_a_step_has_tokens(tokens):
 def test_the_optimizer_has_the_recipes_rates():
     optimizer = create_dlqat_optimizer(adapted(), torch.optim.AdamW)
     rates = {group["lr"] for group in optimizer.param_groups}
-    assert rates == {RECIPE.learning_rate, RECIPE.magnitude_factor * RECIPE.learning_rate}
+    assert rates == {RECIPE.learning_rate, 6 * RECIPE.learning_rate}
     optimizer = create_dlqat_optimizer(adapted(), torch.optim.AdamW, lr=1e-3)
     assert optimizer.defaults["lr"] == 1e-3
-    assert {group["lr"] for group in optimizer.param_groups} == {1e-3, RECIPE.magnitude_factor * 1e-3}
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 6 * 1e-3}
     l4q = get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, method="l4q"))
     optimizer = create_dlqat_optimizer(l4q, torch.optim.AdamW, lr=1e-3)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 0.5e-3}

@@ -132,8 +132,12 @@ class _FakeQuantizeLinear(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():  # under create_graph=True
+            raise RuntimeError(
+                "second derivatives through a quantized layer are not computed (create_graph=True); merge the adapter "
+                "or disable it for a penalty on gradients."
+            )
         y, x, bias, weight, *of_weight = ctx.saved_tensors
         quantizer = Quantizer(*ctx.before, *of_weight, *ctx.after)
         wanted = {name for name, need in zip(_TENSORS, ctx.needs_input_grad, strict=False) if need}
