@@ -16,7 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
 from .adapter_card import write_section
-from .formats import RULES
+from .formats import FORMATS
 from .methods import MAGNITUDES, METHODS, Method
 from .quant.fit import INITIALISATIONS
 from .quant.fixed_point import STORAGES
@@ -329,9 +329,9 @@ class DLQATConfig(PeftConfig):
         if isinstance(self.export, str) or not isinstance(self.export, list | tuple | set):
             raise ValueError(f"export={self.export!r} must be a list of formats, such as ['gguf'].")
         for name in self.export:
-            _check_choice("export", name, RULES)
+            _check_choice("export", name, FORMATS)
         for name, grid in product(self.export, grids):
-            if problem := RULES[name].problem(grid, shape):
+            if problem := FORMATS[name].problem(grid, shape):
                 raise ValueError(f"export={self.export!r}: {where}{problem}.")
 
     def scaling(self, r: int, lora_alpha: float) -> float:

@@ -22,7 +22,7 @@ import torch
 from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
 from ..quant.super_blocks import K_QUANTS, SUPER_BLOCK, KQuant, from_super_scales
-from .blocks import BlockType
+from .gguf_blocks import BlockType
 
 Array = np.ndarray
 
@@ -92,7 +92,7 @@ def pack_q6_k(codes: Array, d: Array, sc: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class KQuantType:
+class KQuantType(BlockType):
     """A K-quant as a type of tensor in a file.
 
     Attributes:
@@ -102,6 +102,7 @@ class KQuantType:
 
     quant: KQuant
     pack_blocks: Callable[..., Array]
+    block = SUPER_BLOCK
 
     @property
     def name(self) -> str:
@@ -118,10 +119,8 @@ class KQuantType:
         if grid.k_quant:
             return grid.super_block == self.quant and grid.group_size == self.quant.group_size
         zeros = ("none",) if self.quant.zero_point == "none" else ("none", "integer", "float")
-        # A group of -1 stands for a row, whose length is not known yet.
-        whole_blocks = grid.group_size == -1 or grid.group_size % SUPER_BLOCK == 0
         return (
-            whole_blocks
+            self.has_whole_blocks(grid)
             and grid.scale_dtype != torch.float32
             and grid.bits <= self.quant.bits
             and grid.zero_point in zeros
@@ -210,13 +209,3 @@ _PACKERS: dict[str, Callable[..., Array]] = {
     "Q6_K": pack_q6_k,
 }
 K_QUANT_TYPES = {quant.name: KQuantType(quant, _PACKERS[quant.name]) for quant in K_QUANTS.values()}
-K_QUANT_BLOCKS = tuple(
-    BlockType(
-        name,
-        SUPER_BLOCK,
-        kind.bits_per_weight,
-        kind.holds,
-        lambda codes, scale, zero, grid, kind=kind: kind.pack(QuantizedWeight(codes, scale, zero, grid)),  # type: ignore[misc]
-    )
-    for name, kind in K_QUANT_TYPES.items()
-)
