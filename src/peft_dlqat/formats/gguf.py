@@ -29,18 +29,20 @@ from .gguf_vocab import write_vocab
 FILE = "model.gguf"
 # A new type is one entry.
 BLOCK_TYPES: tuple[BlockType, ...] = (
-    Ternary(),
-    *(Signed(bits) for bits in (4, 5, 8)),
-    *(Unsigned(bits) for bits in (4, 5)),
+    Ternary("TQ2_0", 2, 2.0625, 256),
+    Signed("Q4_0", 4, 4.5, 32),
+    Signed("Q5_0", 5, 5.5, 32),
+    Signed("Q8_0", 8, 8.5, 32),
+    Unsigned("Q4_1", 4, 5.0, 32),
+    Unsigned("Q5_1", 5, 6.0, 32),
     *K_QUANT_TYPES.values(),
 )
 _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 
 
-def block_type(grid: Grid) -> BlockType | None:
-    """The smallest type that holds a grid exactly."""
-    held = [entry for entry in BLOCK_TYPES if entry.holds(grid)]
-    return min(held, key=lambda entry: entry.bits_per_weight, default=None)
+def block_type(grid: Grid) -> BlockType:
+    """The smallest type that holds a grid exactly, where one does."""
+    return min((kind for kind in BLOCK_TYPES if kind.holds(grid)), key=lambda kind: kind.bits_per_weight)
 
 
 def _transformers(folder: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -110,11 +112,11 @@ llama-cli -hf THIS_REPOSITORY
 
     def holds(self, grid: Grid) -> bool:
         """As the class says."""
-        return (grid.k_quant or grid.scale_dtype in IN_FLOAT16) and block_type(grid) is not None
+        return (grid.k_quant or grid.scale_dtype in IN_FLOAT16) and any(kind.holds(grid) for kind in BLOCK_TYPES)
 
     def stored_as(self, grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[str, float]:
         """The smallest block type."""
-        chosen = _block_type(grid)
+        chosen = block_type(grid)
         return chosen.name, chosen.bits_per_weight
 
     def scale_dtype(self, grid: Grid) -> torch.dtype:
@@ -160,7 +162,7 @@ llama-cli -hf THIS_REPOSITORY
             def add(tensor: TensorInfo, value: torch.Tensor | QuantizedWeight) -> None:
                 order = arch.row_order(tensor.name, config, _shape(tensor)[0])
                 if isinstance(value, QuantizedWeight):
-                    writer.write_tensor_data(_block_type(value.grid).pack(_rows(value, order)))
+                    writer.write_tensor_data(block_type(value.grid).pack(_rows(value, order)))
                 else:
                     rows = (value.t() if tensor.transposed else value)[order]
                     writer.write_tensor_data(_float_bytes(arch.adjusted(tensor.name, rows), types[tensor.name]))
@@ -169,13 +171,7 @@ llama-cli -hf THIS_REPOSITORY
 
     def _type(self, outline: Outline, tensor: TensorInfo) -> str:
         """The GGML type in which a tensor is stored."""
-        return self.dense_type(outline, tensor) if tensor.grid is None else _block_type(tensor.grid).name
-
-
-def _block_type(grid: Grid) -> BlockType:
-    chosen = block_type(grid)
-    assert chosen is not None
-    return chosen
+        return self.dense_type(outline, tensor) if tensor.grid is None else block_type(tensor.grid).name
 
 
 def _shape(tensor: TensorInfo) -> tuple[int, ...]:

@@ -20,26 +20,21 @@ from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
 
 
+@dataclass(frozen=True)
 class BlockType(ABC):
     """A way of GGUF to store a weight.
 
     Attributes:
         name: its name in `gguf.GGMLQuantizationType`.
-        block: weights in a block.
+        bits: width of a code.
         bits_per_weight: stored bits a weight, all told.
+        block: weights in a block.
     """
 
+    name: str
+    bits: int
+    bits_per_weight: float
     block: int
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """See the class."""
-
-    @property
-    @abstractmethod
-    def bits_per_weight(self) -> float:
-        """See the class."""
 
     @abstractmethod
     def holds(self, grid: Grid) -> bool:
@@ -54,54 +49,25 @@ class BlockType(ABC):
         return grid.group_size == -1 or grid.group_size % self.block == 0
 
 
-@dataclass(frozen=True)
 class Signed(BlockType):
-    """w = d * q with q of 4, 5 or 8 bits: a code, or code - z."""
-
-    bits: int
-    block = 32
-
-    @property
-    def name(self) -> str:
-        """Q4_0, Q5_0 or Q8_0."""
-        return f"Q{self.bits}_0"
-
-    @property
-    def bits_per_weight(self) -> float:
-        """A code, and a share of d."""
-        return self.bits + 16 / self.block
+    """w = d * q: q is a code, or code - z. Q8_0 keeps q as it is, the others q counted from 0."""
 
     def holds(self, grid: Grid) -> bool:
         """With a zero point, code - z runs as far up as down; else it has one level more on the negative side."""
         if grid.k_quant or grid.zero_point == "float" or not self.has_whole_blocks(grid):
             return False
-        largest = 2 ** (self.bits - 1) - 1
-        return 2**grid.bits - 1 <= largest if grid.zero_point == "integer" else -grid.qmin <= largest + 1
+        return grid.bits < self.bits if grid.zero_point == "integer" else grid.bits <= self.bits
 
     def pack(self, weight: QuantizedWeight) -> np.ndarray:
-        """Q8_0 keeps q as it is, the others q counted from 0."""
-        codes, d = _signed_codes(weight), _by_block(weight, weight.scale, 32)
+        """d, the fifth bits where there are, and the codes."""
+        codes, d = _signed_codes(weight), _by_block(weight, weight.scale, self.block)
         if self.bits == 8:
-            return _joined(weight, d, codes.astype(np.int8).reshape(-1, 32))
+            return _joined(weight, d, codes.astype(np.int8).reshape(-1, self.block))
         return _joined(weight, d, *_code_fields(codes + 2 ** (self.bits - 1), self.bits))
 
 
-@dataclass(frozen=True)
 class Unsigned(BlockType):
-    """w = d * u + m with u of 4 or 5 bits: codes counted from 0."""
-
-    bits: int
-    block = 32
-
-    @property
-    def name(self) -> str:
-        """Q4_1 or Q5_1."""
-        return f"Q{self.bits}_1"
-
-    @property
-    def bits_per_weight(self) -> float:
-        """A code, and a share of d and m."""
-        return self.bits + 2 * 16 / self.block
+    """w = d * u + m: u is a code counted from 0, to which M belongs."""
 
     def holds(self, grid: Grid) -> bool:
         """Grids with an offset."""
@@ -109,30 +75,26 @@ class Unsigned(BlockType):
         return offset and self.has_whole_blocks(grid) and grid.bits <= self.bits
 
     def pack(self, weight: QuantizedWeight) -> np.ndarray:
-        """M belongs to the unsigned code, as m does."""
+        """d, m, the fifth bits where there are, and the codes."""
         assert weight.zero is not None
-        d, m = (_by_block(weight, values, 32) for values in (weight.scale, weight.zero))
+        d, m = (_by_block(weight, values, self.block) for values in (weight.scale, weight.zero))
         codes = (weight.codes.to(torch.int16) - weight.grid.qmin).cpu().numpy()
         return _joined(weight, d, m, *_code_fields(codes, self.bits))
 
 
 class Ternary(BlockType):
-    """TQ2_0: w = d * (t - 1) with t of two bits."""
-
-    block = 256
-    name = "TQ2_0"  # type: ignore[assignment]
-    bits_per_weight = 2.0625  # type: ignore[assignment]
+    """w = d * (t - 1) for symmetric codes of 2 bits: d = -S and t = 1 - code, from 0 to 3."""
 
     def holds(self, grid: Grid) -> bool:
-        """Symmetric grids of 2 bits, whose codes go from -2 to 1."""
-        symmetric = grid.bits == 2 and grid.zero_point == "none" and not grid.k_quant
+        """Of 2 bits, without a zero."""
+        symmetric = grid.bits == self.bits and grid.zero_point == "none" and not grid.k_quant
         return symmetric and self.has_whole_blocks(grid)
 
     def pack(self, weight: QuantizedWeight) -> np.ndarray:
-        """d = -S and t = 1 - code; 128 weights go into 32 bytes, weight i * 32 + j into byte j."""
+        """128 weights go into 32 bytes, weight i * 32 + j into byte j."""
         values = (1 - _signed_codes(weight)).astype(np.uint8).reshape(-1, 2, 4, 32)
         packed = values[:, :, 0] | values[:, :, 1] << 2 | values[:, :, 2] << 4 | values[:, :, 3] << 6
-        return _joined(weight, packed.reshape(-1, 64), _by_block(weight, -weight.scale, 256))
+        return _joined(weight, packed.reshape(-1, 64), _by_block(weight, -weight.scale, self.block))
 
 
 def _signed_codes(weight: QuantizedWeight) -> np.ndarray:

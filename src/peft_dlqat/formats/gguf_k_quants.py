@@ -102,17 +102,6 @@ class KQuantType(BlockType):
 
     quant: KQuant
     pack_blocks: Callable[..., Array]
-    block = SUPER_BLOCK
-
-    @property
-    def name(self) -> str:
-        """GGUF's name."""
-        return self.quant.name
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits a weight, all told."""
-        return self.quant.bits_per_weight
 
     def holds(self, grid: Grid) -> bool:
         """Whether every weight on the grid is exact in this type, as long as its scales are exact in float16."""
@@ -122,7 +111,7 @@ class KQuantType(BlockType):
         return (
             self.has_whole_blocks(grid)
             and grid.scale_dtype != torch.float32
-            and grid.bits <= self.quant.bits
+            and grid.bits <= self.bits
             and grid.zero_point in zeros
         )
 
@@ -137,7 +126,7 @@ class KQuantType(BlockType):
         """
         if not self.holds(weight.grid):
             raise ValueError(f"{self.name} does not hold the grid {weight.grid} exactly; choose another type.")
-        first = weight.grid.qmin if self._has_mins else -(2 ** (self.quant.bits - 1))
+        first = weight.grid.qmin if self._has_mins else -(2 ** (self.bits - 1))
         codes = weight.codes.to(torch.int16) - first
         arrays = [codes.reshape(-1, SUPER_BLOCK).to(torch.uint8)]
         for d, integers in self._own_scales(weight) if weight.grid.k_quant else self._unit_scales(weight):
@@ -208,4 +197,7 @@ _PACKERS: dict[str, Callable[..., Array]] = {
     "Q5_K": pack_q5_k,
     "Q6_K": pack_q6_k,
 }
-K_QUANT_TYPES = {quant.name: KQuantType(quant, _PACKERS[quant.name]) for quant in K_QUANTS.values()}
+K_QUANT_TYPES = {
+    quant.name: KQuantType(quant.name, quant.bits, quant.bits_per_weight, SUPER_BLOCK, quant, _PACKERS[quant.name])
+    for quant in K_QUANTS.values()
+}
