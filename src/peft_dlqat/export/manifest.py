@@ -108,16 +108,11 @@ def save_reference(folder: Path, ids: torch.Tensor, trained: torch.Tensor, writt
     save_file(tensors if written is None else tensors | {"written": written.contiguous()}, folder / REFERENCE)
 
 
-def load_reference(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference prompts and the trained model's logits."""
+def load_reference(folder: Path, written: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference prompts, and the trained model's logits or those that an engine must find in what was written."""
     tensors = load_file(folder / REFERENCE)
-    return tensors["input_ids"], tensors["logits"]
-
-
-def load_written(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference prompts and the logits that an engine must find."""
-    tensors = load_file(folder / REFERENCE)
-    return tensors["input_ids"], tensors.get("written", tensors["logits"])
+    logits = tensors["logits"]
+    return tensors["input_ids"], tensors.get("written", logits) if written else logits
 
 
 def sha256(path: Path) -> str:

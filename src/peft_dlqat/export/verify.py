@@ -9,7 +9,7 @@ import torch
 
 from ..formats import FORMATS, Engine
 from ..train.divergence import kl
-from .manifest import REFERENCE, load_manifest, load_written, sha256
+from .manifest import REFERENCE, load_manifest, load_reference, sha256
 
 # Of the largest logit: what another machine's order of summing makes of the same weights in float32.
 _SAME_ARITHMETIC = 1e-5
@@ -161,7 +161,7 @@ def _figures(engine: Engine, folder: Path, changed: list[str]) -> EngineFigures:
 
 @torch.no_grad()
 def _compare(engine: Engine, folder: Path) -> EngineFigures:
-    ids, expected = load_written(folder)
+    ids, expected = load_reference(folder, written=True)
     found = engine.logits(folder, ids)[..., : expected.shape[-1]]
     difference = logit_difference(expected, found)
     if engine.largest_kl is not None:
