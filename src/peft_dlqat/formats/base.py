@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -245,7 +245,8 @@ class Format(ABC):
         content = {key: _plain(value) for key, value in outline.config.to_dict().items() if key != "_name_or_path"}
         return {"config.json": content | self.config(outline)}
 
-    def writing(self, folder: Path, outline: Outline, notes: list[str]) -> AbstractContextManager[Add]:
+    @contextmanager
+    def writing(self, folder: Path, outline: Outline, notes: list[str]) -> Iterator[Add]:
         """Inside the block, call what it gives with every tensor of the outline, in order; at its end all is written.
 
         Args:
@@ -253,10 +254,6 @@ class Format(ABC):
             outline: what will come.
             notes: gets what the user should know.
         """
-        return self._writing_safetensors(folder, outline)
-
-    @contextmanager
-    def _writing_safetensors(self, folder: Path, outline: Outline) -> Iterator[Add]:
         files = TensorFiles(folder, outline.max_shard_size)
 
         def add(tensor: TensorInfo, value: torch.Tensor | QuantizedWeight) -> None:
