@@ -67,7 +67,7 @@ test-engines: $(addprefix .engine-,$(ENGINES))
 .PHONY: $(addprefix .engine-,$(ENGINES))
 $(addprefix .engine-,$(ENGINES)): .engine-%: $(VENV)-%/.stamp
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DLQAT_BLAS=$(findstring GGML_BLAS=ON,$(CMAKE_ARGS)) \
-	    $(VENV)-$*/bin/python -m pytest -q tests/test_export_engines.py -k $* $(ARGS)
+	    $(VENV)-$*/bin/python -m pytest -q tests/formats/test_engines.py -k $* $(ARGS)
 
 $(VENV)-%/.stamp: setup.cfg
 	rm -rf "$(VENV)-$*"

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from peft_dlqat import DLQATConfig, export_formats, export_model
-from peft_dlqat.export.gguf import FILE
 from peft_dlqat.export.source import Source
+from peft_dlqat.formats.gguf import FILE
 
 EMBEDDED = Path(__file__).parents[1] / "examples" / "embedded" / "model"
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
@@ -48,8 +48,8 @@ def rows(model_id: str, settings: dict) -> list[tuple[str, ...]]:
     config = DLQATConfig(**settings, init="minmax", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_id, dtype="bfloat16"), config)
     source = Source(model, None)
-    weights = {entry.name.removesuffix(".weight"): prod(entry.shape) for entry in source.entries if entry.grid}
-    parameters = sum(prod(entry.shape) for entry in source.entries)
+    weights = {tensor.module: prod(tensor.shape) for tensor in source.tensors if tensor.grid}
+    parameters = sum(prod(tensor.shape) for tensor in source.tensors)
     found = []
     for held in export_formats(config).rows:
         if held.problem or held.format == "dense":

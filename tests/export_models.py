@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import perturb, random_model
 from peft import PeftModel, get_peft_model
@@ -29,7 +31,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from peft_dlqat import Calibration, DLQATConfig
+from peft_dlqat import Calibration, DLQATConfig, Grid
+from peft_dlqat.export.verify import Verification
+from peft_dlqat.formats import FORMATS
 
 EMBEDDED = Path(__file__).parents[1] / "examples" / "embedded" / "model"
 VOCAB, HIDDEN = 96, 256  # a multiple of 256, the block of GGUF's smallest types
@@ -132,3 +136,45 @@ def llama2_tokenizer(size: int = 1000) -> PreTrainedTokenizerFast:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+# What runs each format here; GPTQ's engine is not among those of the test environment.
+ENGINE_MODULES = {"compressed-tensors": "compressed_tensors", "gguf": "gguf", "mlx": "mlx_lm", "dense": "torch"}
+# Largest KL divergence by which an engine's own arithmetic may differ, where it is not the reference's.
+LARGEST_KL = {"mlx": 1e-10}
+
+
+def needs(format: str) -> None:
+    """Skip the test where the format cannot be written and run."""
+    pytest.importorskip(ENGINE_MODULES[format])
+
+
+def held_grids(format: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Settings of all grids with some group sizes that a format holds."""
+    settings = [
+        {"bits": bits, "group_size": size, "zero_point": zero_point}
+        for bits, size, zero_point in itertools.product((2, 3, 4, 8), sizes, ("none", "integer", "float"))
+    ]
+    return [setting for setting in settings if FORMATS[format].holds(Grid(**setting, scale_dtype=torch.bfloat16))]
+
+
+def as_id(setting: dict[str, Any]) -> str:
+    """A test's id."""
+    return "-".join(str(value) for value in setting.values())
+
+
+@torch.no_grad()
+def exported_logits(folder: Path, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Logits of an exported folder as transformers loads it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs).eval()
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def assert_same(found: Verification | None, format: str) -> None:
+    """What `verify_export` found is the trained model."""
+    assert found is not None and found.ok, str(found)
+    (figures,) = (row for row in found.figures if row.engine in ("transformers", "mlx-lm"))
+    if format in LARGEST_KL:
+        assert figures.kl <= LARGEST_KL[format] and figures.top1 == 1.0
+    else:
+        assert figures.max_difference == 0.0 and figures.kl == 0.0

@@ -6,16 +6,7 @@ Importing the package registers the method "DLQAT" with PEFT.
 from .config import DLQATConfig
 from .decoder import NoDecoderLayers
 from .evaluate import TASK_SETS, Evaluation, evaluate_model, evaluate_tasks
-from .export import (
-    EngineFigures,
-    FormatRow,
-    FormatTable,
-    LogitDifference,
-    Verification,
-    export_formats,
-    export_model,
-    verify_export,
-)
+from .export import export_formats, export_model, verify_export
 from .hub import extend_peft_type, register
 from .large.calibrate_from_disk import calibrate_blocks_from_disk
 from .large.load_packed import load_packed
@@ -55,21 +46,16 @@ __all__ = [
     "DLQATLinear",
     "DLQATModel",
     "DistillationLoss",
-    "EngineFigures",
     "Evaluation",
-    "FormatRow",
-    "FormatTable",
     "Grid",
     "GridReport",
     "LayerReport",
-    "LogitDifference",
     "MemoryEstimate",
     "NoDecoderLayers",
     "QuantizedWeight",
     "Recipe",
     "TeacherCache",
     "TopTokens",
-    "Verification",
     "adapters_disabled",
     "calibrate",
     "calibrate_blocks",

@@ -15,7 +15,7 @@ from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
-from .formats import RULES
+from .formats import FORMATS
 from .hub import write_section
 from .layer_spec import LayerSpec
 from .methods import MAGNITUDES, METHODS, Method
@@ -313,7 +313,9 @@ class DLQATConfig(PeftConfig):
         # Of patterns' combinations, a layer can only get those that are K-quants.
         return [grid for grid in grids if not k_quant or (grid.bits, grid.zero_point) in K_QUANTS]
 
-    def check_export(self, grids: Iterable[Grid], where: str = "", shape: tuple[int, int] | None = None) -> None:
+    def check_export(
+        self, grids: Iterable[Grid], where: str = "", shape: tuple[int, int] | None = None, conv1d: bool = False
+    ) -> None:
         """Refuse grids that a format named in `export` cannot hold exactly.
 
         Raises:
@@ -324,9 +326,9 @@ class DLQATConfig(PeftConfig):
         if isinstance(self.export, str) or not isinstance(self.export, list | tuple | set):
             raise ValueError(f"export={self.export!r} must be a list of formats, such as ['gguf'].")
         for name in self.export:
-            _check_choice("export", name, RULES)
+            _check_choice("export", name, FORMATS)
         for name, grid in product(self.export, grids):
-            if problem := RULES[name].problem(grid, shape):
+            if problem := FORMATS[name].problem(grid, shape, conv1d):
                 raise ValueError(f"export={self.export!r}: {where}{problem}.")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

@@ -99,7 +99,7 @@ class DLQATModel(BaseTuner):
             if problem := STORAGES[config.storage].problem(bits, in_features):
                 raise ValueError(f"{name}: storage={config.storage!r} {problem}.")
             spec = config.spec_class.from_config(config, name, in_features)
-            config.check_export([spec.grid], f"{name}: ", _out_in(module))
+            config.check_export([spec.grid], f"{name}: ", _out_in(module), isinstance(module, Conv1D))
             if asked not in (-1, used):
                 smaller.setdefault(f"{asked} -> {used}", []).append(name)
         for field in ("bits_pattern", "group_size_pattern"):

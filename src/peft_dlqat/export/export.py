@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,27 +14,17 @@ import torch
 from huggingface_hub import HfApi
 from torch import nn
 
-from ..export import compressed_tensors, dense, gguf, gptq, mlx
-from .card import write_card
-from .checks import check_base, check_embeddings, dtype_of, rule_of, warn_if_unfinished
-from .fitting import check_held
+from ..formats import FORMATS, Format, Outline, TensorInfo, describe
+from ..formats.tensor_files import write_json
+from ..quant.quantizer import QuantizedWeight
 from .folder import check_free, companion_folder, copy_companions, whole_or_nothing
-from .manifest import save_reference
-from .options import Options
+from .manifest import Manifest, save_reference, trained_on
+from .model_card import write_card
 from .reference import prompt_ids, reference_logits
 from .source import Source, open_source
-from .summary import report, summarise
-from .verify import Verification, logit_difference, verify_export
-from .written import read_written
+from .verify import LogitDifference, Verification, logit_difference, verify_export
 
-Writer = Callable[[Source, Path, Options], None]
-WRITERS: dict[str, Writer] = {
-    "compressed-tensors": compressed_tensors.write,
-    "gguf": gguf.write,
-    "mlx": mlx.write,
-    "gptq": gptq.write,
-    "dense": dense.write,
-}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def export_model(
@@ -44,7 +36,6 @@ def export_model(
     dtype: str | torch.dtype | None = None,
     embeddings: str | None = None,
     tokenizer: Any = None,
-    lossy: bool = False,
     verify: bool = True,
     overwrite: bool = False,
     max_shard_size: int = 2 * 1024**3,
@@ -62,15 +53,14 @@ def export_model(
         model_or_adapter: a model with a DL-QAT adapter, or an adapter's folder or hub id. An adapter on disk is
             exported one tensor at a time: the full-precision model never is in memory.
         out_dir: folder to make. It appears when all is done; after an exception there is nothing.
-        format: "compressed-tensors", "gguf", "mlx", "gptq" or "dense".
+        format: "compressed-tensors", "gguf", "mlx", "gptq" or "dense"; the keys of `formats.FORMATS`.
         base: with an adapter on disk, folder or hub id of its base model in safetensors; by default the one that the
             adapter names.
         adapter_name: which adapter of a model; defaults to the active one.
         dtype: of all tensors that are not quantized (with "dense", of all): "float32", "float16" or "bfloat16";
             defaults to the model's own.
-        embeddings: of the embedding and the output head in GGUF: as `dtype`, which is the default, or "q8_0".
+        embeddings: of the embedding and the output head, in GGUF only: as `dtype`, which is the default, or "q8_0".
         tokenizer: saved beside the weights in place of the base model's; by default the base's files are copied.
-        lossy: round again, onto the nearest grid, what the format cannot hold; what that costs is measured and said.
         verify: run the engines that are installed on the result. It is an error if one does not find what was to be
             written: the trained model, or, where the format rounds, the model that this rounding gives.
         overwrite: replace a folder that an export has made.
@@ -84,37 +74,35 @@ def export_model(
         What [`verify_export`] found; None with `verify=False`.
 
     Raises:
-        ValueError: for an unknown format or dtype, a grid that the format cannot hold exactly (unless `lossy`),
-            several active adapters, a base model that is not the one trained on, a number too large for its dtype.
-        ImportError: if the format's package is missing; names the extra.
+        ValueError: for an unknown format or dtype, a weight that the format cannot hold exactly, several active
+            adapters, a base model that is not the one trained on, a number too large for its dtype.
+        ImportError: if the format's package is missing or too old; names the extra.
         FileExistsError: if `out_dir` exists and is not empty.
         RuntimeError: if an engine does not find in the result what was to be written.
     """
-    rule = rule_of(format)
-    output = Path(out_dir).resolve()
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}.")
+    target, output = FORMATS[format], Path(out_dir).resolve()
+    target.check_installed()
     check_free(output, overwrite)
     if push_to_hub and not repo_id:
         raise ValueError("push_to_hub=True needs repo_id='you/name'.")
-    chosen = dtype_of(dtype)
-    check_embeddings(embeddings)
+    chosen = _dtype(dtype)
+    _check_embeddings(embeddings, target)
     source = open_source(model_or_adapter, base, adapter_name)
-    check_base(source)
-    losses = check_held(source, rule, lossy)
-    warn_if_unfinished(source)
-    options = Options(
-        dtype=chosen or source.dtype,
-        embeddings=embeddings or str(chosen or source.dtype).removeprefix("torch."),
-        lossy=lossy,
-        max_shard_size=max_shard_size,
-    )
+    _check_base(source)
+    _check_held(source, target)
+    _warn_if_unfinished(source)
+    outline = source.outline(chosen or source.dtype, embeddings or "", max_shard_size)
     with whole_or_nothing(output) as folder:
-        beside = _companions(source, folder, tokenizer, options)
-        WRITERS[format](source, folder, options)
+        notes: list[str] = []
+        beside = _companions(source, folder, tokenizer, notes)
+        rounded = _write(source, target, outline, folder, notes)
+        manifest = _manifest(source, target, outline, rounded, notes)
         ids = prompt_ids(source.config, set())
         trained, written = reference_logits(source, ids), None
-        manifest = summarise(source, rule, options, losses)
         if not manifest.exact:
-            written = reference_logits(source, ids, partial(read_written, source, rule, options))
+            written = reference_logits(source, ids, partial(_as_written, source, target, outline, []))
             manifest.loss = asdict(logit_difference(trained, written))
         save_reference(folder, ids, trained, written)
         manifest.save(folder)
@@ -126,8 +114,8 @@ def export_model(
             manifest.figures = [asdict(row) for row in verification.figures]
             manifest.save(folder)
         named = [datasets] if isinstance(datasets, str) else datasets
-        write_card(folder, source, rule, manifest, beside, repo_id, named)
-    for line in report(manifest, verification):
+        write_card(folder, source, target, manifest, beside, repo_id, named)
+    for line in _report(manifest, verification):
         print(line)
     if push_to_hub:
         api = HfApi()
@@ -136,15 +124,162 @@ def export_model(
     return verification
 
 
-def _companions(source: Source, folder: Path, tokenizer: Any, options: Options) -> Path | None:
+def _write(source: Source, target: Format, outline: Outline, folder: Path, notes: list[str]) -> list[str]:
+    """Write all tensors, and the config that names them; returns the tensors that their dtype has rounded."""
+    rounded: list[str] = []
+    with target.writing(folder, outline, notes) as add:
+        for tensor, value in _as_written(source, target, outline, rounded):
+            add(tensor, value)
+    for name, content in target.json_files(outline).items():
+        write_json(folder / name, content)
+    return rounded
+
+
+def _as_written(
+    source: Source, target: Format, outline: Outline, rounded: list[str], names: Iterable[str] | None = None
+) -> Iterator[tuple[TensorInfo, torch.Tensor | QuantizedWeight]]:
+    """As `Source.read`, with the numbers that the file has; `rounded` gets the names of what is not the source's.
+
+    How the format packs, names and orders them has no part in it: an engine that finds the same logits has found all
+    that in order.
+    """
+    grids = target.grids(outline)
+    for tensor, value in source.read(names):
+        if isinstance(value, QuantizedWeight):
+            value = target.fit(tensor, value, grids[tensor.name])
+        if isinstance(value, torch.Tensor):
+            exact, value = value, target.rounded(outline, tensor, value)
+            lost = exact.isfinite() & ~value.isfinite()
+            if lost.any():
+                raise ValueError(
+                    f"{tensor.name}: {exact[lost][0].item():.6g} is too large for "
+                    f"{target.dense_type(outline, tensor)}, in which it would be written; pass "
+                    f"{outline.setting(tensor)[0]}='bfloat16' or 'float32'."
+                )
+            if not torch.equal(value.to(exact.dtype), exact):
+                rounded.append(tensor.name)
+        yield tensor, value
+
+
+def _manifest(source: Source, target: Format, outline: Outline, rounded: list[str], notes: list[str]) -> Manifest:
+    """What has been written."""
+    rows = Counter(
+        (describe(grid), target.stored_as(grid, outline.dtype)[0], describe(outline.adapted[name]))
+        for name, grid in target.grids(outline).items()
+    )
+    return Manifest(
+        format=target.name,
+        base=Path(source.base).name if Path(source.base).is_dir() else source.base,
+        base_checksum=source.base_checksum,
+        grids=[
+            {"grid": grid, "stored": stored, "trained": trained, "weights": count}
+            for (grid, stored, trained), count in rows.items()
+        ],
+        exact=not rounded,
+        rounded=rounded,
+        dense_linears=source.untouched_linears,
+        modules_to_save=source.modules_to_save,
+        notes=notes,
+    )
+
+
+def _report(manifest: Manifest, verification: Verification | None) -> list[str]:
+    """What the user is told: how weights are stored, what is rounded or dense, and what the engines found."""
+    lines = [f"{row['weights']} weights as {row['stored']} ({row['grid']}{trained_on(row)})" for row in manifest.grids]
+    if manifest.rounded:
+        lines.append(f"{len(manifest.rounded)} dense tensors rounded: {', '.join(manifest.rounded[:3])}, ...")
+    for what, names in (("linear layers", manifest.dense_linears), ("modules_to_save", manifest.modules_to_save)):
+        if names:
+            lines.append(f"kept dense, {what}: {', '.join(names)}")
+    lines += manifest.notes
+    if verification is not None:
+        return [*lines, str(verification)]
+    return lines if manifest.loss is None else [*lines, f"rounded for the format: {LogitDifference(**manifest.loss)}"]
+
+
+def _companions(source: Source, folder: Path, tokenizer: Any, notes: list[str]) -> Path | None:
     """Put tokenizer, generation config and licence into the folder; returns the base model's folder."""
     beside = companion_folder(source.base, source.adapter.revision)
     copied = copy_companions(beside, folder, tokenizer=tokenizer is None) if beside is not None else []
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     elif not any(name.startswith(("tokenizer", "vocab")) for name in copied):
-        options.notes.append("the base model has no tokenizer beside it; pass tokenizer=... to have one in the export")
+        notes.append("the base model has no tokenizer beside it; pass tokenizer=... to have one in the export")
     generation = getattr(source.model, "generation_config", None)
     if generation is not None and "generation_config.json" not in copied:
         generation.save_pretrained(folder)
     return beside
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype that a user has written, if any."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and name not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(map(repr, _DTYPES))}.")
+    return _DTYPES.get(name)
+
+
+def _check_embeddings(embeddings: str | None, target: Format) -> None:
+    """Refuse a type of embeddings and output head that the format is not written with."""
+    if embeddings is None or embeddings in target.embedding_types:
+        return
+    if not target.embedding_types:
+        raise ValueError(
+            f"embeddings={embeddings!r} has no meaning in format={target.name!r}, whose dense tensors all have one "
+            "dtype; leave it out, or use dtype=..."
+        )
+    raise ValueError(f"embeddings={embeddings!r} must be one of {', '.join(map(repr, target.embedding_types))}.")
+
+
+def _check_base(source: Source) -> None:
+    """Refuse a base model whose weights are not those that the adapter was trained on.
+
+    Raises:
+        ValueError: if the checksums differ. An adapter without one, of an older version, is not checked.
+    """
+    recorded = source.adapter.record.get("base", {}).get("checksum")
+    if recorded is not None and recorded != source.base_checksum:
+        name = source.base or source.config.model_type
+        raise ValueError(
+            f"the weights of the base model {name!r} are not those that the adapter was trained on (checksum "
+            f"{source.base_checksum[:12]}, not {recorded[:12]}): codes would be others; export the model as it was "
+            "trained, or pass the folder or hub id of its base by base=..."
+        )
+
+
+def _check_held(source: Source, target: Format) -> None:
+    """Refuse weights that the format does not hold exactly, before anything is written.
+
+    Raises:
+        ValueError: naming what cannot be held, what to change, and the formats that hold all of it.
+    """
+    problems = _problems(source, target)
+    if problems:
+        lines = [f"{problem} ({len(names)} weights: {names[0]}, ...)" for problem, names in problems.items()]
+        others = [repr(name) for name, other in FORMATS.items() if not _problems(source, other)]
+        raise ValueError(f"{'; '.join(lines)}. Every weight is held by {', '.join(others)}.")
+
+
+def _problems(source: Source, target: Format) -> dict[str, list[str]]:
+    """Weights by why they are not held."""
+    problems: dict[str, list[str]] = {}
+    for tensor in source.tensors:
+        if tensor.grid is not None and (problem := target.problem(tensor.grid, tensor.out_in, tensor.transposed)):
+            problems.setdefault(problem, []).append(tensor.name)
+    return problems
+
+
+def _warn_if_unfinished(source: Source) -> None:
+    """Warn of an adapter that was never trained, or never calibrated, saying what is exported then."""
+    if source.untrained:
+        warnings.warn(
+            f"adapter {source.adapter_name!r} was never trained (B is zero and m one): what is exported is the base "
+            "model rounded to nearest on its grid.",
+            stacklevel=3,
+        )
+    elif "calibration" not in source.adapter.record:
+        warnings.warn(
+            f"adapter {source.adapter_name!r} was never calibrated: it was trained on its initial grid "
+            f"(init={source.adapter.init!r}); calibrate before training for better accuracy.",
+            stacklevel=3,
+        )

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from .folder import MANIFEST, write_json
+from ..formats import FORMATS
+from ..formats.tensor_files import write_json
+from .folder import MANIFEST
 
 # In a folder of its own: engines read every safetensors file that lies beside config.json.
 REFERENCE = "dlqat_export/reference.safetensors"
-_PACKAGES = ("peft-dlqat", "torch", "transformers", "peft", "compressed-tensors", "gguf", "mlx")
+_PACKAGES = ("peft-dlqat", "torch", "transformers", "peft")
 
 
 @dataclass
@@ -29,7 +31,6 @@ class Manifest:
         base_checksum: checksum of the adapted layers' original weights.
         grids: number of weights written on each grid, how it is stored, and the grid that they were trained on.
         exact: whether the artefact holds the trained weights and every other tensor to the bit.
-        lossy: what was rounded again on request.
         rounded: dense tensors that the chosen dtype has rounded.
         dense_linears: linear layers that are not quantized.
         modules_to_save: modules that were trained in full, and stay dense.
@@ -45,7 +46,6 @@ class Manifest:
     base_checksum: str
     grids: list[dict[str, Any]]
     exact: bool
-    lossy: list[str] = field(default_factory=list)
     rounded: list[str] = field(default_factory=list)
     dense_linears: list[str] = field(default_factory=list)
     modules_to_save: list[str] = field(default_factory=list)
@@ -57,7 +57,8 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write it, with the checksums of all files that lie there."""
-        self.versions = _versions()
+        packages = (*_PACKAGES, FORMATS[self.format].package)
+        self.versions = {package: version(package) for package in packages if package}
         self.files = {
             str(path.relative_to(folder)): sha256(path)
             for path in sorted(folder.rglob("*"))
@@ -66,20 +67,31 @@ class Manifest:
         write_json(folder / MANIFEST, asdict(self))
 
 
+def trained_on(row: dict[str, Any]) -> str:
+    """The grid that one of `Manifest.grids` was trained on, where it is written on another."""
+    return "" if row["trained"] == row["grid"] else f"; trained on {row['trained']}"
+
+
 def load_manifest(folder: Path) -> Manifest:
     """Read it.
 
     Raises:
         FileNotFoundError: if the folder was not written by `export_model`.
-        ValueError: if the file is damaged, or another version's.
+        ValueError: if the file is damaged, or another version's, or of a format that is not in `FORMATS`.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {MANIFEST}; only folders written by export_model() can be verified.")
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:  # no text, no JSON, or other fields
         raise ValueError(f"{path} cannot be read ({error}); export the model again.") from error
+    if manifest.format not in FORMATS:
+        raise ValueError(
+            f"{path} says format={manifest.format!r}, which must be one of {', '.join(map(repr, FORMATS))}; add it to "
+            "peft_dlqat.formats.FORMATS, or export the model again."
+        )
+    return manifest
 
 
 def save_reference(folder: Path, ids: torch.Tensor, trained: torch.Tensor, written: torch.Tensor | None) -> None:
@@ -96,16 +108,11 @@ def save_reference(folder: Path, ids: torch.Tensor, trained: torch.Tensor, writt
     save_file(tensors if written is None else tensors | {"written": written.contiguous()}, folder / REFERENCE)
 
 
-def load_reference(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference prompts and the trained model's logits."""
+def load_reference(folder: Path, written: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference prompts, and the trained model's logits or those that an engine must find in what was written."""
     tensors = load_file(folder / REFERENCE)
-    return tensors["input_ids"], tensors["logits"]
-
-
-def load_written(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference prompts and the logits that an engine must find."""
-    tensors = load_file(folder / REFERENCE)
-    return tensors["input_ids"], tensors.get("written", tensors["logits"])
+    logits = tensors["logits"]
+    return tensors["input_ids"], tensors.get("written", logits) if written else logits
 
 
 def sha256(path: Path) -> str:
@@ -115,13 +122,3 @@ def sha256(path: Path) -> str:
         while chunk := file.read(2**24):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -11,12 +11,13 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..decoder import NoDecoderLayers, capture, decoder_layers, hidden_states
+from ..formats import TensorInfo
 from ..large.checkpoint import empty_model
 from ..quant.quantizer import QuantizedWeight
-from .source import Entry, Source
+from .source import Source
 
 # As `Source.read`: some tensors, by their names.
-Reader = Callable[[Iterable[str]], Iterator[tuple[Entry, torch.Tensor | QuantizedWeight]]]
+Reader = Callable[[Iterable[str]], Iterator[tuple[TensorInfo, torch.Tensor | QuantizedWeight]]]
 
 PROMPTS, TOKENS = 2, 32  # from 32 tokens on, llama.cpp's BLAS takes part, where it was built with one
 
@@ -60,25 +61,23 @@ def reference_logits(source: Source, ids: torch.Tensor, read: Reader | None = No
         return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def _load(model: nn.Module, tensors: Iterator[tuple[Entry, torch.Tensor | QuantizedWeight]]) -> None:
-    for entry, value in tensors:
-        put(model, entry, value)
+def _load(model: nn.Module, tensors: Iterator[tuple[TensorInfo, torch.Tensor | QuantizedWeight]]) -> None:
+    for info, value in tensors:
+        _put(model, info, value)
     model.tie_weights()  # type: ignore[operator]
 
 
-def put(model: nn.Module, entry: Entry, value: torch.Tensor | QuantizedWeight) -> None:
+def _put(model: nn.Module, info: TensorInfo, value: torch.Tensor | QuantizedWeight) -> None:
     """Give a model on the meta device one of its tensors, in float32."""
-    if isinstance(value, QuantizedWeight):
-        value = value.dequantize()
-        value = value.t() if entry.transposed else value
-    path, _, leaf = entry.name.rpartition(".")
+    path, _, leaf = info.name.rpartition(".")
     module: Any = model.get_submodule(path)
+    dense = info.dense(value)
     # A product with a transposed view may round differently.
-    value = (value.float() if value.is_floating_point() else value).contiguous()
+    dense = (dense.float() if dense.is_floating_point() else dense).contiguous()
     if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        module._parameters[leaf] = nn.Parameter(dense, requires_grad=False)
     else:
-        module._buffers[leaf] = value
+        module._buffers[leaf] = dense
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,42 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapter_file import base_checksum, weight_checksum
 from ..config import DLQATConfig
+from ..formats import Outline, TensorInfo
 from ..large.checkpoint import Checkpoint, empty_model, weights_folder
 from ..layer import DLQATLayer, adapter_layers
-from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the model that is exported.
-
-    Attributes:
-        name: its name in the base model.
-        shape: its shape there.
-        dtype: its dtype there.
-        grid: the grid of an adapted weight; None for all other tensors.
-        transposed: whether the model keeps the weight as [in, out] (Conv1D).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    grid: Grid | None = None
-    transposed: bool = False
-
-    @property
-    def in_features(self) -> int:
-        """Inputs of a linear layer's weight."""
-        return self.out_in[1]
-
-    @property
-    def out_in(self) -> tuple[int, int]:
-        """Outputs and inputs of a linear layer's weight."""
-        first, second = self.shape[0], self.shape[-1]
-        return (second, first) if self.transposed else (first, second)
 
 
 class Source:
@@ -63,7 +32,7 @@ class Source:
         adapter_name: the adapter.
         adapter: its config.
         config: the base model's config, its embeddings untied where the adapter has changed one of the two.
-        entries: all tensors, in the order of the model's state dict; of tied ones the first.
+        tensors: all tensors, in the order of the model's state dict; of tied ones the first.
         base: folder or hub id of the base model; "" where it has none.
     """
 
@@ -82,18 +51,35 @@ class Source:
         self.base = str(inner.name_or_path or "")
         self._checkpoint = checkpoint
         self._keys: dict[str, str] = {}
-        self.entries = self._find_entries()
+        self.tensors = self._find_tensors()
         self.config: PretrainedConfig = copy.deepcopy(inner.config)
+        self.config.architectures = [type(inner).__name__]
         self.modules_to_save = sorted(
             name for name, module in inner.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
         )
         if getattr(self.config, "tie_word_embeddings", False) and not self._still_tied():
             self.config.tie_word_embeddings = False
 
+    def outline(self, dtype: torch.dtype, embeddings: str, max_shard_size: int) -> Outline:
+        """What is to be written, for the format; the arguments are those of `Outline`."""
+        config = copy.deepcopy(self.config)
+        config.dtype = dtype
+        return Outline(
+            name=Path(self.base).name,
+            config=config,
+            tensors=tuple(self.tensors),
+            linears=self.linears,
+            embedding=self.embedding,
+            head=self.head,
+            dtype=dtype,
+            embeddings=embeddings,
+            max_shard_size=max_shard_size,
+        )
+
     @property
     def names(self) -> list[str]:
-        """Names of all entries."""
-        return [entry.name for entry in self.entries]
+        """Names of all tensors."""
+        return [tensor.name for tensor in self.tensors]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,22 +128,21 @@ class Source:
         name = next((name for name, module in self.model.named_modules() if module in (found, inside)), "")
         return f"{name}.weight"
 
-    def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[Entry, torch.Tensor | QuantizedWeight]]:
-        """The tensors, or some of them, in the order of `entries`; each is in memory while it is the current one."""
+    def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[TensorInfo, torch.Tensor | QuantizedWeight]]:
+        """The tensors, or some of them, in the order of `tensors`; each is in memory while it is the current one."""
         wanted = None if names is None else set(names)
-        for entry in self.entries:
-            if wanted is None or entry.name in wanted:
-                yield entry, self._value(entry)
+        for tensor in self.tensors:
+            if wanted is None or tensor.name in wanted:
+                yield tensor, self._value(tensor)
 
     @torch.no_grad()
-    def _value(self, entry: Entry) -> torch.Tensor | QuantizedWeight:
-        path = entry.name.rpartition(".")[0]
-        if entry.grid is not None:
-            return self._with_weight(path, lambda layer: _on_cpu(layer.quantized_weight(self.adapter_name)))
-        tensor = _resolve(self.model, self._keys[entry.name])
+    def _value(self, info: TensorInfo) -> torch.Tensor | QuantizedWeight:
+        if info.grid is not None:
+            return self._with_weight(info.module, lambda layer: _on_cpu(layer.quantized_weight(self.adapter_name)))
+        tensor = _resolve(self.model, self._keys[info.name])
         if tensor.is_meta:
             assert self._checkpoint is not None
-            return self._checkpoint.read(entry.name).to(tensor.dtype)
+            return self._checkpoint.read(info.name).to(tensor.dtype)
         return tensor.detach().cpu()
 
     def _with_weight(self, path: str, function: Callable[[DLQATLayer], T]) -> T:
@@ -172,8 +157,8 @@ class Source:
         finally:
             self._checkpoint.release(self.model, [f"{path}.weight"])
 
-    def _find_entries(self) -> list[Entry]:
-        entries, seen = [], set()
+    def _find_tensors(self) -> list[TensorInfo]:
+        tensors, seen = [], set()
         for key, tensor in self.model.state_dict(keep_vars=True).items():
             name = _plain_name(key, self.model, self.adapter_name)
             if name is None:
@@ -191,8 +176,8 @@ class Source:
             if layer is not None:  # whose weight may be packed
                 shape, dtype = (layer.out_features, layer.in_features), layer.frozen.dtype
                 shape = shape[::-1] if transposed else shape
-            entries.append(Entry(name, shape, dtype, grid, transposed))
-        return entries
+            tensors.append(TensorInfo(name, shape, dtype, grid, transposed))
+        return tensors
 
     def _still_tied(self) -> bool:
         return f"{self.head}.weight" not in self.names

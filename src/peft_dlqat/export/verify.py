@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ..formats import FORMATS, Engine
 from ..train.divergence import kl
-from .engines import ENGINES, runs
-from .manifest import REFERENCE, Manifest, load_manifest, load_written, sha256
+from .manifest import REFERENCE, load_manifest, load_reference, sha256
 
 # Of the largest logit: what another machine's order of summing makes of the same weights in float32.
 _SAME_ARITHMETIC = 1e-5
@@ -107,8 +107,8 @@ def verify_export(out_dir: str | Path, engines: list[str] | None = None) -> Veri
 
     Args:
         out_dir: a folder written by [`export_model`].
-        engines: which engines, of "transformers", "llama-cpp-python", "mlx-lm" and "gptqmodel"; by default all that
-            are installed and run the format.
+        engines: which of the format's engines, by name ("transformers", "llama-cpp-python", "mlx-lm", "gptqmodel");
+            by default all that are installed.
 
     Returns:
         A [`Verification`].
@@ -124,46 +124,48 @@ def verify_export(out_dir: str | Path, engines: list[str] | None = None) -> Veri
         for name, digest in manifest.files.items()
         if not (folder / name).is_file() or sha256(folder / name) != digest
     ]
-    names = [name for name in ENGINES if _runs(name, folder, manifest, changed)]
+    found = [
+        engine for engine in FORMATS[manifest.format].engines if engine.installed and _knows(engine, folder, changed)
+    ]
     if engines is not None:
+        names = [engine.name for engine in found]
         wrong = sorted(set(engines) - set(names))
         if wrong:
             raise ValueError(f"engines={wrong!r} are not installed or do not run {manifest.format!r}; use {names!r}.")
-        names = [name for name in names if name in engines]
+        found = [engine for engine in found if engine.name in engines]
     loss = None if manifest.loss is None else LogitDifference(**manifest.loss)
-    figures = [] if REFERENCE in changed else [_figures(name, folder, manifest, changed) for name in names]
+    figures = [] if REFERENCE in changed else [_figures(engine, folder, changed) for engine in found]
     return Verification(tuple(figures), tuple(changed), loss)
 
 
-def _runs(name: str, folder: Path, manifest: Manifest, changed: list[str]) -> bool:
+def _knows(engine: Engine, folder: Path, changed: list[str]) -> bool:
     try:
-        return runs(name, folder, manifest.format)
+        return engine.knows(folder)
     except Exception:
         if not changed:
             raise
         return True  # running it says what is wrong with the file that it wanted to know from
 
 
-def _figures(name: str, folder: Path, manifest: Manifest, changed: list[str]) -> EngineFigures:
+def _figures(engine: Engine, folder: Path, changed: list[str]) -> EngineFigures:
     """What an engine finds, or how it fails on files that have changed; any other failure is an error."""
     try:
-        return _compare(name, folder, manifest)
+        return _compare(engine, folder)
     except Exception as error:
         if not changed:
             raise
         nan = float("nan")
         first = f"{type(error).__name__}: {error}".splitlines()[0]
-        return EngineFigures(nan, nan, nan, engine=name, agrees=False, error=first)
+        return EngineFigures(nan, nan, nan, engine=engine.name, agrees=False, error=first)
 
 
 @torch.no_grad()
-def _compare(name: str, folder: Path, manifest: Manifest) -> EngineFigures:
-    engine = ENGINES[name]
-    ids, expected = load_written(folder)
-    found = engine.logits(folder, manifest.format, ids)[..., : expected.shape[-1]]
+def _compare(engine: Engine, folder: Path) -> EngineFigures:
+    ids, expected = load_reference(folder, written=True)
+    found = engine.logits(folder, ids)[..., : expected.shape[-1]]
     difference = logit_difference(expected, found)
     if engine.largest_kl is not None:
         agrees = difference.kl <= engine.largest_kl  # never of NaN
     else:
         agrees = difference.max_difference <= _SAME_ARITHMETIC * max(1.0, expected.abs().max().item())
-    return EngineFigures(**asdict(difference), engine=name, agrees=agrees)
+    return EngineFigures(**asdict(difference), engine=engine.name, agrees=agrees)

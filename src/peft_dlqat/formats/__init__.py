@@ -1,5 +1,17 @@
-from .bit_stream import bit_stream
-from .gguf_types import BLOCK_TYPES, BlockType, block_type
-from .rules import RULES, Rule, describe, mlx_group
+"""The formats that a trained model can be exported in, each one object that says all there is to know of it.
 
-__all__ = ["BLOCK_TYPES", "RULES", "BlockType", "Rule", "bit_stream", "block_type", "describe", "mlx_group"]
+A format of your own is one object in `FORMATS`: the config's check, the table of formats, the export, its card and its
+verification then know it.
+"""
+
+from .base import Format, Outline, TensorInfo, describe
+from .compressed_tensors import CompressedTensors
+from .dense import Dense
+from .engines import Engine
+from .gguf import GGUF
+from .gptq import GPTQ
+from .mlx import MLX
+
+FORMATS: dict[str, Format] = {format.name: format for format in (CompressedTensors(), GGUF(), MLX(), GPTQ(), Dense())}
+
+__all__ = ["FORMATS", "Engine", "Format", "Outline", "TensorInfo", "describe"]

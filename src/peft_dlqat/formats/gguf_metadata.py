@@ -8,14 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .source import Source
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _QK = re.compile(r"self_attn\.([qk])_proj\.(weight|bias)$")
 _BLOCK = re.compile(r"\.(\d+)\.")
@@ -39,8 +38,8 @@ class Architecture:
     layer_norm: bool = False
     extra: Callable[[Any, PretrainedConfig], None] | None = None
 
-    def tensor_names(self, source: Source) -> dict[str, str]:
-        """GGUF's name of every tensor.
+    def tensor_names(self, config: PretrainedConfig, tensors: list[str]) -> dict[str, str]:
+        """GGUF's name of each of the model's tensors.
 
         Raises:
             ValueError: for a tensor that gguf's map does not have in this architecture.
@@ -48,8 +47,8 @@ class Architecture:
         import gguf
 
         arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == self.name)
-        names = gguf.get_tensor_name_map(arch, source.config.num_hidden_layers)
-        found = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in source.names}
+        names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+        found = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in tensors}
         unknown = [name for name, known in found.items() if known is None]
         if unknown:
             raise ValueError(
@@ -221,6 +220,8 @@ def rope_factors(config: PretrainedConfig) -> np.ndarray | None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "llama3":
         return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     dim = 2 * len(scaled)
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)

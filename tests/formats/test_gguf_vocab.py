@@ -11,7 +11,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from peft_dlqat import export_model
-from peft_dlqat.export.gguf_vocab import pre_tokenizer, puts_space_first
+from peft_dlqat.formats.gguf_vocab import pre_tokenizer, puts_space_first
 
 gguf = pytest.importorskip("gguf")
 

@@ -8,7 +8,7 @@ from conftest import perturb, tiny_model, tokens
 from peft import get_peft_model
 
 from peft_dlqat import DLQATConfig, Grid, QuantizedWeight
-from peft_dlqat.formats.k_quants import K_QUANT_TYPES
+from peft_dlqat.formats.gguf_k_quants import K_QUANT_TYPES
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.quant.dispatch import harden
 from peft_dlqat.quant.fit import initialise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import DLQATConfig
-from ..formats import RULES, describe
+from ..formats import FORMATS, describe
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class FormatTable:
             if row.problem:
                 lines.append(f"{row.format:<18}  not exactly: {row.problem}")
             else:
-                note = "  (16 bits round each weight once)" if row.format == "dense" else ""
-                lines.append(f"{row.format:<18}  {row.stored:<20}  {row.bits_per_weight:.2f}{note}")
+                remark = FORMATS[row.format].remark
+                lines.append(f"{row.format:<18}  {row.stored:<20}  {row.bits_per_weight:.2f}{remark}")
         return "\n".join(lines)
 
 
@@ -62,9 +62,9 @@ def export_formats(config: DLQATConfig) -> FormatTable:
         A [`FormatTable`].
     """
     rows = []
-    for name, rule in RULES.items():
+    for name, format in FORMATS.items():
         for grid in config.grids():
-            problem = rule.problem(grid)
-            stored, bits = ("", float("nan")) if problem else rule.storage(grid)
+            problem = format.problem(grid)
+            stored, bits = ("", float("nan")) if problem else format.stored_as(grid)
             rows.append(FormatRow(name, describe(grid), stored, bits, problem))
     return FormatTable(tuple(rows))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 # The text that llama.cpp's pre-tokenizers are told apart by is their regular expression; these are the starts or marks

@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..formats import Rule
+from ..formats import Format
 from ..methods import METHODS
 from .folder import MANIFEST
-from .manifest import Manifest
+from .manifest import Manifest, trained_on
 from .source import Source
-from .summary import trained_on
 from .verify import LogitDifference
 
-_LOAD = {
-    "compressed-tensors": [
-        "```python",
-        "from transformers import AutoModelForCausalLM  # and pip install compressed-tensors",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")',
-        "```",
-        "",
-        "or `vllm serve THIS_REPOSITORY`.",
-    ],
-    "gguf": ["```bash", "llama-cli -hf THIS_REPOSITORY", "```"],
-    "mlx": ["```bash", "mlx_lm.generate --model THIS_REPOSITORY --prompt ...", "```"],
-    "gptq": [
-        "```python",
-        "from gptqmodel import GPTQModel",
-        "",
-        'model = GPTQModel.load("THIS_REPOSITORY")',
-        "```",
-    ],
-    "dense": [
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")',
-        "```",
-    ],
-}
-_LIBRARY = {"gguf": "gguf", "mlx": "mlx"}
 # Of the base model's metadata, what holds for the exported one too.
 _KEPT = ("license", "license_name", "license_link", "language", "datasets")
 
@@ -51,7 +23,7 @@ _KEPT = ("license", "license_name", "license_link", "language", "datasets")
 def write_card(
     folder: Path,
     source: Source,
-    rule: Rule,
+    target: Format,
     manifest: Manifest,
     beside: Path | None,
     repo_id: str | None = None,
@@ -62,7 +34,7 @@ def write_card(
     Args:
         folder: the exported folder, all its other files written.
         source: the model.
-        rule: the format.
+        target: the format.
         manifest: what was written and found.
         beside: the base model's folder, whose card names licence, language and data.
         repo_id: where it goes on the Hub, if that is known.
@@ -76,12 +48,12 @@ def write_card(
     data = ModelCardData(
         base_model=manifest.base if on_hub else None,
         base_model_relation="quantized" if on_hub else None,
-        library_name=_LIBRARY.get(rule.name, "transformers"),
+        library_name=target.library,
         pipeline_tag="text-generation",
-        tags=["dlqat", "quantization-aware-training", rule.name],
+        tags=["dlqat", "quantization-aware-training", target.name],
         **kept,
     )
-    text = "\n".join(_lines(folder, source, rule, manifest, repo_id, datasets))
+    text = "\n".join(_lines(folder, source, target, manifest, repo_id, datasets))
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
 
 
@@ -96,25 +68,21 @@ def _base_metadata(beside: Path | None) -> dict[str, Any]:
 
 
 def _lines(
-    folder: Path, source: Source, rule: Rule, manifest: Manifest, repo_id: str | None, datasets: Sequence[str]
+    folder: Path, source: Source, target: Format, manifest: Manifest, repo_id: str | None, datasets: Sequence[str]
 ) -> list[str]:
     config = source.adapter
     method = METHODS[config.method]
     base = manifest.base or "its base model"
-    size = sum(path.stat().st_size for pattern in ("*.safetensors", "*.gguf") for path in folder.glob(pattern))
-    weights = sum(_count(entry.shape) for entry in source.entries)
+    size = sum(path.stat().st_size for path in folder.glob(target.files))
+    weights = sum(prod(tensor.shape) for tensor in source.tensors)
     lines = [
-        f"# {base}, trained at {config.bits} bits ({rule.name})",
+        f"# {base}, trained at {config.bits} bits ({target.name})",
         "",
         f"Fine-tuned from {base} inside a low-bit quantizer "
         f"([{method.title}](https://arxiv.org/abs/{method.arxiv})) with `peft-dlqat`. "
-        + (
-            "The weights are the trained ones to the bit."
-            if manifest.exact
-            else "What was rounded again is said below."
-        ),
+        + ("The weights are the trained ones to the bit." if manifest.exact else "What was rounded is said below."),
         "",
-        *(line.replace("THIS_REPOSITORY", repo_id or "THIS_REPOSITORY") for line in _LOAD[rule.name]),
+        target.usage.replace("THIS_REPOSITORY", repo_id or "THIS_REPOSITORY"),
         "",
         "| | |",
         "|---|---|",
@@ -133,7 +101,6 @@ def _lines(
     ):
         if names:
             lines.append(f"| {title} | {', '.join(names)} |")
-    lines += [f"| lossy | {line} |" for line in manifest.lossy]
     if manifest.rounded:
         lines.append(f"| rounded to their dtype | {len(manifest.rounded)} dense tensors |")
     if calibration := config.record.get("calibration"):
@@ -155,10 +122,3 @@ def _lines(
             ),
         ]
     return lines
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

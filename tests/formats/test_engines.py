@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 
 import pytest
-import torch
-from export_models import adapted, llama2_tokenizer
+from export_models import adapted, as_id, held_grids, llama2_tokenizer
 
-from peft_dlqat import Grid, export_model, verify_export
-from peft_dlqat.formats import RULES
+from peft_dlqat import export_model, verify_export
 
 # llama.cpp rounds activations to 8 bits where it multiplies with quantized weights; built with BLAS and without
 # repacking, it computes products of many tokens in float32. Its GELU is a table of half precision all the same.
@@ -26,25 +23,13 @@ TEXTS = (
 )
 
 
-def grids(name: str, sizes: tuple[int, ...]) -> list[dict[str, object]]:
-    settings = [
-        {"bits": bits, "group_size": size, "zero_point": zero_point}
-        for bits, size, zero_point in itertools.product((2, 3, 4, 8), sizes, ("none", "integer", "float"))
-    ]
-    return [setting for setting in settings if RULES[name].holds(Grid(**setting, scale_dtype=torch.bfloat16))]
-
-
-def as_id(setting: dict[str, object]) -> str:
-    return "-".join(str(value) for value in setting.values())
-
-
 def figures(folder, engine):
     (found,) = verify_export(folder, engines=[engine]).figures
     print(found)
     return found
 
 
-@pytest.mark.parametrize("setting", grids("gguf", (32, 256)), ids=as_id)
+@pytest.mark.parametrize("setting", held_grids("gguf", (32, 256)), ids=as_id)
 def test_llama_cpp_finds_the_trained_model(setting, tmp_path):
     pytest.importorskip("llama_cpp")
     export_model(adapted(**setting), tmp_path / "out", "gguf", verify=False)
@@ -75,7 +60,7 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("setting", grids("gptq", (32, 128, -1)), ids=as_id)
+@pytest.mark.parametrize("setting", held_grids("gptq", (32, 128, -1)), ids=as_id)
 def test_gptqmodel_finds_the_trained_model(setting, tmp_path):
     pytest.importorskip("gptqmodel")
     export_model(adapted("embedded", **setting), tmp_path / "out", "gptq", verify=False)  # it wants a tokenizer

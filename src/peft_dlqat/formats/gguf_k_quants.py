@@ -22,7 +22,7 @@ import torch
 from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
 from ..quant.super_blocks import K_QUANTS, SUPER_BLOCK, KQuant, from_super_scales
-from .blocks import BlockType
+from .gguf_blocks import BlockType
 
 Array = np.ndarray
 
@@ -92,7 +92,7 @@ def pack_q6_k(codes: Array, d: Array, sc: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class KQuantType:
+class KQuantType(BlockType):
     """A K-quant as a type of tensor in a file.
 
     Attributes:
@@ -103,27 +103,15 @@ class KQuantType:
     quant: KQuant
     pack_blocks: Callable[..., Array]
 
-    @property
-    def name(self) -> str:
-        """GGUF's name."""
-        return self.quant.name
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits a weight, all told."""
-        return self.quant.bits_per_weight
-
     def holds(self, grid: Grid) -> bool:
         """Whether every weight on the grid is exact in this type, as long as its scales are exact in float16."""
         if grid.k_quant:
             return grid.super_block == self.quant and grid.group_size == self.quant.group_size
         zeros = ("none",) if self.quant.zero_point == "none" else ("none", "integer", "float")
-        # A group of -1 stands for a row, whose length is not known yet.
-        whole_blocks = grid.group_size == -1 or grid.group_size % SUPER_BLOCK == 0
         return (
-            whole_blocks
+            self.has_whole_blocks(grid)
             and grid.scale_dtype != torch.float32
-            and grid.bits <= self.quant.bits
+            and grid.bits <= self.bits
             and grid.zero_point in zeros
         )
 
@@ -138,7 +126,7 @@ class KQuantType:
         """
         if not self.holds(weight.grid):
             raise ValueError(f"{self.name} does not hold the grid {weight.grid} exactly; choose another type.")
-        first = weight.grid.qmin if self._has_mins else -(2 ** (self.quant.bits - 1))
+        first = weight.grid.qmin if self._has_mins else -(2 ** (self.bits - 1))
         codes = weight.codes.to(torch.int16) - first
         arrays = [codes.reshape(-1, SUPER_BLOCK).to(torch.uint8)]
         for d, integers in self._own_scales(weight) if weight.grid.k_quant else self._unit_scales(weight):
@@ -209,14 +197,7 @@ _PACKERS: dict[str, Callable[..., Array]] = {
     "Q5_K": pack_q5_k,
     "Q6_K": pack_q6_k,
 }
-K_QUANT_TYPES = {quant.name: KQuantType(quant, _PACKERS[quant.name]) for quant in K_QUANTS.values()}
-K_QUANT_BLOCKS = tuple(
-    BlockType(
-        name,
-        SUPER_BLOCK,
-        kind.bits_per_weight,
-        kind.holds,
-        lambda codes, scale, zero, grid, kind=kind: kind.pack(QuantizedWeight(codes, scale, zero, grid)),  # type: ignore[misc]
-    )
-    for name, kind in K_QUANT_TYPES.items()
-)
+K_QUANT_TYPES = {
+    quant.name: KQuantType(quant.name, quant.bits, quant.bits_per_weight, SUPER_BLOCK, quant, _PACKERS[quant.name])
+    for quant in K_QUANTS.values()
+}

@@ -1,0 +1,220 @@
+"""GGUF, for llama.cpp, Ollama and whatever is built on them; transformers reads it too (`gguf_file=`).
+
+One file of metadata (`gguf_metadata`), tokenizer (`gguf_vocab`) and tensors, whose weights are sequences of blocks
+(`gguf_blocks`, `gguf_k_quants`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..quant.grid import Grid
+from ..quant.quantizer import QuantizedWeight
+from .base import IN_FLOAT16, Add, Format, Outline, TensorInfo
+from .engines import Engine, float32_logits
+from .gguf_blocks import BlockType, Signed, Ternary, Unsigned
+from .gguf_k_quants import K_QUANT_TYPES
+from .gguf_metadata import ARCHITECTURES, architecture, rope_factors, write_metadata
+from .gguf_vocab import write_vocab
+
+FILE = "model.gguf"
+# A new type is one entry.
+BLOCK_TYPES: tuple[BlockType, ...] = (
+    Ternary("TQ2_0", 2, 2.0625, 256),
+    Signed("Q4_0", 4, 4.5, 32),
+    Signed("Q5_0", 5, 5.5, 32),
+    Signed("Q8_0", 8, 8.5, 32),
+    Unsigned("Q4_1", 4, 5.0, 32),
+    Unsigned("Q5_1", 5, 6.0, 32),
+    *K_QUANT_TYPES.values(),
+)
+_FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+
+
+def block_type(grid: Grid) -> BlockType:
+    """The smallest type that holds a grid exactly, where one does."""
+    return min((kind for kind in BLOCK_TYPES if kind.holds(grid)), key=lambda kind: kind.bits_per_weight)
+
+
+def _transformers(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type == "mistral":  # it goes by the names of llama.cpp's architectures, where Mistral is a Llama
+        content = config.to_dict()
+        config = LlamaConfig.from_dict(
+            {key: value for key, value in content.items() if key not in ("model_type", "sliding_window")}
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, config=config, dtype=torch.float32)
+    for parameter in model.parameters():  # Conv1D's come out of a GGUF transposed, and may round differently so
+        parameter.data = parameter.data.contiguous()
+    return float32_logits(model, ids)
+
+
+def _transformers_knows(folder: Path) -> bool:
+    """Its loader lacks some of llama.cpp's architectures."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    return ARCHITECTURES[kind].name in GGUF_SUPPORTED_ARCHITECTURES
+
+
+def _llama_cpp(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    from llama_cpp import GGML_TYPE_F32, Llama
+
+    length = ids.shape[1]
+    model = Llama(
+        str(folder / FILE),
+        n_ctx=length,
+        n_batch=length,
+        n_ubatch=length,
+        type_k=GGML_TYPE_F32,  # it is the weights that are compared, so the cache shall not round
+        type_v=GGML_TYPE_F32,
+        logits_all=True,
+        verbose=False,
+    )
+    rows = []
+    for prompt in ids.tolist():
+        model.reset()
+        model.eval(prompt)
+        rows.append(torch.tensor(model.scores[: len(prompt)].copy()))
+    model.close()
+    return torch.stack(rows)
+
+
+class GGUF(Format):
+    """What a block type holds, with scales that fit float16 or are a K-quant's own."""
+
+    name = "gguf"
+    package = "gguf"
+    extra = "gguf"
+    packs_conv1d = True
+    embedding_types = tuple(_FLOATS)
+    files = "*.gguf"
+    library = "gguf"
+    engines = (
+        Engine("transformers", "transformers", _transformers, largest_kl=None, knows=_transformers_knows),
+        Engine("llama-cpp-python", "llama_cpp", _llama_cpp, largest_kl=1e-3),
+    )
+    usage = """\
+```bash
+llama-cli -hf THIS_REPOSITORY
+```"""
+
+    def holds(self, grid: Grid) -> bool:
+        """As the class says."""
+        return (grid.k_quant or grid.scale_dtype in IN_FLOAT16) and any(kind.holds(grid) for kind in BLOCK_TYPES)
+
+    def stored_as(self, grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[str, float]:
+        """The smallest block type."""
+        chosen = block_type(grid)
+        return chosen.name, chosen.bits_per_weight
+
+    def scale_dtype(self, grid: Grid) -> torch.dtype:
+        """float16; a K-quant's scale is an integer times one."""
+        return torch.float32 if grid.k_quant else torch.float16
+
+    def dense_type(self, outline: Outline, tensor: TensorInfo) -> str:
+        """A GGML type: F32 for vectors, by which llama.cpp adds and multiplies in float32 only."""
+        name = "F32" if len(tensor.shape) == 1 else _FLOATS[super().dense_type(outline, tensor)]
+        return name if name != "Q8_0" or tensor.shape[-1] % 32 == 0 else "F16"
+
+    def rounded(self, outline: Outline, tensor: TensorInfo, value: torch.Tensor) -> torch.Tensor:
+        """Through the type's bytes and back."""
+        import gguf
+
+        kind = self.dense_type(outline, tensor)
+        return torch.from_numpy(gguf.dequantize(_float_bytes(value, kind), gguf.GGMLQuantizationType[kind]))
+
+    @contextmanager
+    def writing(self, folder: Path, outline: Outline, notes: list[str]) -> Iterator[Add]:
+        """One file, whose header names all tensors."""
+        import gguf
+
+        config, arch = outline.config, architecture(outline.config)
+        names = arch.tensor_names(config, [tensor.name for tensor in outline.tensors])
+        types = {tensor.name: self._type(outline, tensor) for tensor in outline.tensors}
+        with closing(gguf.GGUFWriter(path=None, arch=arch.name)) as writer:
+            write_metadata(writer, config, arch, outline.name or arch.name)
+            writer.add_file_type(_file_type(types))
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            notes += [*write_vocab(writer, folder, config), *arch.notes(config)]
+            factors = rope_factors(config)
+            if factors is not None:
+                writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+            for tensor in outline.tensors:
+                _announce(writer, names[tensor.name], tensor, types[tensor.name])
+            writer.write_header_to_file(folder / FILE)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            if factors is not None:
+                writer.write_tensor_data(factors)
+
+            def add(tensor: TensorInfo, value: torch.Tensor | QuantizedWeight) -> None:
+                order = arch.row_order(tensor.name, config, _shape(tensor)[0])
+                if isinstance(value, QuantizedWeight):
+                    writer.write_tensor_data(block_type(value.grid).pack(_rows(value, order)))
+                else:
+                    rows = (value.t() if tensor.transposed else value)[order]
+                    writer.write_tensor_data(_float_bytes(arch.adjusted(tensor.name, rows), types[tensor.name]))
+
+            yield add
+
+    def _type(self, outline: Outline, tensor: TensorInfo) -> str:
+        """The GGML type in which a tensor is stored."""
+        return self.dense_type(outline, tensor) if tensor.grid is None else block_type(tensor.grid).name
+
+
+def _shape(tensor: TensorInfo) -> tuple[int, ...]:
+    return tensor.shape[::-1] if tensor.transposed else tensor.shape
+
+
+def _rows(weight: QuantizedWeight, order: torch.Tensor | slice) -> QuantizedWeight:
+    zero = None if weight.zero is None else weight.zero[order]
+    return replace(weight, codes=weight.codes[order], scale=weight.scale[order], zero=zero)
+
+
+def _announce(writer: Any, name: str, tensor: TensorInfo, type_name: str) -> None:
+    import gguf
+
+    kind, shape = gguf.GGMLQuantizationType[type_name], _shape(tensor)
+    if type_name in ("F32", "F16"):
+        dtype = np.dtype(np.float32 if type_name == "F32" else np.float16)
+        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+        return
+    byte_shape = gguf.quant_shape_to_byte_shape(shape, kind)
+    writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), int(np.prod(byte_shape)), raw_dtype=kind)
+
+
+def _float_bytes(value: torch.Tensor, kind: str) -> np.ndarray:
+    """A dense tensor in one of `_FLOATS`; what Q8_0 has rounded it finds again."""
+    import gguf
+
+    value = value.contiguous()
+    if kind == "F32":
+        return value.float().numpy()
+    if kind == "F16":
+        return value.to(torch.float16).numpy()
+    if kind == "BF16":
+        return value.to(torch.bfloat16).view(torch.uint8).numpy()
+    return gguf.quantize(value.float().numpy(), gguf.GGMLQuantizationType[kind])
+
+
+def _file_type(types: dict[str, str]) -> int:
+    """llama.cpp's name for the file: that of the commonest type."""
+    import gguf
+
+    for name, _ in Counter(types.values()).most_common():
+        found = getattr(gguf.LlamaFileType, f"MOSTLY_{name}", None)
+        if found is not None:
+            return int(found)
+    return int(gguf.LlamaFileType.ALL_F32)

@@ -1,0 +1,34 @@
+"""compressed-tensors holds the merged model, as transformers loads it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import pytest
+import torch
+from export_models import adapted, as_id, assert_same, exported_logits, held_grids, merged_logits, needs
+
+from peft_dlqat import export_model
+from peft_dlqat.export.manifest import load_reference
+
+
+@pytest.mark.parametrize("setting", held_grids("compressed-tensors", (32, 128, -1)), ids=as_id)
+def test_compressed_tensors_holds_the_merged_model(setting, tmp_path):
+    needs("compressed-tensors")
+    model = adapted(**setting)
+    assert_same(export_model(model, tmp_path / "out", "compressed-tensors"), "compressed-tensors")
+    ids, reference = load_reference(tmp_path / "out")
+    assert torch.equal(reference, merged_logits(model, ids))
+    assert torch.equal(exported_logits(tmp_path / "out", ids), reference)
+
+
+def test_an_old_version_is_refused(tmp_path, monkeypatch):
+    """It would write 3 bits in another way than newer ones read."""
+    needs("compressed-tensors")
+    found = importlib.metadata.version
+    monkeypatch.setattr(
+        "peft_dlqat.formats.base.version", lambda name: "0.17.1" if name == "compressed-tensors" else found(name)
+    )
+    with pytest.raises(ImportError, match=r"0.17.1 is installed, but .* needs 0.18 or newer.*compressed-tensors\]"):
+        export_model(adapted(bits=3), tmp_path / "out", "compressed-tensors")
+    assert not list(tmp_path.iterdir())

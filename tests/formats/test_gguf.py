@@ -1,0 +1,121 @@
+"""A GGUF file holds the merged model, by its own metadata."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from export_models import (
+    adapted,
+    as_id,
+    assert_same,
+    exported_logits,
+    held_grids,
+    merged_logits,
+    needs,
+)
+
+from peft_dlqat import export_model, verify_export
+from peft_dlqat.export.manifest import load_manifest, load_reference
+from peft_dlqat.formats.gguf import BLOCK_TYPES
+from peft_dlqat.formats.gguf_metadata import Architecture
+
+
+@pytest.mark.parametrize("setting", held_grids("gguf", (32, 256, -1)), ids=as_id)
+def test_gguf_holds_the_merged_model(setting, tmp_path):
+    needs("gguf")
+    model = adapted(**setting)
+    assert_same(export_model(model, tmp_path / "out", "gguf"), "gguf")
+    ids, _ = load_reference(tmp_path / "out")
+    # By the file's own metadata, not by config.json.
+    assert torch.equal(exported_logits(tmp_path / "out", ids, gguf_file="model.gguf"), merged_logits(model, ids))
+
+
+K_QUANTS = {
+    "Q2_K": {"bits": 2, "zero_point": "float", "group_size": 16},
+    "Q3_K": {"bits": 3, "zero_point": "none", "group_size": 16},
+    "Q4_K": {"bits": 4, "zero_point": "float", "group_size": 32},
+    "Q6_K": {"bits": 6, "zero_point": "none", "group_size": 16},
+}
+
+
+@pytest.mark.parametrize("name", K_QUANTS)
+def test_gguf_holds_what_was_trained_on_a_k_quant(name, tmp_path):
+    needs("gguf")
+    model = adapted(**K_QUANTS[name], scale_dtype="k_quant", export=["gguf"])
+    assert_same(export_model(model, tmp_path / "out", "gguf"), "gguf")
+    import gguf
+
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    assert name in kinds
+    ids, _ = load_reference(tmp_path / "out")
+    assert torch.equal(exported_logits(tmp_path / "out", ids, gguf_file="model.gguf"), merged_logits(model, ids))
+
+
+@pytest.mark.parametrize("kind", ["gemma", "phi"])
+def test_gguf_of_what_transformers_does_not_read(kind, tmp_path):
+    """Its loader is no engine for these, and the export is kept."""
+    needs("gguf")
+    found = export_model(adapted(kind, bits=4), tmp_path / "out", "gguf")
+    assert "transformers" not in [row.engine for row in found.figures]
+    assert (tmp_path / "out" / "model.gguf").is_file()
+
+
+_YARN = {
+    "full_attention": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("gemma2", "query_pre_attn_scalar", 256),
+        ("gemma2", "attn_logit_softcapping", None),
+        ("gemma2", "final_logit_softcapping", None),
+        ("gemma3", "query_pre_attn_scalar", 256),
+        ("gemma3", "attn_logit_softcapping", 50.0),
+        ("gemma3", "use_bidirectional_attention", True),
+        ("gemma3", "layer_types", ["full_attention", "full_attention"]),
+        ("gemma3", "rope_parameters", _YARN),
+    ],
+)
+def test_a_gemma_that_llama_cpp_computes_otherwise_is_refused(kind, name, value, tmp_path):
+    needs("gguf")
+    model = adapted(kind, bits=4)
+    setattr(model.get_base_model().config, name, value)
+    with pytest.raises(ValueError, match=rf"{name}=.* cannot be written as GGUF: .*; export the model as"):
+        export_model(model, tmp_path / "out", "gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpt2_through_gguf(tmp_path):
+    """Conv1D keeps its weight as [in, out]; the codes are [out, in], as GGUF has them."""
+    needs("gguf")
+    assert_same(export_model(adapted("gpt2", bits=4), tmp_path / "out", "gguf"), "gguf")
+
+
+def test_q8_0_embeddings_say_their_loss(tmp_path, capsys):
+    needs("gguf")
+    found = export_model(adapted(bits=3), tmp_path / "out", "gguf", embeddings="q8_0")
+    assert_same(found, "gguf")
+    assert 0 < found.loss.kl < 1e-2
+    manifest = load_manifest(tmp_path / "out")
+    assert sorted(manifest.rounded) == ["lm_head.weight", "model.embed_tokens.weight"]
+    full = tmp_path / "full"
+    export_model(adapted(bits=3), full, "gguf", verify=False)
+    assert (full / "model.gguf").stat().st_size > (tmp_path / "out" / "model.gguf").stat().st_size + 90_000
+
+
+@pytest.mark.parametrize("settings", [{}, {"embeddings": "q8_0"}, {"dtype": "float16"}], ids=str)
+def test_rows_of_q_and_k_that_are_not_permuted_are_caught(settings, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(Architecture, "row_order", lambda *_: slice(None))
+    with pytest.raises(RuntimeError, match="DIFFERS"):
+        export_model(adapted(bits=4), tmp_path / "out", "gguf", **settings)
+    export_model(adapted(bits=4), tmp_path / "out", "gguf", verify=False, **settings)
+    found = verify_export(tmp_path / "out")
+    assert not found.ok and found.figures[0].kl > 1e-6
+
+
+def test_the_smallest_type_is_ternary():
+    assert min(BLOCK_TYPES, key=lambda kind: kind.bits_per_weight).name == "TQ2_0"
