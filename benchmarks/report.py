@@ -265,7 +265,7 @@ def card_layers(lines: list[dict[str, Any]]) -> str:
     """One line a shape and number of tokens: milliseconds of LoRA's, and the others' over them."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for line in lines:
-        if line["part"] == "layer" and "ms" in line:
+        if line["part"] == "layer" and line.get("ratio"):
             found.setdefault((line["shape"], line["tokens"]), {})[line["contender"]] = line
     names = list(dict.fromkeys(name for row in found.values() for name in row if name != "LoRA"))
     rows = []
@@ -279,7 +279,7 @@ def card_models(lines: list[dict[str, Any]]) -> str:
     """One line a contender and batch, and its generation."""
     rows = []
     for line in lines:
-        if line["part"] == "model" and "ms" in line:
+        if line["part"] == "model" and line.get("ratio"):
             peak = "" if line["peak_gib"] is None else f"{line['peak_gib']:.2f}"
             rows.append([line["contender"], line["step"], f"{line['ms']:.0f}", f"{line['ratio']:.2f}", peak])
     return markdown(["", "", "ms", "time / LoRA's", "peak, GiB"], rows)
@@ -337,7 +337,10 @@ def draw(model: str, folder: Path) -> None:
         row_wise = []
         for name, row in rivals.items():
             config = settings[name]
-            if who in row and {key: value for key, value in config.items() if key not in ("bits", "group_size")} == plain:
+            if (
+                who in row
+                and {key: value for key, value in config.items() if key not in ("bits", "group_size")} == plain
+            ):
                 point = row[who][0]["bits_per_weight"], kl(row[who])
                 axis.scatter(*point, color=colours[who], marker=f"${config['bits']}$", s=50)
                 row_wise += [point] if config["group_size"] == -1 else []
@@ -347,7 +350,9 @@ def draw(model: str, folder: Path) -> None:
     axis.set(yscale="log", xlabel="bits per weight; the digit: bits of a code; lines: one scale a row", ylabel=label)
     save(figure, folder / "bits.png")
 
-    times = {row["setting"]: row["ratios"] for file in files() for row in file.data["step_times"] if row["model"] == model}
+    times = {
+        row["setting"]: row["ratios"] for file in files() for row in file.data["step_times"] if row["model"] == model
+    }
     times = {name: times[name] for name in sorted(times)}
     figure, axes = plt.subplots(-(-len(times) // 2), 2, figsize=(9.4, 4.2 * -(-len(times) // 2)), squeeze=False)
     for axis, (name, ratios) in zip(axes.flat, times.items(), strict=False):

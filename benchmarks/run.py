@@ -2,14 +2,14 @@
 
     python benchmarks/run.py benchmarks/experiments/small.json [--model PATH_OR_HUB_ID] [--tokens FILE] [--quick]
 
-An experiment is a JSON file: settings (arguments of `DLQATConfig`), contenders, how to train, learning rates and seeds.
-A contender that trains first tries each learning rate for a part of the steps, on the first seed, and while the best is
-the lowest or the highest, half or twice that; the best is used for all seeds, and so is one that whole runs have shown
-to be better. "dlqat" is the default recipe, and takes its learning rate.
+An experiment is a JSON file: settings (arguments of `DLQATConfig`), contenders, how to train, learning rates, seeds. A
+contender that trains first tries each learning rate for a part of the steps, on the first seed. While the best is the
+lowest or the highest, it tries half or twice that. The best is used for all seeds, and so is one that whole runs have
+shown to be better. "dlqat" is the default recipe, and takes its learning rate.
 
-Results are one file an experiment, benchmarks/results/EXPERIMENT.json, whatever the models; runs that are there already
-are not repeated, so an interrupted benchmark goes on where it stopped. A contender whose library is not installed is
-left out, and said so. `report.py` makes the tables and pictures of docs/ from the results.
+Results are one file an experiment, benchmarks/results/EXPERIMENT.json, whatever the models. Runs that are there are
+not repeated, so an interrupted benchmark goes on where it stopped. A contender whose library is not installed is left
+out, and said so. `report.py` makes the tables and pictures of docs/ from the results.
 
 `--tokens` is a safetensors file with integer tensors `train` [n, length] and `heldout` [m, length], and of another
 domain `other` [k, length], for settings that calibrate on it. Without it, an experiment's `text` says what is made:

@@ -38,9 +38,10 @@ class Results:
         """
         known, known_work = self.data["settings"].setdefault(setting, what), self.data["work"].get(model)
         if known != what or known_work not in (None, work):
+            other = "model or tokens" if known == what else "setting"
             raise SystemExit(
-                f"{self.path} has {setting} of {model} with another {'model or tokens' if known == what else 'setting'}"
-                "; name another file with --results, or give what is new another name."
+                f"{self.path} has {setting} of {model} with another {other}; name another file with --results, or "
+                "give what is new another name."
             )
         self.data["work"].setdefault(model, work)
 
@@ -63,9 +64,11 @@ class Results:
         """Whole or not at all, a line for each thing in it."""
         parts = []
         for key, value in self.data.items():
-            lines = [f"{json.dumps(name)}: {json.dumps(each)}" for name, each in value.items()] if isinstance(
-                value, dict
-            ) else [json.dumps(each) for each in value]
+            lines = (
+                [f"{json.dumps(name)}: {json.dumps(each)}" for name, each in value.items()]
+                if isinstance(value, dict)
+                else [json.dumps(each) for each in value]
+            )
             start, end = "{}" if isinstance(value, dict) else "[]"
             parts.append(f'"{key}": {start}\n' + ",\n".join(lines) + f"\n{end}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +120,7 @@ def next_rates(runs: list[Run], rates: list[float], seed: int) -> list[float]:
 
 
 def best_rates(runs: list[Run], seed: int) -> list[float]:
-    """The search's best, and what has done better than it in whole runs of the seed, which the search fell short of."""
+    """The search's best, and what has done better than it in whole runs of the seed."""
     found = tried(runs, seed)
     best = min(found, key=lambda lr: found[lr])
     by_rate = {run["lr"]: kl([run]) for run in whole(runs) if run["seed"] == seed}

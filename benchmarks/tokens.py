@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_dlqat import generate_dataset
-from peft_dlqat.train.teacher_store import write_whole
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "examples" / "embedded"
 
@@ -35,9 +34,9 @@ def fingerprint(model_id: str, tokens: Path | None = None) -> str:
 
 def _write(path: Path, rows: dict[str, torch.Tensor]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {name: ids.int().contiguous() for name, ids in rows.items()}
-    write_whole(path, lambda temporary: save_file(whole, temporary))
-    return path
+    temporary = path.with_suffix(".tmp")
+    save_file({name: ids.int().contiguous() for name, ids in rows.items()}, temporary)
+    return temporary.replace(path)
 
 
 def make_tokens(

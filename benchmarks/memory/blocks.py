@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_dlqat import DLQATConfig
 from peft_dlqat.large.calibrate_from_disk import calibrate_blocks_from_disk
 
-RESULTS = Path(__file__).parents[1] / "results" / "memory" / "blocks.json"
+RESULTS = Path(__file__).parents[1] / "results" / "blocks.json"
 
 
 def make_model(folder: Path, config: LlamaConfig) -> dict[str, int]:

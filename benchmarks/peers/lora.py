@@ -5,8 +5,8 @@ quantizer, as a user has it who fine-tunes first and quantizes afterwards.
 
     w_hat = S * clip(round((W0 + scaling * BA - M) / S), 0, 2**bits - 1) + M
 
-It needs an objective of its own, such as the next-token loss: at the start its divergence from the full-precision model
-is zero, and so is every gradient.
+It needs an objective of its own, such as the next-token loss: at the start its divergence from the full-precision
+model is zero, and so is every gradient.
 """
 
 from __future__ import annotations
