@@ -98,6 +98,8 @@ def pool(jobs: int) -> Executor:
     """New processes, none of which has threads of this one's; for one job at a time this process."""
     if jobs == 1:
         return ThreadPoolExecutor(1)
+    for name, value in (("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs))), *ALLOCATOR.items()):
+        os.environ.setdefault(name, value)  # read when a process starts
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
 
@@ -227,9 +229,6 @@ def main() -> None:
     parser.add_argument("--step_times", action="store_true", help="time training steps, in turns, and nothing else")
     parser.add_argument("--results", type=Path, help="default: the committed file, or with --quick one in outputs/")
     args = parser.parse_args()
-    for name, value in (("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs))), *ALLOCATOR.items()):
-        if not args.step_times:
-            os.environ.setdefault(name, value)  # read when a process starts: for the workers
     experiment: dict[str, Any] = json.loads(args.experiment.read_text())
     experiment["seeds"] = args.seeds or experiment["seeds"]
     args.name = args.name or ("embedded" if Path(args.model).resolve() == EMBEDDED else Path(args.model).name)

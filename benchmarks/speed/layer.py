@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from eager import PEERS
 from paired import machine, ratios
-from peers import PEERS
 from peft import LoraConfig, get_peft_model
 from torch import nn
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from eager import PEERS, replace_layers
 from layer import Work, check, kept_bytes, ours
 from paired import machine, ratios
-from peers import PEERS, replace_layers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
