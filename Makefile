@@ -4,7 +4,7 @@
 #   TORCH    what is installed where PYTHON has no torch of its own, as arguments of pip
 #   ARGS     further arguments for pytest (make test) or for the example (make demo)
 #   TESTS    what make test runs, such as TESTS=tests/test_methods.py
-#   EXPERIMENTS  what make bench-quality runs: names in benchmarks/methods/experiments, or all
+#   EXPERIMENTS  what make bench-quality runs: names in benchmarks/experiments, or all
 #   WORKERS  how many processes make test uses; 0 runs the tests in one process, as a debugger needs
 
 PYTHON  ?= python3
@@ -40,7 +40,7 @@ help:
 	@echo "make test     run the tests (TESTS= chooses which, ARGS= goes to pytest, WORKERS= sets the processes)"
 	@echo "make test-engines  exported models in llama.cpp and gptqmodel, each built into an environment of its own (ENGINES=)"
 	@echo "make quality  ruff, mypy and the tests of the code's structure and documentation"
-	@echo "make bench-quality  every method and peer on the same work; hours (EXPERIMENTS=all for all of them, ARGS= goes to benchmarks/methods/run.py)"
+	@echo "make bench-quality  every method and peer on the same work; hours (EXPERIMENTS=all for all of them, ARGS= goes to benchmarks/run.py)"
 	@echo "make clean    remove $(VENV), caches and build files; outputs/ stays"
 	@echo "PYTHON=...    the interpreter to use; if it has torch, that torch is used, else $(TORCH) is installed"
 
@@ -86,9 +86,9 @@ quality: $(VENV)/.stamp-quality
 # On the embedded model and text that it makes up; ARGS="--model ... --tokens ..." for another.
 EXPERIMENTS ?= small
 bench-quality: $(VENV)/.stamp-bench
-	for file in $(patsubst %,benchmarks/methods/experiments/%.json,$(if $(filter all,$(EXPERIMENTS)),*,$(EXPERIMENTS))); do \
-	    $(BIN)/python benchmarks/methods/run.py $$file $(ARGS) || exit 1; done
-	$(BIN)/python benchmarks/methods/step_times.py benchmarks/methods/experiments/small.json $(ARGS)
+	for file in $(patsubst %,benchmarks/experiments/%.json,$(if $(filter all,$(EXPERIMENTS)),*,$(EXPERIMENTS))); do \
+	    $(BIN)/python benchmarks/run.py $$file $(ARGS) || exit 1; done
+	$(BIN)/python benchmarks/run.py benchmarks/experiments/small.json --step_times $(ARGS)
 
 # outputs/ stays: it may hold trained adapters.
 clean:

@@ -16,11 +16,10 @@ from pathlib import Path
 
 from peft import get_peft_model
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_dlqat import DLQATConfig, export_formats, export_model
-from peft_dlqat.export.source import Source
-from peft_dlqat.formats.gguf import FILE
 
 EMBEDDED = Path(__file__).parents[1] / "examples" / "embedded" / "model"
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
@@ -46,10 +45,13 @@ def main() -> None:
 def rows(model_id: str, settings: dict) -> list[tuple[str, ...]]:
     """One row a format that holds the grid."""
     config = DLQATConfig(**settings, init="minmax", task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_id, dtype="bfloat16"), config)
-    source = Source(model, None)
-    weights = {tensor.module: prod(tensor.shape) for tensor in source.tensors if tensor.grid}
-    parameters = sum(prod(tensor.shape) for tensor in source.tensors)
+    base = AutoModelForCausalLM.from_pretrained(model_id, dtype="bfloat16")
+    parameters, head = base.num_parameters(), base.get_output_embeddings()
+    linear = {
+        name: layer for name, layer in base.named_modules() if isinstance(layer, nn.Linear) and layer is not head
+    }
+    weights = {name: layer.weight.numel() for name, layer in linear.items()}
+    model = get_peft_model(base, config)
     found = []
     for held in export_formats(config).rows:
         if held.problem or held.format == "dense":
@@ -86,7 +88,9 @@ def gguf_bytes(folder: Path) -> int:
     import gguf
 
     plain = {gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16")}
-    return sum(int(t.n_bytes) for t in gguf.GGUFReader(folder / FILE).tensors if t.tensor_type not in plain)
+    return sum(
+        int(t.n_bytes) for t in gguf.GGUFReader(next(folder.glob("*.gguf"))).tensors if t.tensor_type not in plain
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -26,10 +25,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_dlqat import DLQATConfig
-from peft_dlqat.large.calibrate_from_disk import calibrate_blocks_from_disk
+from peft_dlqat import DLQATConfig, calibrate_blocks_from_disk
 
-RESULTS = Path(__file__).parents[1] / "results" / "memory" / "blocks.json"
+RESULTS = Path(__file__).parents[1] / "results" / "blocks.json"
+MODEL = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "vocab_size": 32000,
+}  # fmt: skip
+TOKENS, STEPS = 128, 2
 
 
 def make_model(folder: Path, config: LlamaConfig) -> dict[str, int]:
@@ -67,21 +70,20 @@ def resident(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}; this script needs Linux.")
 
 
-def measure(folder: Path, config: DLQATConfig, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
-    """Calibrate from disk; returns the peak above the start, and the sizes it is made of."""
-    hidden = json.loads((folder / "config.json").read_text())["hidden_size"]
-    ids = torch.randint(0, 1000, (args.batches, 1, args.length), generator=torch.Generator().manual_seed(0))
+def measure(folder: Path, config: DLQATConfig) -> dict[str, Any]:
+    """Calibrate from disk in float32; returns the peak above the start, and the sizes it is made of."""
+    ids = torch.randint(0, 1000, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as output:
         before, started = resident("VmRSS"), time.perf_counter()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         errors = calibrate_blocks_from_disk(
-            folder, config, [{"input_ids": x} for x in ids], Path(output) / "adapter", steps=args.steps, dtype=dtype
+            folder, config, [{"input_ids": ids}], Path(output) / "adapter", steps=STEPS, dtype=torch.float32
         )
         peak = resident("VmHWM") - before
         adapter = load_file(Path(output) / "adapter" / "adapter_model.safetensors")
     return {
         "peak_above_start": peak,
-        "caches": 2 * ids.numel() * hidden * dtype.itemsize,
+        "caches": 2 * ids.numel() * MODEL["hidden_size"] * torch.float32.itemsize,
         "adapter": sum(tensor.nbytes for tensor in adapter.values()),
         "decoder_layers": len(errors),
         "seconds": round(time.perf_counter() - started),
@@ -91,46 +93,24 @@ def measure(folder: Path, config: DLQATConfig, dtype: torch.dtype, args: argpars
 def main() -> None:
     """Make the model, calibrate it once, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to make the model; a temporary folder by default")
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=8192)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
-    parser.add_argument("--init", default="mse", help="init of the DLQATConfig")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--batches", type=int, default=1)
-    parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--result", type=Path, default=RESULTS)
     args = parser.parse_args()
-    config = LlamaConfig(
-        hidden_size=args.hidden,
-        intermediate_size=args.intermediate,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 128,
-        num_key_value_heads=args.hidden // 128,
-        vocab_size=args.vocabulary,
-        dtype="bfloat16",
-    )
-    dtype = getattr(torch, args.dtype)
-    adapter = DLQATConfig(bits=3, task_type="CAUSAL_LM", init=args.init)
-    folder = args.folder or Path(tempfile.mkdtemp()) / "model"
-    try:
-        sizes = make_model(folder, config)
-        run = measure(folder, adapter, dtype, args)
-    finally:
-        shutil.rmtree(folder if args.folder else folder.parent, ignore_errors=True)
+    config = LlamaConfig(**MODEL, dtype="bfloat16")
+    adapter = DLQATConfig(bits=3, task_type="CAUSAL_LM")
+    with tempfile.TemporaryDirectory() as room:
+        sizes = make_model(Path(room) / "model", config)
+        run = measure(Path(room) / "model", adapter)
     layer = {name: sizes["layer_parameters"] * size for name, size in (("bfloat16", 2), ("float32", 4))}
     result = {
-        "model": {"hidden": args.hidden, "intermediate": args.intermediate, "layers": args.layers, **sizes},
-        "config": {"bits": 3, "group_size": adapter.group_size, "r": adapter.r, "init": args.init},
-        "tokens": args.batches * args.length,
-        "steps": args.steps,
-        "dtype": args.dtype,
+        "model": {**MODEL, **sizes},
+        "config": {"bits": 3, "group_size": adapter.group_size, "r": adapter.r, "init": adapter.init},
+        "tokens": TOKENS,
+        "steps": STEPS,
+        "dtype": "float32",
         "MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_"),
         "bytes": {"layer_bfloat16": layer["bfloat16"], "layer_float32": layer["float32"], **run},
         # Peak memory, in decoder layers of the computation's dtype.
-        "layers_beside_caches": round((run["peak_above_start"] - run["caches"]) / layer[args.dtype], 3),
+        "layers_beside_caches": round((run["peak_above_start"] - run["caches"]) / layer["float32"], 3),
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -140,7 +120,7 @@ def main() -> None:
     args.result.parent.mkdir(parents=True, exist_ok=True)
     args.result.write_text(json.dumps(result, indent=2) + "\n")
     peak, count = run["peak_above_start"] / 2**20, result["layers_beside_caches"]
-    print(f"peak {peak:.0f} MiB = caches + {count} layers in {args.dtype} -> {args.result}")
+    print(f"peak {peak:.0f} MiB = caches + {count} layers in float32 -> {args.result}")
 
 
 if __name__ == "__main__":

@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from eager import PEERS, replace_layers
 from layer import Work, check, kept_bytes, ours
 from paired import machine, ratios
-from peers import PEERS, replace_layers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_dlqat import DLQATConfig, pack_weights
 
-RESULTS = Path(__file__).parents[1] / "results" / "speed" / "model.json"
+RESULTS = Path(__file__).parents[1] / "results" / "model.json"
 SHAPE = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
     "num_key_value_heads": 16, "vocab_size": 8192,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -184,3 +186,8 @@ def test_a_merged_adapter_is_switched_off_too_and_stays_merged():
     assert all(m.merged for m in model.modules() if hasattr(m, "dlqat_A"))
     with torch.no_grad():
         assert torch.equal(model(input_ids=torch.tensor(expected[0])[None]).logits, own)
+
+
+def test_the_package_is_imported_without_datasets():
+    blocked = "import sys; sys.modules['datasets'] = None; import peft_dlqat; peft_dlqat.generate_dataset"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", blocked], check=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..placement import device_of
 from ..running import adapters_disabled, base_model, evaluating, is_encoder_decoder
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # So many tokens after the first are the likeliest ones, as a random first token needs some context to make sense of.
 _GREEDY_TOKENS = (3, 5)
@@ -64,6 +66,8 @@ def generate_dataset(
     Raises:
         ValueError: for an impossible argument, a length above the model's context, or a model that cannot generate.
     """
+    from datasets import Dataset  # here: whoever has data of their own may do without it
+
     for name, value in (("n", n), ("batch_size", batch_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
