@@ -314,6 +314,39 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return text
 
 
+def draw_overview(path: Path) -> None:
+    """README's picture: held-out KL on stories260k of this package and of what people would use instead."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    contenders = {
+        BY_RECIPE: "this package (DL-QAT)",
+        "autoround": "AutoRound",
+        "gptq": "GPTQ",
+        "rtn-mse": "round to nearest",
+        "torchao-qat-lora": "LoRA beside QAT,\nthen merged and rounded",
+    }
+    panels = {
+        "3bit-g32": "3 bits, groups of 32",
+        "3bit-row": "3 bits, one scale a row",
+        "2bit-g32": "2 bits, groups of 32",
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(10, 2.7), sharey=True)
+    for axis, (setting, title) in zip(axes, panels.items(), strict=True):
+        found = counting("stories260k", setting)
+        values = [kl(found[name]) for name in contenders]
+        bars = axis.barh(list(contenders.values()), values, color=["tab:blue"] + ["lightgray"] * (len(contenders) - 1))
+        axis.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+        axis.set(title=title, xlim=(0, 1.2 * max(values)))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[0].invert_yaxis()
+    figure.supxlabel("KL divergence from the full-precision model, nats a token (lower is better)", fontsize=9)
+    save(figure, path)
+
+
 def draw(model: str, folder: Path) -> None:
     """Of a model KL against bits a weight, and against the time of training: a point a contender and setting."""
     import matplotlib
@@ -400,6 +433,7 @@ def main() -> None:
     for page, made in tables().items():
         path = PAGES / page
         path.write_text(filled(path.read_text(encoding="utf-8"), made), encoding="utf-8")
+    draw_overview(RESULTS / "overview.png")
     draw("stories260k", RESULTS)
     draw_layer(json.loads((RESULTS / "layer.json").read_text()), RESULTS / "layer.png")
 

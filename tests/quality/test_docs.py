@@ -112,6 +112,12 @@ def test_links_lead_to_files():
     assert not broken, "\n".join(broken)
 
 
+def test_the_index_shows_the_formula():
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- naive.py -->\n```python\n")[1].split("```\n<!-- /naive.py -->")[0]
+    assert shown == (ROOT / "src" / PACKAGE / "quant" / "naive.py").read_text(encoding="utf-8")
+
+
 def test_no_local_paths():
     files = project_files(ROOT)
     assert files
