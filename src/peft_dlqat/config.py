@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 
 from .formats import FORMATS
 from .hub import write_section
-from .layer_spec import LayerSpec
 from .methods import MAGNITUDES, METHODS, Method
 from .quant.fit import INITIALISATIONS
 from .quant.fixed_point import STORAGES
 from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid
 from .quant.op import GRADIENTS
 from .quant.super_blocks import K_QUANTS, check_k_quant
+
+Check = Callable[[str, Any], None]  # of a name and a value; raises a ValueError
 
 DEFAULT_GROUP_SIZE = 128
 _BIAS = ("none", "all", "dlqat_only")
@@ -36,9 +37,18 @@ def _check_int(name: str, value: Any, low: int, high: int | None, remedy: str) -
         raise ValueError(f"{name}={value!r} must be an integer {limits}; {remedy}.")
 
 
-def _check_choice(name: str, value: Any, choices: Any) -> None:
+def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def _one_of(choices: Iterable[str]) -> Check:
+    return lambda name, value: _check_choice(name, value, choices)
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False.")
 
 
 def _check_bits(name: str, value: Any) -> None:
@@ -82,6 +92,24 @@ def _check_indices(name: str, value: Any) -> None:
     for index in value if isinstance(value, list | tuple | set) else [] if value is None else [value]:
         if not isinstance(index, int) or isinstance(index, bool) or index < 0:
             raise ValueError(f"{name}={value!r} must be an index or a list of indices, from 0.")
+
+
+def _pattern_of(check: Check) -> Check:
+    def check_pattern(name: str, value: Any) -> None:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}={value!r} must be a dict from module names to values.")
+        for key, own in value.items():
+            _check_regex(f"a key of {name}", key)
+            check(f"{name}[{key!r}]", own)
+
+    return check_pattern
+
+
+def _setting(default: Any, help: str, check: Check | None = None) -> Any:
+    metadata: dict[str, Any] = {"help": help, **({"check": check} if check is not None else {})}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -137,96 +165,60 @@ class DLQATConfig(PeftConfig):
         ```
     """
 
-    bits: int = field(default=4, metadata={"help": "Width of a weight, 2 to 8."})
-    method: str = field(default="dlqat", metadata={"help": "Row of the formula; 'dlqat' by default."})
-    magnitude: bool | str = field(
-        default=True, metadata={"help": "True for the method's own, 'row' for one a row, False for none."}
+    bits: int = _setting(4, "Width of a weight, 2 to 8.", _check_bits)
+    method: str = _setting("dlqat", "Row of the formula; 'dlqat' by default.", _one_of(METHODS))
+    magnitude: bool | str = _setting(True, "True for the method's own, 'row' for one a row, False for none.")
+    group_size: int = _setting(
+        DEFAULT_GROUP_SIZE, "Input channels that share a scale; -1 for one scale a row.", _check_group_size
     )
-    group_size: int = field(
-        default=DEFAULT_GROUP_SIZE, metadata={"help": "Input channels that share a scale; -1 for one scale a row."}
+    zero_point: Literal["integer", "none", "float"] = _setting(
+        "integer", "Kind of zero: 'integer', 'none' (symmetric) or 'float'.", _one_of(ZERO_POINTS)
     )
-    zero_point: Literal["integer", "none", "float"] = field(
-        default="integer", metadata={"help": "Kind of zero: 'integer', 'none' (symmetric) or 'float'."}
+    scale_dtype: Literal["bfloat16", "float16", "float32", "k_quant"] = _setting(
+        "bfloat16", "How scales ship: a dtype, or 'k_quant' for GGUF's K-quants.", _one_of(SCALE_DTYPES)
     )
-    scale_dtype: Literal["bfloat16", "float16", "float32", "k_quant"] = field(
-        default="bfloat16", metadata={"help": "How scales ship: a dtype, or 'k_quant' for GGUF's K-quants."}
+    r: int = _setting(8, "Rank of the low-rank update.", _check_rank)
+    lora_alpha: float = _setting(8, "The update is scaled by lora_alpha / r.", _check_alpha)
+    use_rslora: bool = _setting(False, "Scale by lora_alpha / sqrt(r) instead.", _check_flag)
+    target_modules: list[str] | str | None = _setting("all-linear", "Names, a regex, or 'all-linear'.", _check_names)
+    exclude_modules: list[str] | str | None = _setting(
+        None, "Names or a regex of modules to leave alone.", _check_names
     )
-    r: int = field(default=8, metadata={"help": "Rank of the low-rank update."})
-    lora_alpha: float = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead."})
-    target_modules: list[str] | str | None = field(
-        default="all-linear", metadata={"help": "Names, a regex, or 'all-linear'."}
+    modules_to_save: list[str] | None = _setting(
+        None, "Modules to train in full precision and save beside the adapter."
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or a regex of modules to leave alone."}
+    layers_to_transform: list[int] | int | None = _setting(
+        None, "Index or indices of the layers to adapt.", _check_indices
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train in full precision and save beside the adapter."}
+    layers_pattern: list[str] | str | None = _setting(None, "Name of the list of layers.")
+    rank_pattern: dict[str, int] = _setting({}, "r by module name.", _pattern_of(_check_rank))
+    alpha_pattern: dict[str, float] = _setting({}, "lora_alpha by module name.", _pattern_of(_check_alpha))
+    bits_pattern: dict[str, int] = _setting({}, "bits by module name.", _pattern_of(_check_bits))
+    group_size_pattern: dict[str, int] = _setting({}, "group_size by module name.", _pattern_of(_check_group_size))
+    bias: Literal["none", "all", "dlqat_only"] = _setting("none", "Which biases train.", _one_of(_BIAS))
+    storage: Literal["full", "int8", "int4", "int2"] = _setting(
+        "full", "How the frozen weight is kept once scales and zeros are frozen.", _one_of(STORAGES)
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Index or indices of the layers to adapt."}
+    gradient: Literal["exact", "bf16", "lowrank"] = _setting(
+        "exact", "'exact', 'bf16', or 'lowrank' at LoRA's own cost.", _one_of(GRADIENTS)
     )
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "r by module name."})
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "lora_alpha by module name."})
-    bits_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "bits by module name."})
-    group_size_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "group_size by module name."})
-    bias: Literal["none", "all", "dlqat_only"] = field(default="none", metadata={"help": "Which biases train."})
-    storage: Literal["full", "int8", "int4", "int2"] = field(
-        default="full", metadata={"help": "How the frozen weight is kept once the grid is frozen."}
-    )
-    gradient: Literal["exact", "bf16", "lowrank"] = field(
-        default="exact", metadata={"help": "'exact', 'bf16', or 'lowrank' at LoRA's own cost."}
-    )
-    init: Literal["mse", "minmax"] = field(default="mse", metadata={"help": "First grid of a layer."})
-    export: list[str] | None = field(
-        default=None, metadata={"help": "Formats that must be able to hold the grid exactly."}
-    )
-    init_weights: bool = field(default=True, metadata={"help": "Start B at zero; False starts it at random."})
-    record: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "What the package did with the adapter; not for setting."}
-    )
-
-    # What a layer's settings are read into.
-    spec_class: ClassVar[type[LayerSpec]] = LayerSpec
+    init: Literal["mse", "minmax"] = _setting("mse", "First scales and zeros of a layer.", _one_of(INITIALISATIONS))
+    export: list[str] | None = _setting(None, "Formats that must be able to hold the grid exactly.")
+    init_weights: bool = _setting(True, "Start B at zero; False starts it at random.", _check_flag)
+    record: dict[str, Any] = _setting({}, "What the package did with the adapter; not for setting.")
 
     def __post_init__(self) -> None:
         """Refuse what no layer could take."""
         super().__post_init__()
         self.peft_type = PeftType.DLQAT  # type: ignore[attr-defined]
-        _check_bits("bits", self.bits)
-        _check_group_size("group_size", self.group_size)
-        _check_choice("zero_point", self.zero_point, ZERO_POINTS)
-        _check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        for entry in fields(self):
+            if entry.name.endswith("_pattern") and "check" in entry.metadata:
+                setattr(self, entry.name, getattr(self, entry.name) or {})
+            entry.metadata.get("check", lambda *_: None)(entry.name, getattr(self, entry.name))
         if self.scale_dtype == "k_quant":
             check_k_quant(self.bits, self.zero_point, self.group_size)
-        _check_rank("r", self.r)
-        _check_alpha("lora_alpha", self.lora_alpha)
-        _check_choice("bias", self.bias, _BIAS)
-        _check_choice("init", self.init, INITIALISATIONS)
-        _check_choice("storage", self.storage, STORAGES)
-        _check_choice("gradient", self.gradient, GRADIENTS)
         self._check_method()
-        for name in ("use_rslora", "init_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
-        for name, check in (
-            ("rank_pattern", _check_rank),
-            ("alpha_pattern", _check_alpha),
-            ("bits_pattern", _check_bits),
-            ("group_size_pattern", _check_group_size),
-        ):
-            pattern = getattr(self, name) or {}
-            if not isinstance(pattern, dict):
-                raise ValueError(f"{name}={pattern!r} must be a dict from module names to values.")
-            setattr(self, name, pattern)
-            for key, value in pattern.items():
-                _check_regex(f"a key of {name}", key)
-                check(f"{name}[{key!r}]", value)
         self._check_storage()
-        _check_names("target_modules", self.target_modules)
-        _check_names("exclude_modules", self.exclude_modules)
-        _check_indices("layers_to_transform", self.layers_to_transform)
         self.target_modules = "all-linear" if self.target_modules is None else self._as_set(self.target_modules)
         self.exclude_modules = self._as_set(self.exclude_modules)
         is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
@@ -261,7 +253,6 @@ class DLQATConfig(PeftConfig):
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def _check_method(self) -> None:
-        _check_choice("method", self.method, METHODS)
         method = METHODS[self.method]
         if not isinstance(self.magnitude, bool):
             _check_choice("magnitude", self.magnitude, MAGNITUDES)

@@ -65,7 +65,7 @@ def _section(config: DLQATConfig) -> str:
         "|---|---|",
         f"| grid | {config.bits} bits, {group}, zero point: {config.zero_point}, scales in {config.scale_dtype} |",
     ]
-    if config.method != "peqa":  # which has none
+    if "A" in config.resolve_method().trained(config.grids()[0], 1, 1, config.r):
         lines.append(f"| low-rank update | r = {config.r}, lora_alpha = {config.lora_alpha} |")
     for name in ("bits_pattern", "group_size_pattern", "rank_pattern", "alpha_pattern"):
         if pattern := getattr(config, name):

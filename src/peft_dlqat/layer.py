@@ -171,7 +171,7 @@ class DLQATLayer(BaseTunerLayer):
                     "and load the base model in bfloat16."
                 )
         spec = self.specs[adapter_name]
-        return AdapterTensors(spec.grid, spec.scaling, *self.scales_and_zeros(adapter_name), trained)
+        return AdapterTensors(spec.grid, spec.scaling, *self.scales_and_zeros(adapter_name), trained, spec.others)
 
     def quantizer(self, adapter_name: str) -> Quantizer:
         """The way of the weight into the grid and out of it, differentiable in what the adapter's method trains."""

@@ -1,14 +1,14 @@
 """The settings of one adapter in one layer, as one record. It is saved as numbers beside the tensors that it explains.
 
-To add a setting: a field here, with `saved` if it changes what saved tensors mean, and its check in `__post_init__`.
-`from_config` reads it from the config by its name (and by `NAME_pattern`, module by module, where there is one).
+To add a setting, add one field to the config, a `layer_setting` with its check. It is read for each layer by its name
+(and by `NAME_pattern`, module by module, where there is one), and saved; loading compares it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -23,14 +23,18 @@ _FORMAT = 2
 _PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # as PEFT calls them
 
 
-def saved(default: Any, to_number: Callable[[Any], float] = float) -> Any:
-    """A field that is saved beside the tensors.
+def layer_setting(
+    default: Any, help: str, check: Callable[[str, Any], None], to_number: Callable[[Any], float] = float
+) -> Any:
+    """A field of the config that every layer is told in `LayerSpec.others`, and that is saved beside its tensors.
 
     Args:
-        default: its value in files that were written before it was there.
+        default: its value, also in files that were written before it was there.
+        help: a line for the user.
+        check: of a name and a value; raises a ValueError.
         to_number: value -> number, exact in float32.
     """
-    return field(default=default, metadata={"to_number": to_number})
+    return field(default=default, metadata={"help": help, "check": check, "to_number": to_number})
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class LayerSpec:
         method: the row of the formula.
         gradient: how the weight's gradient is computed, see `quant.op`.
         storage: how W0 is kept that the adapter belongs to, a key of `STORAGES`; "full" until it is packed.
+        others: values of the config's further layer settings, by name.
+        numbers: these as they are saved, and as they are where nobody has set them.
     """
 
     grid: Grid
@@ -52,12 +58,17 @@ class LayerSpec:
     method: Method
     gradient: str = "exact"
     storage: str = "full"
+    others: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Any, name: str, in_features: int) -> LayerSpec:
         """The settings of the module `name` with so many inputs, by the config and its patterns."""
         r, bits, group_size = (setting(config, key, name) for key in ("r", "bits", "group_size"))
         alpha = setting(config, "lora_alpha", name)
+        others = [entry for entry in fields(config) if "to_number" in entry.metadata]
+        values = {entry.name: setting(config, entry.name, name) for entry in others}
+        to_number = {entry.name: (entry.metadata["to_number"], entry.default) for entry in others}
         return cls(
             grid=Grid(
                 bits,
@@ -72,7 +83,8 @@ class LayerSpec:
             gradient=config.gradient,
             # Of an adapter that was trained on a packed weight; a new one's is packed when its scales are frozen.
             storage=config.record.get("storage", "full"),
-            **{entry.name: setting(config, entry.name, name) for entry in _added(cls)},
+            others=values,
+            numbers={key: (number(values[key]), number(default)) for key, (number, default) in to_number.items()},
         )
 
     def trained(self, out_features: int, in_features: int) -> dict[str, TrainedTensor]:
@@ -90,14 +102,13 @@ class LayerSpec:
             "stored bits": STORAGES[self.storage].bits,
             "format": _FORMAT,
         }
-        added = {entry.name: entry.metadata["to_number"](getattr(self, entry.name)) for entry in _added(type(self))}
-        return {**numbers, **added}
+        return {**numbers, **{name: value for name, (value, _) in self.numbers.items()}}
 
     def encode(self) -> torch.Tensor:
         """The record as numbers, float32 [8 or more].
 
-        [bits, group_size, zero_point, scale_dtype, scaling, method, stored bits, format], then the fields that are
-        `saved`. zero_point and scale_dtype are positions in `ZERO_POINTS` and `SCALE_DTYPES`, the method is its own
+        [bits, group_size, zero_point, scale_dtype, scaling, method, stored bits, format], then those of `numbers`.
+        zero_point and scale_dtype are positions in `ZERO_POINTS` and `SCALE_DTYPES`, the method is its own
         `number`. Two configs can agree in every tensor's shape and name and still mean other weights (3 or 4 bits,
         say). Loading compares these numbers.
         """
@@ -105,9 +116,10 @@ class LayerSpec:
 
     def completed(self, encoded: torch.Tensor) -> torch.Tensor:
         """Numbers of a file that was written before some fields were there, with their defaults added."""
-        defaults: dict[str, Any] = {entry.name: entry.default for entry in _added(type(self))}
-        with_defaults = replace(self, **defaults)
-        return torch.cat([encoded.float().cpu(), with_defaults.encode()[len(encoded) :]])
+        defaults = [default for _, default in self.numbers.values()]
+        missing = len(self._numbers()) - len(encoded)
+        added = torch.tensor(defaults[len(defaults) - missing :] if missing > 0 else [], device="cpu")
+        return torch.cat([encoded.float().cpu(), added])
 
     def differences(self, encoded: torch.Tensor) -> list[str]:
         """The fields in which a file's numbers are others than these, in words; how W0 is kept is not compared."""
@@ -127,11 +139,6 @@ class LayerSpec:
         if name in known:
             return repr(known[name][int(number)]) if int(number) in known[name] else number
         return round(number, 6) if number != int(number) else int(number)
-
-
-def _added(cls: type[LayerSpec]) -> list[Field[Any]]:
-    """The fields that are `saved`."""
-    return [entry for entry in fields(cls) if "to_number" in entry.metadata]
 
 
 def setting(config: Any, key: str, name: str) -> Any:

@@ -40,6 +40,7 @@ class AdapterTensors:
         s: calibrated scale, frozen while training [out, n_groups].
         zero: calibrated zero: z, b, or None [out, n_groups].
         trained: the method's own tensors, by name.
+        others: values of the config's further layer settings, see `layer_spec`.
     """
 
     grid: Grid
@@ -47,6 +48,7 @@ class AdapterTensors:
     s: torch.Tensor
     zero: torch.Tensor | None
     trained: Mapping[str, torch.Tensor]
+    others: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

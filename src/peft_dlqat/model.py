@@ -21,7 +21,7 @@ from .adapter_file import base_record, check_state, weight_checksum
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .frozen import check_float_weight
 from .layer import PREFIX, DLQATLayer, DLQATLinear
-from .layer_spec import setting, stored_as
+from .layer_spec import LayerSpec, setting, stored_as
 from .placement import at_hand, check_here, full_shape
 from .quant.fixed_point import STORAGES
 from .quant.grid import largest_group
@@ -98,7 +98,7 @@ class DLQATModel(BaseTuner):
             used = largest_group(in_features, asked)
             if problem := STORAGES[config.storage].problem(bits, in_features):
                 raise ValueError(f"{name}: storage={config.storage!r} {problem}.")
-            spec = config.spec_class.from_config(config, name, in_features)
+            spec = LayerSpec.from_config(config, name, in_features)
             config.check_export([spec.grid], f"{name}: ", _out_in(module), isinstance(module, Conv1D))
             if asked not in (-1, used):
                 smaller.setdefault(f"{asked} -> {used}", []).append(name)
@@ -128,7 +128,7 @@ class DLQATModel(BaseTuner):
     ) -> None:
         in_features = _out_in(target)[1]
         kwargs = {
-            "spec": peft_config.spec_class.from_config(peft_config, current_key, in_features),
+            "spec": LayerSpec.from_config(peft_config, current_key, in_features),
             "init": self._first_init,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
