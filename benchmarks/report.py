@@ -1,4 +1,4 @@
-"""Makes the tables of docs/benchmarks.md and docs/speed.md, and their pictures, from the results that are there.
+"""Makes the tables of docs/benchmarks.md and docs/speed.md, and all pictures, from the results that are there.
 
     python benchmarks/report.py
 

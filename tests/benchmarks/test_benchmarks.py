@@ -148,7 +148,8 @@ def test_the_pictures_are_drawn(tmp_path):
     import report
 
     report.draw("stories260k", tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"bits.png", "time.png"}
+    report.draw_overview(tmp_path / "overview.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"bits.png", "time.png", "overview.png"}
 
 
 def test_a_layer_is_timed(tmp_path, main):
