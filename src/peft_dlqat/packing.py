@@ -16,7 +16,7 @@ from .quant.fixed_point import STORAGES
 def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
     """Keep the frozen weights of the adapted layers as the config's `storage` says, and let the full ones go.
 
-    [`calibrate`], [`calibrate_blocks`] and the callback call it when the grid is frozen. Call it yourself to train on
+    [`calibrate`] and the callback call it when the grid is frozen. Call it yourself to train on
     the initial grid, or for an adapter that was trained on packed weights, and was loaded: it computes the same to the
     bit without, but packs anew in each forward pass. [`load_packed`] does both without the full model in memory.
     Nothing happens with storage="full", and nothing the second time. A warning says so where the adapter was trained

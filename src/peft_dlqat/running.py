@@ -106,6 +106,45 @@ def _original_weights(model: nn.Module) -> Iterator[None]:
             layer.merged_adapters.extend(names)
 
 
+@torch.no_grad()
+def teacher_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Logits of the base model in full precision, without dropout.
+
+    Args:
+        model: a model with adapters, merged or not; it is left as it was.
+        batch: keyword arguments of its forward; `labels` are left out.
+
+    Returns:
+        Logits, [batch, length, vocabulary] for a language model.
+
+    Raises:
+        ValueError: for an encoder-decoder, whose decoder takes its inputs from the labels, a head for regression or
+            for several labels at once, or a model without logits.
+    """
+    check_classes(model)
+    if is_encoder_decoder(model):
+        raise ValueError("an encoder-decoder cannot be run without labels; use objective='task' for it.")
+    with evaluating(model), adapters_disabled(model):
+        output = forward(model, {key: value for key, value in batch.items() if key != "labels"})
+    if getattr(output, "logits", None) is None:
+        raise ValueError(f"the model returns a {type(output).__name__} without logits; use objective='task' for it.")
+    return output.logits
+
+
+def check_classes(model: nn.Module) -> None:
+    """Raises a ValueError if the model's head gives no distribution over classes, which the divergence compares."""
+    base = base_model(unwrapped(model))
+    config = getattr(base, "config", None)
+    problem, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+    of_classes = labels != 1 and problem not in ("regression", "multi_label_classification")
+    if type(base).__name__.endswith("Classification") and not of_classes:
+        raise ValueError(
+            f"a {type(base).__name__} with num_labels={labels} and problem_type={problem!r} gives no distribution "
+            "over classes, and so there is no divergence between two; use objective='task', or train without "
+            "compute_loss_func."
+        )
+
+
 def trained_base_parameters(model: nn.Module) -> list[str]:
     """Names of the base model's own parameters that take gradients: trained in place, so the base model drifts."""
     own = adapter_parameters(model)

@@ -18,7 +18,6 @@ ORDER = [
     "adapter_card",
     "base_checksum",
     "config",
-    "push",
     "placement",
     "float32",
     "layer_spec",
