@@ -26,8 +26,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_dlqat import DLQATConfig
-from peft_dlqat.large.calibrate_from_disk import calibrate_blocks_from_disk
+from peft_dlqat import DLQATConfig, calibrate_from_disk
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory" / "blocks.json"
 
@@ -74,7 +73,7 @@ def measure(folder: Path, config: DLQATConfig, dtype: torch.dtype, args: argpars
     with tempfile.TemporaryDirectory() as output:
         before, started = resident("VmRSS"), time.perf_counter()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        errors = calibrate_blocks_from_disk(
+        result = calibrate_from_disk(
             folder, config, [{"input_ids": x} for x in ids], Path(output) / "adapter", steps=args.steps, dtype=dtype
         )
         peak = resident("VmHWM") - before
@@ -83,7 +82,7 @@ def measure(folder: Path, config: DLQATConfig, dtype: torch.dtype, args: argpars
         "peak_above_start": peak,
         "caches": 2 * ids.numel() * hidden * dtype.itemsize,
         "adapter": sum(tensor.nbytes for tensor in adapter.values()),
-        "decoder_layers": len(errors),
+        "decoder_layers": len(result.blocks),
         "seconds": round(time.perf_counter() - started),
     }
 

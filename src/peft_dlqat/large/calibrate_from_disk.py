@@ -82,7 +82,7 @@ def calibrate_from_disk(
     check_trains_what_stays(descent, config)
     if several_processes() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RuntimeError(
-            "calibrate_from_disk works in one process, and each of these would do all of it and write the same folder, "
+            "calibrate_from_disk works in one process, and each of these would do all of it and write "
             f"{str(output_dir)!r}; run it by itself, with python instead of torchrun, before the training."
         )
     output = Path(output_dir)
