@@ -12,7 +12,6 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import peft_dlqat.decoder
 import peft_dlqat.large.calibrate_from_disk as from_disk_module
 import peft_dlqat.large.checkpoint
 from peft_dlqat import DLQATConfig, calibrate, calibrate_from_disk
@@ -132,25 +131,27 @@ def test_nothing_is_written_after_a_failure(tmp_path):
 
 
 @pytest.mark.parametrize("cache", [None, "cache"])
-def test_what_a_killed_run_leaves_is_removed_by_the_next(tmp_path, monkeypatch, cache):
-    """One folder, named after the output: where hidden states are kept, else beside it."""
+def test_what_a_killed_run_leaves_is_found_by_name_and_removed_by_the_next(tmp_path, monkeypatch, cache):
     tiny_model().save_pretrained(tmp_path / "base")
     (tmp_path / "cache").mkdir()
-    arguments = {"cache_dir": cache and tmp_path / cache}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(from_disk_module, "calibrate_block", interrupt)
-        patch.setattr(from_disk_module.shutil, "rmtree", lambda *_, **__: None)  # a killed process tidies nothing
-        patch.setattr(peft_dlqat.decoder.tempfile.TemporaryDirectory, "cleanup", lambda _: None)
-        patch.setattr(peft_dlqat.decoder.tempfile.TemporaryDirectory, "__exit__", lambda *_: None)
-        from_disk(tmp_path / "base", tmp_path / "out", **arguments)
-    left = tmp_path / (cache or ".") / ".out.unfinished"
-    assert left.is_dir() and bool([*left.rglob("*.pt")]) == (cache is not None)
-    from_disk(tmp_path / "base", tmp_path / "out", **arguments)
+    for folder in {tmp_path, tmp_path / (cache or ".")}:
+        (folder / ".out.unfinished" / "hidden").mkdir(parents=True)
+        (folder / ".out.unfinished" / "hidden" / "old.pt").touch()
+    files, calibrate_block = [], from_disk_module.calibrate_block
+
+    def look(*args):
+        files.extend(path for path in tmp_path.rglob("*") if path.is_file() and tmp_path / "base" not in path.parents)
+        return calibrate_block(*args)
+
+    monkeypatch.setattr(from_disk_module, "calibrate_block", look)
+    from_disk(tmp_path / "base", tmp_path / "out", cache_dir=cache and tmp_path / cache)
+    assert bool(files) == (cache is not None) and not any(path.name == "old.pt" for path in files)
+    assert all(tmp_path / "cache" / ".out.unfinished" in path.parents for path in files)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "cache", "out"]
     assert [*(tmp_path / "cache").iterdir()] == []
 
 
-def interrupt(*_):
+def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 

@@ -216,7 +216,7 @@ def _largest_op(model: PeftModel, packed: bool, size: int, device: str) -> int:
     """Bytes within the quantized product of one layer, at most, beside its argument and result.
 
     It makes w_hat by pieces of rows: float32 codes where they are not made in w_hat's own place, W0 in float32 or its
-    bits unpacked. Once w_hat is gone, backward makes dL/dw_hat, and what leads from it to the gradients of its tensors.
+    bits unpacked. Once w_hat is gone, backward makes dL/dw_hat and what leads from it to its tensors' gradients.
     """
     name, layers = adapter_layers(model)
     largest = 0

@@ -29,7 +29,7 @@ class DLQATCallback(TrainerCallback):
 
     A run resumed from a checkpoint, and an adapter that was calibrated before, are not calibrated again. The loss, the
     gain and the grid's figures go to `trainer.state.log_history`, which checkpoints keep. Gain and figures are printed
-    too, a line each. They do not reach TensorBoard and the like: a Trainer gives its callbacks no way to its reporters.
+    too, a line each. They do not reach TensorBoard and the like: a Trainer gives callbacks no way to its reporters.
 
     Args:
         calibration_steps: optimiser steps on s and the zero after the fit to the layers' inputs; None to leave the
