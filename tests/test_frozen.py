@@ -13,14 +13,16 @@ from conftest import lm_batches, perturb, tiny_model, tokens, train
 from op_problems import QUANTIZER, problem, quantizer_of
 from peft import PeftModel, get_peft_model
 
-from peft_dlqat import DLQATConfig, Grid, adapters_disabled, calibrate, pack_weights
+from peft_dlqat import DLQATConfig, calibrate, pack_weights
 from peft_dlqat import layer as layer_module
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.quant.dispatch import harden
 from peft_dlqat.quant.fit import initialise
 from peft_dlqat.quant.fixed_point import STORAGES
+from peft_dlqat.quant.grid import Grid
 from peft_dlqat.quant.op import fake_quantize_linear
 from peft_dlqat.quant.quantizer import Quantizer, decode_stored, in_steps, round_codes, store
+from peft_dlqat.running import adapters_disabled
 
 HOLDS = [(bits, name) for bits in (2, 3, 4, 8) for name, storage in STORAGES.items() if storage.bits >= bits]
 ZERO_POINTS = ("none", "integer", "float")

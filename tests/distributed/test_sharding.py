@@ -11,7 +11,7 @@ from launching import launch, load_ranks
 from peft import PeftModel, get_peft_model_state_dict
 from scripts.sharded_training import BATCH, CASES, make_model, train
 
-from peft_dlqat import teacher_logits
+from peft_dlqat.running import teacher_logits
 
 pytestmark = pytest.mark.distributed
 

@@ -9,10 +9,11 @@ import torch
 from conftest import lm_batches, tiny_model
 from peft import get_peft_model
 
-from peft_dlqat import DLQATConfig, Grid, calibrate, create_dlqat_optimizer
+from peft_dlqat import DLQATConfig, calibrate, create_dlqat_optimizer
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.quant.dispatch import harden
 from peft_dlqat.quant.fit import initialise
+from peft_dlqat.quant.grid import Grid
 from peft_dlqat.quant.quantizer import Quantizer, round_to_nearest
 from peft_dlqat.quant.super_blocks import K_QUANTS, SMALLEST_SCALE, SUPER_BLOCK, from_super_scales, super_scales
 

@@ -16,11 +16,12 @@ from conftest import perturb, tiny_model, tokens
 from op_problems import NAMES, QUANTIZER, ZERO_POINTS, problem, quantizer_of, run, weight_of
 from peft import get_peft_model
 
-from peft_dlqat import DLQATConfig, Grid
+from peft_dlqat import DLQATConfig
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.quant import dispatch, reference
 from peft_dlqat.quant.dispatch import harden
 from peft_dlqat.quant.fit import initialise
+from peft_dlqat.quant.grid import Grid
 from peft_dlqat.quant.op import fake_quantize_linear
 from peft_dlqat.quant.quantizer import Quantizer, store, unrounded_codes
 

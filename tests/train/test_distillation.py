@@ -31,12 +31,13 @@ from transformers import (
 import peft_dlqat.train.divergence
 import peft_dlqat.train.teacher_cache
 import peft_dlqat.train.teacher_store
-from peft_dlqat import DLQATCallback, DLQATConfig, calibrate, distillation_loss, evaluate_model, teacher_logits
+from peft_dlqat import DLQATCallback, DLQATConfig, calibrate, distillation_loss, evaluate_model
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.placement import device_of
-from peft_dlqat.train.calibration_losses import batch_loss as calibration_loss
-from peft_dlqat.train.distillation_loss import DistillationLoss
+from peft_dlqat.running import teacher_logits
+from peft_dlqat.train.distillation import DistillationLoss
 from peft_dlqat.train.divergence import TopTokens, token_divergence
+from peft_dlqat.train.model_loss import batch_loss as calibration_loss
 from peft_dlqat.train.teacher_cache import TeacherCache
 from peft_dlqat.train.teacher_store import EntryFolder, base_fingerprint
 
