@@ -77,7 +77,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         # A merged layer whose adapters are switched off would unmerge itself for good.
         for layer in model.modules():
-            if isinstance(layer, DLQATLayer):
+            if isinstance(layer, DLQATLayer) and layer.merged:
                 stack.enter_context(layer.unmerged())
         for module in switches:
             module._disable_adapters = True
