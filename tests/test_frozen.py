@@ -259,23 +259,6 @@ def test_an_adapter_that_was_never_packed_belongs_to_the_full_weight(tmp_path):
     assert torch.equal(logits(loaded), expected)
 
 
-@pytest.mark.parametrize(
-    "kwargs,message",
-    [
-        ({"storage": "int4", "bits": 8}, "cannot hold codes of 8 bits; use 'full' or 'int8'"),
-        ({"storage": "int2", "bits": 2, "bits_pattern": {"v_proj": 4}}, "cannot hold codes of 4 bits"),
-        ({"storage": "int3"}, "must be one of"),
-        ({"storage": "int8", "method": "l4q"}, "trains the step"),
-        ({"gradient": "lowrank"}, "magnitude='row'"),
-        ({"gradient": "lowrank", "method": "lrqat"}, "use method='dlqat'"),
-        ({"gradient": "fp8"}, "must be one of"),
-    ],
-)
-def test_impossible_configs(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        DLQATConfig(**kwargs)
-
-
 PACKED = [
     {"storage": "full", "gradient": "lowrank", "magnitude": "row"},
     {"storage": "int8", "gradient": "exact"},
