@@ -88,11 +88,11 @@ def small_config(**settings: Any) -> DLQATConfig:
     return DLQATConfig(**{"group_size": 32, "r": 4, "init": "minmax", **settings})
 
 
-def adapted(**settings: Any) -> PeftModel:
-    """A tiny Llama with an adapter on two layers of each block that has been moved, as training would."""
+def adapted(base: nn.Module | None = None, seed: int = 0, **settings: Any) -> PeftModel:
+    """A Llama, a tiny one by default, with an adapter on two layers of each block, moved as training would."""
     settings = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", **settings}
-    model = get_peft_model(tiny_model(), small_config(**settings))
-    perturb(model)
+    model = get_peft_model(base or tiny_model(), small_config(**settings))
+    perturb(model, seed)
     return model.eval()
 
 

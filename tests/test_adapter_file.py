@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, HIDDEN, perturb, tiny_model
-from peft import PeftModel, get_peft_model
-from refusals import INF, NAN, adapted, outputs, refused, small_config
+from conftest import CONFIGS, HIDDEN, tiny_model
+from peft import PeftModel
+from refusals import INF, NAN, adapted, outputs, refused
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM
@@ -32,50 +33,36 @@ def _quiet_transformers():
     transformers_logging.set_verbosity(before)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Changes of a good adapter's files: dicts from name to content
+# Changes of a good adapter: of all its tensors, of the bytes of one of its files
 
 
-def edit_tensors(edit):
-    """`edit` is given the tensors and the name of the first that ends as the kind does."""
-
-    def of_kind(kind, *args):
-        def change(files):
-            tensors = load(files[WEIGHTS])
-            edit(tensors, min((name for name in tensors if name.endswith(kind)), default=kind), *args)
-            files[WEIGHTS] = save(tensors, metadata={"format": "pt"})
-
-        return change
-
-    return of_kind
+def entry(kind, value, position=0):
+    """One number of the first tensor of a kind."""
+    return lambda tensors: tensors[first(tensors, kind)].view(-1).__setitem__(position, value)
 
 
-@edit_tensors
-def entry(tensors, name, value, position=0):
-    tensors[name].view(-1)[position] = value
+def first(tensors, kind):
+    return min(name for name in tensors if name.endswith(kind))
 
 
-@edit_tensors
-def without(tensors, name):
-    del tensors[name]
+def without(kind):
+    return lambda tensors: tensors.pop(first(tensors, kind))
 
 
-@edit_tensors
-def added(tensors, name):
-    tensors[f"base_model.model.{name}"] = torch.zeros(HIDDEN, HIDDEN)
+def added(name):
+    return lambda tensors: tensors.update({f"base_model.model.model.layers.{name}": torch.zeros(HIDDEN, HIDDEN)})
 
 
-@edit_tensors
-def cast(tensors, name, dtype):
-    tensors[name] = tensors[name].to(dtype)
+def integers(kind):
+    return lambda tensors: tensors.update({first(tensors, kind): tensors[first(tensors, kind)].long()})
 
 
-def raw(edit, file=WEIGHTS):
-    return lambda files: files.update({file: edit(files[file])})
+def settings(**changes):
+    return lambda content: json.dumps({**json.loads(content), **changes}).encode()
 
 
-def config(**settings):
-    return raw(lambda content: json.dumps({**json.loads(content), **settings}).encode(), CONFIG)
+def flipped(content):
+    return bytes(byte ^ 0xFF if 20 <= i < 40 else byte for i, byte in enumerate(content))
 
 
 def bfloat16_base():
@@ -83,78 +70,71 @@ def bfloat16_base():
 
 
 def base_of_another_shape():
-    settings = CONFIGS["llama"]()
-    settings.intermediate_size = 96  # not 128
-    return AutoModelForCausalLM.from_config(settings).eval()
+    config = CONFIGS["llama"]()
+    config.intermediate_size = 96  # not 128
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @dataclass(frozen=True)
 class Bad:
-    """How a good adapter, on a grid of some zero_point, was spoilt or is loaded on a wrong base, and what is said."""
+    """An adapter, on a grid of some zero_point, that is spoilt or meets a wrong base; and what is said."""
 
-    change: object
     says: tuple[str, ...]
+    tensors: Callable = lambda tensors: None
+    content: Callable = lambda content: content
+    config: Callable | None = None  # of adapter_config.json, which is not read where the adapter exists
     zero_point: str = "integer"
-    base: object = tiny_model
-    in_config: bool = False  # the fault is in adapter_config.json, which is not read where the adapter exists
-    unreadable: bool = False  # safetensors itself, or json, refuses the file
+    base: Callable = tiny_model
+
+    def write(self, files, folder):
+        tensors = load(files[WEIGHTS])
+        self.tensors(tensors)
+        (folder / WEIGHTS).write_bytes(self.content(save(tensors, metadata={"format": "pt"})))
+        (folder / CONFIG).write_bytes((self.config or settings())(files[CONFIG]))
 
 
-def of_config(change, *says, **kwargs):
-    return Bad(change, says, in_config=True, **kwargs)
-
-
-def flipped(content):
-    return bytes(byte ^ 0xFF if 20 <= i < 40 else byte for i, byte in enumerate(content))
-
-
-DOWN = "down_proj.dlqat_"
+BROKEN, BESIDE, HEADER = "broken", "adapter_config.json", ("header",)
+A, B, M, SCALE, ZERO, SPEC = (f"dlqat_{name}" for name in ("A", "B", "magnitude", "scale", "zero_point", "spec"))
+RANGE = f"down_proj.{ZERO}", "integers from -8 to 7", BROKEN
 BAD = {
-    "truncated in the middle": Bad(raw(lambda x: x[: len(x) // 2]), ("header",), unreadable=True),
-    "truncated in the header": Bad(raw(lambda x: x[:100]), ("header",), unreadable=True),
-    "empty": Bad(raw(lambda x: b""), ("header",), unreadable=True),
-    "bytes flipped in the header": Bad(raw(flipped), ("header",), unreadable=True),
-    "length of the header": Bad(raw(lambda x: struct.pack("<Q", 2**40) + x[8:]), ("header",), unreadable=True),
-    "NaN in a scale": Bad(entry("dlqat_scale", NAN), (f"{DOWN}scale", "NaN", "broken")),
-    "the same, bfloat16": Bad(entry("dlqat_scale", NAN), (f"{DOWN}scale", "NaN", "broken"), base=bfloat16_base),
-    "infinity in A": Bad(entry("dlqat_A", INF), (f"{DOWN}A", "infinity", "broken")),
-    "NaN in a magnitude": Bad(entry("dlqat_magnitude", NAN), (f"{DOWN}magnitude", "NaN", "broken")),
-    "scale 0": Bad(entry("dlqat_scale", 0.0), (f"{DOWN}scale", "positive", "0.0", "broken")),
-    "scale 0, symmetric": Bad(entry("dlqat_scale", 0.0), (f"{DOWN}scale", "non-zero", "0.0:"), "none"),
-    "negative scale": Bad(entry("dlqat_scale", -1.0), (f"{DOWN}scale", "positive", "-1.0", "broken")),
-    "negative scale, float offset": Bad(entry("dlqat_scale", -1.0), ("positive", "-1.0"), "float"),
-    "zero point 0.5": Bad(entry("dlqat_zero_point", 0.5), (f"{DOWN}zero_point", "0.5", "integers", "-8 to 7")),
-    "zero point 99": Bad(entry("dlqat_zero_point", 99.0), (f"{DOWN}zero_point", "99.0", "-8 to 7", "broken")),
-    "a missing tensor": Bad(without("dlqat_B"), ("missing", f"{DOWN}B", "adapter_config.json")),
-    "a missing spec": Bad(without("dlqat_spec"), ("missing", f"{DOWN}spec", "adapter_config.json")),
-    "a layer that is not adapted": Bad(
-        added("model.layers.0.self_attn.k_proj.dlqat_A"), ("unexpected", "k_proj.dlqat_A", "adapter_config.json")
-    ),
-    "a tensor of no layer": Bad(added("model.layers.9.mlp.weight"), ("unexpected", "layers.9")),
-    "a base weight": Bad(
-        added("model.layers.0.self_attn.q_proj.base_layer.weight"), ("unexpected", "q_proj.base_layer.weight")
-    ),
-    "integers in A": Bad(cast("dlqat_A", torch.int64), (f"{DOWN}A", "int64", "float")),
-    "spec of 3 bits": Bad(entry("dlqat_spec", 3.0), ("bits: 3 in the file, 4 here", "beside it")),
-    "an older format": Bad(entry("dlqat_spec", 1.0, -1), ("format: 1 in the file, 2 here",)),
-    "NaN in the spec": Bad(entry("dlqat_spec", NAN), ("dlqat_spec", "NaN")),
-    "config of 3 bits": of_config(config(bits=3), "bits: 4 in the file, 3 here", "beside it"),
-    "config of another alpha": of_config(config(lora_alpha=4), "lora scaling", "2 in the file"),
-    "config of another scale_dtype": of_config(config(scale_dtype="float32"), "'bfloat16' in the file"),
-    "config of another zero_point": of_config(config(zero_point="none"), "unexpected", "zero_point"),
-    "config of another rank": of_config(config(r=8), "shapes", "not [8, "),
-    "config of another group_size": of_config(config(group_size=16), "shapes", "not [64, 4]"),
-    "config of 1 bit": of_config(config(bits=1), "bits=1", "2 to 8", "use 4"),
-    "config is no JSON": of_config(raw(lambda x: x[:50], CONFIG), unreadable=True),
-    "base model of another shape": Bad(
-        lambda files: None,
-        ("shapes", "[4, 128], not [4, 96]", "base model that it was trained on"),
-        base=base_of_another_shape,
+    "truncated in the middle": Bad(HEADER, content=lambda content: content[: len(content) // 2]),
+    "truncated in the header": Bad(HEADER, content=lambda content: content[:100]),
+    "empty": Bad(HEADER, content=lambda content: b""),
+    "bytes flipped in the header": Bad(HEADER, content=flipped),
+    "length of the header": Bad(HEADER, content=lambda content: struct.pack("<Q", 2**40) + content[8:]),
+    "NaN in a scale": Bad((f"down_proj.{SCALE}", "NaN", BROKEN), entry(SCALE, NAN)),
+    "NaN, bfloat16": Bad((f"down_proj.{SCALE}", "NaN", BROKEN), entry(SCALE, NAN), base=bfloat16_base),
+    "infinity in A": Bad((f"down_proj.{A}", "infinity", BROKEN), entry(A, INF)),
+    "NaN in a magnitude": Bad((f"down_proj.{M}", "NaN", BROKEN), entry(M, NAN)),
+    "scale 0": Bad((f"down_proj.{SCALE}", "positive", "0.0", BROKEN), entry(SCALE, 0.0)),
+    "scale 0, symmetric": Bad((f"down_proj.{SCALE}", "non-zero", "0.0:"), entry(SCALE, 0.0), zero_point="none"),
+    "negative scale": Bad((f"down_proj.{SCALE}", "positive", "-1.0", BROKEN), entry(SCALE, -1.0)),
+    "negative scale, float": Bad(("positive", "-1.0"), entry(SCALE, -1.0), zero_point="float"),
+    "zero point 0.5": Bad(("0.5", *RANGE), entry(ZERO, 0.5)),
+    "zero point 99": Bad(("99.0", *RANGE), entry(ZERO, 99.0)),
+    "a missing tensor": Bad(("missing", f"down_proj.{B}", BESIDE), without(B)),
+    "a missing spec": Bad(("missing", f"down_proj.{SPEC}", BESIDE), without(SPEC)),
+    "a layer not adapted": Bad(("unexpected", f"k_proj.{A}", BESIDE), added(f"0.self_attn.k_proj.{A}")),
+    "a tensor of no layer": Bad(("unexpected", "layers.9"), added("9.mlp.weight")),
+    "a base weight": Bad(("unexpected", "q_proj.base_layer.weight"), added("0.self_attn.q_proj.base_layer.weight")),
+    "integers in A": Bad((f"down_proj.{A}", "int64", "float"), integers(A)),
+    "spec of 3 bits": Bad(("bits: 3 in the file, 4 here", "beside it"), entry(SPEC, 3.0)),
+    "an older format": Bad(("format: 1 in the file, 2 here",), entry(SPEC, 1.0, -1)),
+    "NaN in the spec": Bad((SPEC, "NaN"), entry(SPEC, NAN)),
+    "bits": Bad(("bits: 4 in the file, 3 here", "beside it"), config=settings(bits=3)),
+    "lora_alpha": Bad(("lora scaling", "2 in the file"), config=settings(lora_alpha=4)),
+    "scale_dtype": Bad(("'bfloat16' in the file",), config=settings(scale_dtype="float32")),
+    "zero_point": Bad(("unexpected", "zero_point"), config=settings(zero_point="none")),
+    "r": Bad(("shapes", "not [8, "), config=settings(r=8)),
+    "group_size": Bad(("shapes", "not [64, 4]"), config=settings(group_size=16)),
+    "bits=1": Bad(("bits=1", "2 to 8", "use 4"), config=settings(bits=1)),
+    "no JSON": Bad((), config=lambda content: content[:50]),
+    "base of another shape": Bad(
+        ("shapes", "[4, 128], not [4, 96]", "base model that it was trained on"), base=base_of_another_shape
     ),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Ways of loading. Each returns the model that there is before, and the call.
 
 
@@ -163,10 +143,8 @@ def from_pretrained(bad, folder, **kwargs):
 
 
 def load_adapter(bad, folder, name="second", **kwargs):
-    settings = small_config(zero_point=bad.zero_point, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(bad.base(), settings)
-    perturb(model, seed=1)
-    return model.eval(), lambda: (model.load_adapter(str(folder), name, **kwargs), model.set_adapter(name))
+    model = adapted(bad.base(), seed=1, zero_point=bad.zero_point)
+    return model, lambda: (model.load_adapter(str(folder), name, **kwargs), model.set_adapter(name))
 
 
 OVER = "load_adapter over the same"
@@ -189,15 +167,18 @@ def good(tmp_path_factory):
         adapted(zero_point=zero_point).save_pretrained(folder)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    return lambda zero_point: dict(files(zero_point))
+    return files
 
 
-# Each in one way quickly, and in all. Over the same adapter, adapter_config.json is not read, and no base is made.
+def ways_of(bad):
+    """Over the same adapter, adapter_config.json is not read, and the base is the adapter's own."""
+    return [way for way in WAYS if way != OVER or not (bad.config or bad.base is base_of_another_shape)]
+
+
 CASES = [
-    pytest.param(name, way, marks=[] if way == list(WAYS)[i % len(WAYS)] else pytest.mark.slow)
+    pytest.param(name, way, marks=[] if i % len(ways_of(bad)) == j else pytest.mark.slow)
     for i, (name, bad) in enumerate(BAD.items())
-    for way in WAYS
-    if way != OVER or not (bad.in_config or bad.base is base_of_another_shape)
+    for j, way in enumerate(ways_of(bad))
 ]
 
 
@@ -205,12 +186,9 @@ CASES = [
 def test_a_bad_adapter_is_refused(name, way, good, tmp_path):
     """PEFT puts an adapter in before its file is read; what was there before is as it was."""
     bad = BAD[name]
-    files = good(bad.zero_point)
-    bad.change(files)
-    for file, content in files.items():
-        (tmp_path / file).write_bytes(content)
+    bad.write(good(bad.zero_point), tmp_path)
     model, call = WAYS[way](bad, tmp_path)
-    errors = (ValueError, SafetensorError) if bad.unreadable else ValueError
+    errors = (ValueError, SafetensorError) if bad.says == HEADER else ValueError
     with refused(errors, *bad.says, model=model if way == OVER else None, folder=tmp_path, draws=way != OVER):
         call()
 

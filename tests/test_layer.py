@@ -34,6 +34,7 @@ def logits(model):
     return model(tokens()).logits
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
@@ -44,6 +45,7 @@ def test_merged_reloaded_and_unmerged_equal_the_trained(kind, bits, group_size, 
     check_merged_reloaded_and_unmerged(kind, config, tmp_path)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", ["wide llama", "wide gpt2"])
 @pytest.mark.parametrize("quant", K_QUANTS.values(), ids=lambda quant: quant.name)
 def test_merged_reloaded_and_unmerged_equal_the_trained_on_k_quants(kind, quant, tmp_path):
@@ -80,6 +82,7 @@ def check_merged_reloaded_and_unmerged(kind, config, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), trained)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
@@ -213,6 +216,7 @@ def test_a_fresh_adapter_is_round_to_nearest():
         assert (error <= 0.5 * step + 1e-6)[inside].all()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
 def test_zero_rows_stay_zero(zero_point, scale_dtype):

@@ -79,6 +79,7 @@ def assert_close(found, true, limit):
         assert error < limit, f"{name}: relative error {error:.1e}"
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("n_in,group_size", SHAPES)
@@ -93,6 +94,7 @@ def test_value_and_every_gradient(zero_point, bits, n_in, group_size, in_grid_un
     assert_close(gradients(y, args), gradients(expected, double), 1e-5)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("bits,stored_bits", [(2, 2), (2, 4), (3, 4), (4, 4), (3, 8), (8, 8)])
 @pytest.mark.parametrize("in_grid_units", [False, True])
