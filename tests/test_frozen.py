@@ -8,9 +8,11 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import disk_offload
 from conftest import lm_batches, perturb, tiny_model, tokens, train
 from op_problems import QUANTIZER, problem
 from peft import PeftModel, get_peft_model
+from refusals import refused
 
 from peft_dlqat import DLQATConfig, Grid, adapters_disabled, calibrate, pack_weights
 from peft_dlqat import layer as layer_module
@@ -178,6 +180,12 @@ def test_what_a_packed_weight_refuses(tmp_path):
     other.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another grid"):
         model.load_adapter(str(tmp_path), "default")
+
+
+def test_a_base_that_is_offloaded_is_not_packed(tmp_path):
+    base = disk_offload(tiny_model(), tmp_path, execution_device=torch.device("cpu"))
+    with refused(ValueError, "cannot pack", "offloaded to the CPU or disk", "load_packed", folder=tmp_path):
+        get_peft_model(base, config())
 
 
 @pytest.mark.parametrize("of_file,of_config", [("int4", "int8"), ("int8", "int4")])
