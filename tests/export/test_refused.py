@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import asdict
 
 import pytest
-from conftest import VOCAB, perturb, tiny_model
+from conftest import VOCAB, tiny_model
 from foreign_layers import Net
 from peft import LoraConfig, get_peft_model
 from refusals import adapted, both_active, refused, small_config
@@ -18,38 +18,34 @@ from peft_dlqat import Calibration, export_model, verify_export
 from peft_dlqat.layer import adapter_layers
 
 
-def with_adapter(base):
-    model = get_peft_model(base, small_config(task_type="CAUSAL_LM"))
-    perturb(model)
-    return model.eval()
+def of(base):
+    return adapted(base, target_modules=None)
 
 
 def opt():
-    return with_adapter(tiny_model("opt"))
+    return of(tiny_model("opt"))
 
 
 def gemma2():
     """Whose queries are scaled as no Gemma 2 of Google's is."""
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1}
     config = Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=2, query_pre_attn_scalar=64)
-    return with_adapter(AutoModelForCausalLM.from_config(config))
+    return of(AutoModelForCausalLM.from_config(config))
 
 
-def no_transformers_model():
-    return get_peft_model(Net(), small_config(target_modules=["first", "second"]))
-
-
-def float_offset():
+def float_zeros():
     return adapted(zero_point="float")
 
 
-def scale_below_float16():
+def small_scale():
+    """Below the smallest float16."""
     model = adapted()
     next(iter(adapter_layers(model)[1].values())).dlqat_scale["default"][0, 0] = 1e-9
     return model
 
 
-def embedding_above_float16():
+def large_embedding():
+    """Above the largest float16."""
     model = adapted()
     model.get_input_embeddings().weight.data[0, 0] = 1e6
     return model
@@ -68,6 +64,12 @@ def calibrated(model):
     return model
 
 
+CT = "compressed-tensors"
+FLOAT_ZEROS = (f"{CT} cannot hold bits=4, group_size=32, zero_point='float'", "use zero_point='integer'", "lossy=True")
+LONG_TOKENIZER = {"tokenizer": tokenizer_of(VOCAB + 1)}
+LONG = (f"{VOCAB + 1} tokens", f"{VOCAB} rows", "resize_token_embeddings")
+
+
 @pytest.mark.parametrize(
     "make, format, kwargs, says",
     [
@@ -79,31 +81,12 @@ def calibrated(model):
         (adapted, "dense", {"adapter_name": "other"}, ("'other'", "the model has ['default']")),
         (tiny_model, "dense", {}, ("no DL-QAT adapter", "get_peft_model")),
         (both_active, "dense", {}, ("2 adapters are active", "adapter_name")),
-        (
-            float_offset,
-            "compressed-tensors",
-            {},
-            (
-                "compressed-tensors cannot hold bits=4, group_size=32, zero_point='float'",
-                "use zero_point='integer'",
-                "lossy=True",
-            ),
-        ),
-        (scale_below_float16, "gguf", {}, ("has no exact float16", "scale_dtype='float16'", "lossy=True")),
-        (
-            embedding_above_float16,
-            "dense",
-            {"dtype": "float16"},
-            ("embed_tokens.weight: 1e+06", "float16", "pass dtype='bfloat16'"),
-        ),
-        (opt, "gguf", {}, ("model_type='opt'", "'llama'", "'compressed-tensors'")),
-        (gemma2, "gguf", {}, ("query_pre_attn_scalar=64", "takes 16", "'compressed-tensors'")),
-        (
-            adapted,
-            "gguf",
-            {"tokenizer": tokenizer_of(VOCAB + 1)},
-            (f"{VOCAB + 1} tokens", f"{VOCAB} rows", "resize_token_embeddings"),
-        ),
+        (float_zeros, CT, {}, FLOAT_ZEROS),
+        (small_scale, "gguf", {}, ("has no exact float16", "scale_dtype='float16'", "lossy=True")),
+        (large_embedding, "dense", {"dtype": "float16"}, ("embed_tokens.weight: 1e+06", "pass dtype='bfloat16'")),
+        (opt, "gguf", {}, ("model_type='opt'", "'llama'", f"'{CT}'")),
+        (gemma2, "gguf", {}, ("query_pre_attn_scalar=64", "takes 16", f"'{CT}'")),
+        (adapted, "gguf", LONG_TOKENIZER, LONG),
     ],
 )
 def test_an_impossible_export_is_refused(make, format, kwargs, says, tmp_path):
@@ -113,7 +96,7 @@ def test_an_impossible_export_is_refused(make, format, kwargs, says, tmp_path):
 
 
 def test_a_base_that_is_no_transformers_model_is_refused(tmp_path):
-    model = calibrated(no_transformers_model())
+    model = calibrated(get_peft_model(Net(), small_config(target_modules=["first", "second"])))
     with refused(TypeError, "the base model is a Net", "transformers", model=model, folder=tmp_path):
         export_model(model, tmp_path / "out", "dense")
 
