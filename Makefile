@@ -49,10 +49,10 @@ demo: $(VENV)/.stamp-demo
 	$(BIN)/python examples/finetune.py --demo $(ARGS)
 
 # One thread a worker: the default, one a core in each worker, makes the workers fight over the cores.
-# Offline: no test may depend on a download.
+# Offline: no test may depend on a download. loadgroup: tests that share what is dear to make run in one worker.
 test: MARKS = -m "not slow"
 test test-all: $(VENV)/.stamp-test
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(MARKS) $(TESTS) $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(MARKS) $(TESTS) $(ARGS)
 
 # The engines that take minutes to build or want another torch: not part of `make test`. ENGINES=llama for one of them.
 # With BLAS, and weights that are not repacked for other products, llama.cpp multiplies in float32: make test-engines
