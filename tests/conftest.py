@@ -136,16 +136,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a test marked `product`, the cases that do not lie on the diagonal are slow.
 
     The i-th case of the diagonal has the (i mod n)-th of the n values of each `parametrize`, so that every value is
-    quick in some case.
+    quick in some case. `product(every=k)` keeps each k-th case of the diagonal only.
     """
     products: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("product"):
             products.setdefault(item.nodeid.split("[")[0], []).append(item)
     for cases in products.values():
+        every = cases[0].get_closest_marker("product").kwargs.get("every", 1)
         places = [_values(case) for case in cases]
         axes = [list(dict.fromkeys(axis)) for axis in zip(*places, strict=True)]
-        diagonal = {tuple(axis[i % len(axis)] for axis in axes) for i in range(max(map(len, axes)))}
+        diagonal = {tuple(axis[i % len(axis)] for axis in axes) for i in range(0, max(map(len, axes)), every)}
         for case, place in zip(cases, places, strict=True):
             if place not in diagonal:
                 case.add_marker("slow")

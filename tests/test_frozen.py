@@ -106,6 +106,7 @@ def logits(model):
     return model(tokens()).logits
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("storage,bits", [("int8", 3), ("int4", 4), ("int2", 2)])
 def test_packed_trained_merged_reloaded_are_equal(kind, storage, bits, tmp_path):
@@ -247,6 +248,7 @@ def test_all_layers_are_packed_or_none():
     assert all(torch.equal(s, layer.dlqat_scale["default"]) for s, layer in zip(before, layers, strict=True))
 
 
+@pytest.mark.slow
 def test_a_compiled_packed_model_can_switch_its_adapter_off():
     torch._dynamo.reset()
     model = trained()
@@ -288,6 +290,7 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("changes", PACKED)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(changes, use_reentrant):
@@ -300,6 +303,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(changes, use_reentrant)
     assert all(torch.equal(found[name], grad) for name, grad in expected.items())
 
 
+@pytest.mark.product(every=3)
 @pytest.mark.parametrize("changes", PACKED)
 def test_torch_compile_gives_the_same_gradients_without_graph_breaks(changes):
     torch._dynamo.reset()

@@ -129,6 +129,7 @@ def test_casting_the_model_leaves_the_quantizer_in_float32(cast):
         assert torch.equal(getattr(layer, name)["default"], tensor)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 def test_every_way_of_loading_gives_the_same(dtype, zero_point, tmp_path):

@@ -176,6 +176,7 @@ def test_autocast_trains():
     assert all(grad.dtype == torch.float32 and torch.isfinite(grad).all() and grad.any() for grad in grads)
 
 
+@pytest.mark.product(every=2)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_torch_compile_gives_the_same_gradients_without_graph_breaks(kind):
     torch._dynamo.reset()

@@ -20,7 +20,6 @@ from peft_dlqat.quant.super_blocks import K_QUANTS
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@pytest.mark.product
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [16, 32, 64])
@@ -30,7 +29,6 @@ def test_value_and_every_gradient(zero_point, bits, group_size, scale_dtype, in_
     check_value_and_every_gradient(Grid(bits, group_size, zero_point, scale_dtype), in_grid_units)
 
 
-@pytest.mark.product
 @pytest.mark.parametrize("quant", K_QUANTS.values(), ids=lambda quant: quant.name)
 @pytest.mark.parametrize("in_grid_units", [False, True])
 def test_value_and_every_gradient_of_k_quants(quant, in_grid_units):

@@ -203,6 +203,7 @@ def test_a_broken_update_shows():
     assert run(args, grid).isnan().any(0).any(0).nonzero().flatten().tolist() == [3]
 
 
+@pytest.mark.product(every=2)
 @pytest.mark.parametrize("storage", ["full", "int4"])
 def test_a_merged_model_gives_the_same_bits(storage):
     config = DLQATConfig(bits=3, group_size=32, storage=storage, task_type="CAUSAL_LM")
