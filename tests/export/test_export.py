@@ -68,6 +68,7 @@ def assert_same(found, format: str) -> None:
         assert figures.max_difference == 0.0 and figures.kl == 0.0
 
 
+@pytest.mark.product(every=5)
 @pytest.mark.parametrize("setting", grids("compressed-tensors", (32, 128, -1)), ids=as_id)
 def test_compressed_tensors_holds_the_merged_model(setting, tmp_path):
     needs("compressed-tensors")
@@ -78,6 +79,7 @@ def test_compressed_tensors_holds_the_merged_model(setting, tmp_path):
     assert torch.equal(exported_logits(tmp_path / "out", ids), reference)
 
 
+@pytest.mark.product(every=5)
 @pytest.mark.parametrize("setting", grids("gguf", (32, 256, -1)), ids=as_id)
 def test_gguf_holds_the_merged_model(setting, tmp_path):
     needs("gguf")
@@ -126,6 +128,7 @@ def test_what_was_trained_on_packed_weights(format, tmp_path):
     assert torch.equal(live, disk)
 
 
+@pytest.mark.product(every=5)
 @pytest.mark.parametrize("setting", grids("mlx", (32, 256)), ids=as_id)
 def test_mlx_holds_the_merged_model(setting, tmp_path):
     needs("mlx")
@@ -447,6 +450,7 @@ def words_to_codes(words: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.from_numpy(codes).t()
 
 
+@pytest.mark.product(every=5)
 @pytest.mark.parametrize("setting", grids("gptq", (32, 128, -1)), ids=as_id)
 def test_gptq_files_decode_to_the_trained_weights(setting, tmp_path):
     """By the format's own rule, w = scale * (code - (stored zero + 1)); its engine runs in `make test-engines`."""

@@ -52,6 +52,7 @@ def _quiet_transformers():
     transformers_logging.set_verbosity(before)
 
 
+@pytest.mark.product(every=2)
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("format", PACKAGES)
 def test_a_spoiled_weight_is_caught(format, control, tmp_path, monkeypatch):
@@ -85,6 +86,7 @@ ROUNDED = {
 }
 
 
+@pytest.mark.product(every=2)
 @pytest.mark.parametrize("format", ROUNDED)
 def test_a_spoiled_weight_is_caught_in_what_is_rounded(format, tmp_path, monkeypatch):
     """The loss of rounding, which is larger, does not hide it."""
@@ -142,6 +144,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", ["model", "config.json"])
 @pytest.mark.parametrize("format", ["dense", "gguf", "mlx"])

@@ -62,6 +62,7 @@ def moved(model, before):
     }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("zero_point", ["none", "integer", "float"])
 def test_each_layers_error_and_the_models_divergence_fall(kind, zero_point):
@@ -121,6 +122,7 @@ def test_the_first_error_is_the_layers_on_its_initial_grid():
     assert errors[1].after == pytest.approx(error(1).item(), rel=1e-4)
 
 
+@pytest.mark.product(every=2)
 @pytest.mark.parametrize("zero_point, also", [("integer", set()), ("float", {"dlqat_shift"})])
 def test_the_adapter_is_fitted_on_request_and_gains_more(zero_point, also):
     alone, both = adapted(zero_point=zero_point), adapted(zero_point=zero_point)
@@ -465,6 +467,7 @@ def killed_at(monkeypatch, layer, count):
     monkeypatch.setattr(streaming, "calibrate_block", calibrate)
 
 
+@pytest.mark.product(every=3)
 @pytest.mark.parametrize("changes", [{}, {"storage": "int8"}, {"zero_point": "float"}])
 @pytest.mark.parametrize("truncated", [False, True])
 def test_a_killed_run_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, changes, truncated):
