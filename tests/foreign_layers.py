@@ -26,20 +26,7 @@ class Net(nn.Module):
 
 
 class AffineQuantizedTensor(torch.Tensor):
-    """As torchao's: claims float32 and [32, 32], holds int8 and a scale."""
-
-    @staticmethod
-    def __new__(cls, codes, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
-
-    def __init__(self, codes, scale):
-        self.codes, self.scale = codes, scale
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("detach", "clone", "alias"):
-            return cls(args[0].codes.clone(), args[0].scale.clone())
-        return func(*(a.codes * a.scale if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+    """As torchao's, which claim the dtype and the shape of the weight."""
 
 
 def linear(weight, **attributes):
@@ -66,5 +53,5 @@ QUANTIZED = {
     "bitsandbytes 4-bit in bfloat16": lambda: linear(torch.zeros(256, 1, dtype=torch.bfloat16), quant_state="nf4"),
     "GPTQ or AWQ": lambda: without_weight("qweight", torch.int32),
     "HQQ": lambda: without_weight("W_q", torch.uint8),
-    "torchao": lambda: linear(AffineQuantizedTensor(torch.ones(32, 32, dtype=torch.int8), torch.tensor(0.01))),
+    "torchao": lambda: linear(torch.ones(32, 32).as_subclass(AffineQuantizedTensor)),
 }
