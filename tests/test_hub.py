@@ -40,6 +40,10 @@ GRID_ROW = "3 bits, groups of 32 input channels, zero point: integer, scales in 
 HAS_TRL = importlib.util.find_spec("trl") is not None
 
 
+# One Hub, and one run of each client, for all of the file.
+pytestmark = pytest.mark.xdist_group("hub")
+
+
 # ----- Clients: each runs in a process of its own -----------------------------------------------------------
 
 

@@ -45,6 +45,7 @@ def assert_same(model, expected):
     assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("offload", [some_on_disk, all_on_disk, all_on_cpu])
 def test_calibrated_trained_and_saved(offload, kind, tmp_path):

@@ -53,6 +53,7 @@ def peak_bytes(call):
     return peak
 
 
+@pytest.mark.product(every=4)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_within_a_tenth_of_what_is_measured(case):
@@ -89,6 +90,7 @@ def test_within_a_tenth_of_what_is_measured(case):
     assert found.total - static == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("length", [8, 256])
 def test_a_whole_step_with_its_optimiser(accumulate, length):
@@ -117,6 +119,7 @@ def test_a_whole_step_with_its_optimiser(accumulate, length):
     assert found.total - found.static == pytest.approx(peak_bytes(step), rel=0.1)
 
 
+@pytest.mark.slow
 def test_parts_are_what_they_say():
     model_config = LlamaConfig(**SMALL, vocab_size=1000, num_hidden_layers=3)
     arguments = model_config, 1, 64

@@ -59,6 +59,7 @@ def moved(model, before):
     }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("zero_point", ["none", "integer", "float"])
 def test_each_layers_error_and_the_models_divergence_fall(kind, zero_point):

@@ -44,6 +44,7 @@ def kl(model):
         return distillation_loss(model(**batch).logits, teacher_logits(model, batch)).item()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("objective", ["distill", "task"])
 def test_calibration_lowers_the_loss_and_moves_only_the_grid(zero_point, objective):
@@ -85,6 +86,7 @@ def test_the_reported_loss_is_the_frozen_grids():
     assert model.peft_config["default"].record["calibration"]["loss_after"] == result.loss_after
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16", "float32"])
 def test_the_frozen_grid_is_one_that_ships(zero_point, scale_dtype):

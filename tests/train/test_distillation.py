@@ -700,6 +700,7 @@ for seed in range(10**6):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_whole_files(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], env=environment)
