@@ -3,9 +3,9 @@
 #   PYTHON   the interpreter the environment is made with (3.10 or newer)
 #   TORCH    what is installed where PYTHON has no torch of its own, as arguments of pip
 #   ARGS     further arguments for pytest (make test) or for the example (make demo)
-#   TESTS    what make test runs, such as TESTS=tests/test_methods.py
+#   TESTS    what make test and test-all run, such as TESTS=tests/test_methods.py
 #   EXPERIMENTS  what make bench-quality runs: names in benchmarks/experiments, or all
-#   WORKERS  how many processes make test uses; 0 runs the tests in one process, as a debugger needs
+#   WORKERS  how many processes they use; 0 runs the tests in one process, as a debugger needs
 
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
@@ -33,11 +33,12 @@ CHECK_OURS = if [ -e "$(VENV)" ] && [ ! -e "$(VENV)/.made-by-make" ]; then \
 .DELETE_ON_ERROR:
 # The targets share one environment, and two pips must not write to it at once.
 .NOTPARALLEL:
-.PHONY: help demo test test-engines quality bench-quality clean
+.PHONY: help demo test test-all test-engines quality bench-quality clean
 
 help:
 	@echo "make demo     fine-tune a small model with DL-QAT on this machine (ARGS= goes to examples/finetune.py)"
-	@echo "make test     run the tests (TESTS= chooses which, ARGS= goes to pytest, WORKERS= sets the processes)"
+	@echo "make test     run the tests, minutes (TESTS= chooses which, ARGS= goes to pytest, WORKERS= sets the processes)"
+	@echo "make test-all  the same with those marked slow: every combination of settings, runs of several processes"
 	@echo "make test-engines  exported models in llama.cpp and gptqmodel, each built into an environment of its own (ENGINES=)"
 	@echo "make quality  ruff, mypy and the tests of the code's structure and documentation"
 	@echo "make bench-quality  every method and peer on the same work; hours (EXPERIMENTS=all for all of them, ARGS= goes to benchmarks/run.py)"
@@ -48,9 +49,10 @@ demo: $(VENV)/.stamp-demo
 	$(BIN)/python examples/finetune.py --demo $(ARGS)
 
 # One thread a worker: the default, one a core in each worker, makes the workers fight over the cores.
-# Offline: no test may depend on a download.
-test: $(VENV)/.stamp-test
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS) $(ARGS)
+# Offline: no test may depend on a download. loadgroup: tests that share what is dear to make run in one worker.
+test: MARKS = -m "not slow"
+test test-all: $(VENV)/.stamp-test
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(MARKS) $(TESTS) $(ARGS)
 
 # The engines that take minutes to build or want another torch: not part of `make test`. ENGINES=llama for one of them.
 # With BLAS, and weights that are not repacked for other products, llama.cpp multiplies in float32: make test-engines

@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import copy
+import re
 from functools import cache
 
 import pytest
@@ -128,3 +129,31 @@ def train(model: torch.nn.Module, batches: int = 2) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `product`, the cases that do not lie on the diagonal are slow.
+
+    The i-th case of the diagonal has the (i mod n)-th of the n values of each `parametrize`, so that every value is
+    quick in some case. `product(every=k)` keeps each k-th case of the diagonal only.
+    """
+    products: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("product"):
+            products.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for cases in products.values():
+        every = cases[0].get_closest_marker("product").kwargs.get("every", 1)
+        places = [_values(case) for case in cases]
+        axes = [list(dict.fromkeys(axis)) for axis in zip(*places, strict=True)]
+        diagonal = {tuple(axis[i % len(axis)] for axis in axes) for i in range(0, max(map(len, axes)), every)}
+        for case, place in zip(cases, places, strict=True):
+            if place not in diagonal:
+                case.add_marker("slow")
+
+
+def _values(case: pytest.Item) -> tuple[tuple[int, ...], ...]:
+    """What each `parametrize` of a test gives this case, as identities."""
+    marks = [mark.args[0] for mark in case.iter_markers("parametrize")]
+    names = [re.split(r",\s*", mark) if isinstance(mark, str) else mark for mark in marks]
+    return tuple(tuple(id(case.callspec.params[name]) for name in axis) for axis in names)

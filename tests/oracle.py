@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from peft_dlqat import Grid
+from peft_dlqat.quant.grid import Grid
 
 # Of each K-quant, by bits and kind of zero: the range of the integer scales, and the largest integer min.
 K_QUANT_RANGES = {

@@ -18,9 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig
 
 import peft_dlqat.train.divergence
-from peft_dlqat import DLQATConfig, DLQATLayer, adapters_disabled
+from peft_dlqat import DLQATConfig, DLQATLayer
 from peft_dlqat import layer as layer_module
 from peft_dlqat.evaluate import TASK_SETS, evaluate_model, evaluate_tasks, resolve_tasks
+from peft_dlqat.running import adapters_disabled
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TASKS = EXAMPLES / "tasks"

@@ -9,18 +9,22 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import disk_offload
 from conftest import lm_batches, perturb, tiny_model, tokens, train
 from op_problems import QUANTIZER, problem, quantizer_of
 from peft import PeftModel, get_peft_model
+from refusals import refused
 
-from peft_dlqat import DLQATConfig, Grid, adapters_disabled, calibrate, pack_weights
+from peft_dlqat import DLQATConfig, calibrate, pack_weights
 from peft_dlqat import layer as layer_module
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.quant.dispatch import harden
 from peft_dlqat.quant.fit import initialise
 from peft_dlqat.quant.fixed_point import STORAGES
+from peft_dlqat.quant.grid import Grid
 from peft_dlqat.quant.op import fake_quantize_linear
 from peft_dlqat.quant.quantizer import Quantizer, decode_stored, in_steps, round_codes, store
+from peft_dlqat.running import adapters_disabled
 
 HOLDS = [(bits, name) for bits in (2, 3, 4, 8) for name, storage in STORAGES.items() if storage.bits >= bits]
 ZERO_POINTS = ("none", "integer", "float")
@@ -107,6 +111,7 @@ def logits(model):
     return model(tokens()).logits
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("storage,bits", [("int8", 3), ("int4", 4), ("int2", 2)])
 def test_packed_trained_merged_reloaded_are_equal(kind, storage, bits, tmp_path):
@@ -183,6 +188,12 @@ def test_what_a_packed_weight_refuses(tmp_path):
         model.load_adapter(str(tmp_path), "default")
 
 
+def test_a_base_that_is_offloaded_is_not_packed(tmp_path):
+    base = disk_offload(tiny_model(), tmp_path, execution_device=torch.device("cpu"))
+    with refused(ValueError, "cannot pack", "offloaded to the CPU or disk", "load_packed", folder=tmp_path):
+        get_peft_model(base, config())
+
+
 @pytest.mark.parametrize("of_file,of_config", [("int4", "int8"), ("int8", "int4")])
 def test_another_storage_than_it_was_trained_on_is_refused(of_file, of_config, tmp_path):
     """It would make another model of it, silently."""
@@ -242,6 +253,7 @@ def test_all_layers_are_packed_or_none():
     assert all(torch.equal(s, layer.dlqat_scale["default"]) for s, layer in zip(before, layers, strict=True))
 
 
+@pytest.mark.slow
 def test_a_compiled_packed_model_can_switch_its_adapter_off():
     torch._dynamo.reset()
     model = trained()
@@ -260,23 +272,6 @@ def test_an_adapter_that_was_never_packed_belongs_to_the_full_weight(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
     assert torch.equal(logits(loaded), expected)
-
-
-@pytest.mark.parametrize(
-    "kwargs,message",
-    [
-        ({"storage": "int4", "bits": 8}, "cannot hold codes of 8 bits; use 'full' or 'int8'"),
-        ({"storage": "int2", "bits": 2, "bits_pattern": {"v_proj": 4}}, "cannot hold codes of 4 bits"),
-        ({"storage": "int3"}, "must be one of"),
-        ({"storage": "int8", "method": "l4q"}, "trains the step"),
-        ({"gradient": "lowrank"}, "magnitude='row'"),
-        ({"gradient": "lowrank", "method": "lrqat"}, "use method='dlqat'"),
-        ({"gradient": "fp8"}, "must be one of"),
-    ],
-)
-def test_impossible_configs(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        DLQATConfig(**kwargs)
 
 
 PACKED = [
@@ -300,6 +295,7 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("changes", PACKED)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(changes, use_reentrant):
@@ -312,6 +308,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(changes, use_reentrant)
     assert all(torch.equal(found[name], grad) for name, grad in expected.items())
 
 
+@pytest.mark.product(every=3)
 @pytest.mark.parametrize("changes", PACKED)
 def test_torch_compile_gives_the_same_gradients_without_graph_breaks(changes):
     torch._dynamo.reset()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
 import torch
-from conftest import perturb, tiny_model, tokens
+from conftest import lm_batches, perturb, tiny_model, tokens
+from foreign_layers import Net
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from peft_dlqat import DLQATConfig
+from peft_dlqat import DLQATConfig, calibrate
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.quant.super_blocks import K_QUANTS
 
@@ -32,6 +34,7 @@ def logits(model):
     return model(tokens()).logits
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
@@ -42,6 +45,7 @@ def test_merged_reloaded_and_unmerged_equal_the_trained(kind, bits, group_size, 
     check_merged_reloaded_and_unmerged(kind, config, tmp_path)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", ["wide llama", "wide gpt2"])
 @pytest.mark.parametrize("quant", K_QUANTS.values(), ids=lambda quant: quant.name)
 def test_merged_reloaded_and_unmerged_equal_the_trained_on_k_quants(kind, quant, tmp_path):
@@ -78,6 +82,7 @@ def check_merged_reloaded_and_unmerged(kind, config, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), trained)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
@@ -124,6 +129,7 @@ def test_casting_the_model_leaves_the_quantizer_in_float32(cast):
         assert torch.equal(getattr(layer, name)["default"], tensor)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 def test_every_way_of_loading_gives_the_same(dtype, zero_point, tmp_path):
@@ -209,3 +215,61 @@ def test_a_fresh_adapter_is_round_to_nearest():
         inside = (quantized.codes > grid.qmin) & (quantized.codes < grid.qmax)
         step = quantized.scale.abs().repeat_interleave(grid.group_size, 1)
         assert (error <= 0.5 * step + 1e-6)[inside].all()
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+def test_zero_rows_stay_zero(zero_point, scale_dtype):
+    """A row, group or weight of zeros is exactly zero until it is trained, and all but zero then; nothing is NaN."""
+    for bits, init, dtype in itertools.product((2, 3, 4, 8), ("mse", "minmax"), (torch.float32, torch.bfloat16)):
+        if dtype == torch.bfloat16 and bits != 3:
+            continue
+        torch.manual_seed(0)
+        base = Net()
+        base.first.weight.data[3] = 0  # a row
+        base.first.weight.data[5, 16:] = 0  # a group
+        base.second.weight.data[:] = 0  # everything
+        base = base.to(dtype)
+        zero = {name: base.get_submodule(name).weight == 0 for name in ("first", "second")}
+        config = DLQATConfig(
+            bits=bits,
+            init=init,
+            group_size=16,
+            zero_point=zero_point,
+            scale_dtype=scale_dtype,
+            target_modules=["first", "second"],
+        )
+        model = get_peft_model(base, config)
+        layers = {name: model.base_model.model.get_submodule(name) for name in zero}
+
+        def check(stage, layers=layers, zero=zero, setting=(bits, init, dtype)):
+            for name, layer in layers.items():
+                weight = layer.quantized_weight().dequantize()
+                assert weight.isfinite().all(), (stage, name, setting)
+                largest = 2 ** setting[0] * 2.0**-14 if stage == "trained" else 0.0  # of the step of zeros
+                assert weight[zero[name]].abs().max() <= largest, (stage, name, setting)
+
+        check("initialised")
+        batches = [{"input_ids": batch["input_ids"], "labels": batch["labels"]} for batch in lm_batches(2, 2, 8)]
+        result = calibrate(model, batches, steps=3, lr=0.05, objective="task", progress=False)
+        assert result.loss_after == result.loss_after
+        check("calibrated")
+        # As create_dlqat_optimizer: m is not decayed. A zero has no gradient of its own.
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, weight_decay=0)
+        for batch in batches * 2:
+            optimizer.zero_grad()
+            loss = model(**batch).loss
+            assert loss.isfinite()
+            loss.backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            assert gradients
+            assert all(gradient.isfinite().all() for gradient in gradients)
+            optimizer.step()
+        check("trained")
+        model.eval()
+        trained = logits(model)
+        merged = model.merge_and_unload(safe_merge=True)
+        assert torch.equal(logits(merged), trained)
+        for name, entries in zero.items():
+            assert merged.get_submodule(name).weight[entries].abs().max() <= 2**bits * 2.0**-14

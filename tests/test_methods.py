@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import oracle
 import pytest
@@ -151,12 +152,14 @@ def test_training_lowers_the_loss_and_moves_only_what_the_method_trains(method, 
     assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == expected
 
 
+@pytest.mark.product
 @each_row
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_reloaded_and_unmerged_equal_the_trained(method, zero_point, dtype, tmp_path):
     check_merged_reloaded_and_unmerged("llama", config(method, zero_point), dtype, tmp_path)
 
 
+@pytest.mark.product(every=3)
 @pytest.mark.parametrize(
     "method, bits, group_size, zero_point",
     [
@@ -201,16 +204,24 @@ def check_merged_reloaded_and_unmerged(kind, config, dtype, tmp_path):
     assert torch.equal(logits(again), trained)
 
 
+def fresh_and_calibrated(method, zero_point):
+    """Logits before calibration, its loss, and logits after it."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), config(method, zero_point)).eval()
+    fresh = logits(model)
+    return fresh, calibrate(model, lm_batches(), steps=5, progress=False).loss_after, logits(model)
+
+
+@cache
+def fresh_and_calibrated_dlqat(zero_point):
+    return fresh_and_calibrated({"method": "dlqat"}, zero_point)
+
+
 @each_row
 def test_a_fresh_adapter_is_round_to_nearest_and_calibrates(method, zero_point):
     """All methods start from the same grid and the same weight, and calibration moves all of them alike."""
-    results = []
-    for row in ({"method": "dlqat"}, method):
-        model = get_peft_model(tiny_model(), config(row, zero_point)).eval()
-        results.append([logits(model)])
-        result = calibrate(model, lm_batches(), steps=5, progress=False)
-        results[-1] += [result.loss_after, logits(model)]
-    (dlqat, dlqat_loss, dlqat_calibrated), (own, own_loss, own_calibrated) = results
+    dlqat, dlqat_loss, dlqat_calibrated = fresh_and_calibrated_dlqat(zero_point)
+    own, own_loss, own_calibrated = fresh_and_calibrated(method, zero_point)
     assert torch.equal(own, dlqat)
     # L4Q's step is m * s, so its gradient is summed in another order.
     assert own_loss == pytest.approx(dlqat_loss, rel=1e-4)

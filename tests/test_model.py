@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import lm_batches, perturb, tiny_model, tokens
+from conftest import CONFIGS, lm_batches, perturb, tiny_model, tokens
+from foreign_layers import QUANTIZED, Net
 from peft import PeftModel, get_peft_model
+from refusals import INF, NAN, both_active, refused, small_config
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -99,18 +102,6 @@ def test_unload_gives_the_base_back():
     assert torch.equal(logits(adapted().unload()), logits(tiny_model()))
 
 
-def test_safe_merge_refuses_nan():
-    model = adapted()
-    layer = next(iter(adapter_layers(model)[1].values()))
-    layer.dlqat_magnitude["default"].data[0, 0] = torch.nan
-    weight = layer.get_base_layer().weight.clone()
-    with pytest.raises(
-        ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
-    ):
-        layer.merge(safe_merge=True)
-    assert torch.equal(layer.get_base_layer().weight, weight) and not layer.merged
-
-
 @pytest.mark.parametrize("kind", ["dlqat_A", "dlqat_B", "dlqat_scale"])
 @pytest.mark.parametrize("safe_merge", [True, False])
 def test_nan_among_what_chooses_the_codes_is_never_merged(kind, safe_merge):
@@ -185,6 +176,7 @@ def test_autocast_trains():
     assert all(grad.dtype == torch.float32 and torch.isfinite(grad).all() and grad.any() for grad in grads)
 
 
+@pytest.mark.product(every=2)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_torch_compile_gives_the_same_gradients_without_graph_breaks(kind):
     torch._dynamo.reset()
@@ -374,3 +366,180 @@ def test_every_way_of_training_warns_about_a_missing_calibration(wrap):
     model.train()
     with pytest.warns(UserWarning, match="never calibrated"):
         model(**lm_batches(1)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused. All targets are checked before any is replaced.
+
+
+class Image(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(1, 2, 3), nn.Linear(2, 2)
+
+    def forward(self, input_ids):
+        image = input_ids[:, None, None].float().expand(-1, -1, 3, -1)
+        return SimpleNamespace(logits=self.out(self.conv(image).mean((2, 3))))
+
+
+def narrow():
+    """A Llama whose in_features are 48, no multiple of 32."""
+    settings = CONFIGS["llama"]()
+    settings.hidden_size, settings.head_dim = 48, 12
+    return AutoModelForCausalLM.from_config(settings).eval()
+
+
+def wide():
+    return tiny_model("wide llama")
+
+
+K_QUANT = {"bits": 3, "zero_point": "none", "group_size": 16, "scale_dtype": "k_quant"}
+LARGE_GROUP = ("group_size=256 is larger than in_features=64", "use at most 64", "-1 for one scale a row")
+EMBEDDING = ("embed_tokens is a", "Embedding", "torch.nn.Linear", "exclude_modules")
+
+
+@pytest.mark.parametrize(
+    "base, settings, says",
+    [
+        (tiny_model, {"group_size": 256}, LARGE_GROUP),
+        (tiny_model, {"group_size_pattern": {"q_proj": 256}}, LARGE_GROUP),
+        (tiny_model, K_QUANT, ("q_proj is not a multiple of 256", "exclude_modules", "scale_dtype='bfloat16'")),
+        (
+            wide,
+            {**K_QUANT, "bits_pattern": {"down_proj": 4}},
+            ("bits=4, zero_point='none', group_size=16 of model.layers.0.mlp.down_proj", "none of GGUF's K-quants"),
+        ),
+        (narrow, {"group_size": -1, "export": ["gguf"]}, ("q_proj: gguf cannot hold", "48", "leave the layer out")),
+        (tiny_model, {"target_modules": ["query"]}, ("modules {'query'} not found", "check the target modules")),
+        (tiny_model, {"target_modules": []}, ("target_modules", "check")),
+        (tiny_model, {"layers_to_transform": [7]}, ("layers_to_transform", "[7]")),
+        (tiny_model, {"target_modules": ["q_proj", "embed_tokens"]}, EMBEDDING),
+        (tiny_model, {"target_modules": ".*(q_proj|embed_tokens)"}, EMBEDDING),
+        (
+            Image,
+            {"target_modules": ["out", "conv"], "group_size": 1},
+            ("conv is a", "Conv2d", "torch.nn.Linear", "exclude_modules"),
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_adapted_is_refused(base, settings, says):
+    base = base()
+    with refused(ValueError, *says, model=base):
+        get_peft_model(base, small_config(**settings))
+
+
+@pytest.mark.parametrize("way", ["PEFT's", "transformers' own"])
+def test_an_impossible_second_adapter_is_refused(way):
+    model = adapted() if way == "PEFT's" else tiny_model()
+    settings = small_config(group_size=256)
+    with refused(ValueError, *LARGE_GROUP, model=model):
+        model.add_adapter(*(["second"] if way == "PEFT's" else []), settings)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind, name", [("llama", "model.layers.1.mlp.up_proj"), ("gpt2", "transformer.h.1.mlp.c_fc")])
+def test_a_base_weight_that_is_no_number_is_refused(value, dtype, kind, name):
+    base = tiny_model(kind, dtype)
+    base.get_submodule(name).weight.data[1, 2] = value
+    with refused(ValueError, name, "NaN or infinity", "exclude_modules", model=base):
+        get_peft_model(base, small_config())
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_quantized_base_layer_is_not_adapted(kind):
+    base = Net(QUANTIZED[kind]())
+    says = ("cannot adapt second", "quantized already", "load the base model in bfloat16")
+    with refused(TypeError, *says, model=base):
+        get_peft_model(base, small_config(target_modules=["first", "second"]))
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_base_layer_that_was_quantized_later_is_not_merged_into(kind, how):
+    """Nor is the layer before it."""
+    model = get_peft_model(Net(), small_config(target_modules=["first", "second"]))
+    perturb(model)
+    layer = model.base_model.model.second
+    layer.base_layer = QUANTIZED[kind]()
+    layer.forward = layer.base_layer.forward  # the adapter can't run on this base, and need not
+    says = ("cannot merge into", "quantized already", "load the base model in bfloat16")
+    with refused(TypeError, *says, model=model):
+        getattr(model, how)()
+    with refused(TypeError, *says, model=model):
+        layer.merge()
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_safe_merge_of_one_bad_layer_merges_none(how):
+    model = adapted()
+    *_, last = adapter_layers(model)[1].values()
+    last.dlqat_magnitude["default"].data[0, 0] = NAN
+    says = ("NaNs detected in the merged weights", "The adapter default seems to be broken")
+    with refused(ValueError, *says, model=model):
+        getattr(model, how)(safe_merge=True)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_an_adapter_for_each_row_of_a_batch_is_refused(call):
+    model = adapted()
+    with refused(ValueError, "adapter_names=", "not supported", "set_adapter", model=model):
+        getattr(model, call)(input_ids=tokens(), adapter_names=["default"] * 4)
+
+
+def test_codes_are_those_of_one_adapter_that_is_there():
+    model = both_active()
+    layer = next(iter(adapter_layers(model, "default")[1].values()))
+    with refused(ValueError, "['default', 'second']", "no grid", "name one of", model=model):
+        layer.quantized_weight()
+    with refused(ValueError, "no such adapter", "name one of ['default', 'second']", model=model):
+        layer.quantized_weight("other")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two active adapters
+
+
+def dlqat_layers(model):
+    return [module for module in model.modules() if isinstance(module, DLQATLayer)]
+
+
+def test_two_adapters_add_their_differences():
+    """y = x @ (W0 + sum(w_hat_i - W0)).T, layer by layer."""
+    counts = set()
+    for layer in dlqat_layers(both_active()):
+        w0 = layer.frozen.original().double()
+        w_hats = [layer.quantized_weight(name).dequantize().double() for name in layer.specs]
+        counts.add(len(w_hats))
+        x = torch.randn(5, layer.in_features)
+        expected, single = (x.double() @ w.t() for w in (w0 + sum(w_hat - w0 for w_hat in w_hats), w_hats[0]))
+        with torch.no_grad():
+            error, difference = ((y - expected).abs().max() / expected.abs().max() for y in (layer(x), single))
+        assert error < 1e-6 and (len(w_hats) == 1 or difference > 1e-3)
+    assert counts == {1, 2}
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_two_adapters_merge_and_unmerge(one_by_one):
+    """Merged, both at once or one after the other, they give the sum; unmerged, W0 is the very tensor that it was."""
+    model = both_active()
+    layers = dlqat_layers(model)
+    before = [(layer.get_base_layer().weight.data_ptr(), layer.frozen.original().clone()) for layer in layers]
+    together = logits(model)
+    if one_by_one:
+        model.merge_adapter(["default"])
+        with pytest.warns(UserWarning, match="additionally merging second"):
+            model.merge_adapter(["second"])
+    else:
+        model.merge_adapter()
+    assert (logits(model) - together).abs().max() < 1e-5 * together.abs().max()
+    for layer in layers:
+        w0 = layer.frozen.original()
+        expected = w0 + sum(layer.quantized_weight(name).dequantize() - w0 for name in layer.specs)
+        torch.testing.assert_close(layer.get_base_layer().weight.data, expected, rtol=0, atol=1e-6)
+    model.unmerge_adapter()
+    for layer, (pointer, weight) in zip(layers, before, strict=True):
+        assert layer.get_base_layer().weight.data_ptr() == pointer
+        assert torch.equal(layer.get_base_layer().weight, weight)
+    assert torch.equal(logits(model), together)

@@ -8,8 +8,9 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from conftest import lm_batches, perturb, tiny_model, train
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 
-from peft_dlqat import DLQATConfig, adapters_disabled, calibrate, calibrate_blocks
+from peft_dlqat import DLQATConfig, calibrate
 from peft_dlqat.layer import adapter_layers
+from peft_dlqat.running import adapters_disabled
 
 MAP = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu",
        "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
@@ -44,6 +45,7 @@ def assert_same(model, expected):
     assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("offload", [some_on_disk, all_on_disk, all_on_cpu])
 def test_calibrated_trained_and_saved(offload, kind, tmp_path):
@@ -70,7 +72,7 @@ def test_calibrated_trained_and_saved(offload, kind, tmp_path):
 def test_calibrated_by_blocks(tmp_path):
     model, expected = adapted(some_on_disk(tiny_model(), tmp_path)), adapted(tiny_model())
     for each in (model, expected):
-        calibrate_blocks(each, lm_batches(), steps=2, progress=False)
+        calibrate(each, lm_batches(), steps=2, by="blocks", objective="output", progress=False)
     assert_same(model, expected)
 
 

@@ -25,7 +25,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_dlqat import DLQATConfig, calibrate_blocks_from_disk
+from peft_dlqat import DLQATConfig, calibrate_from_disk
 
 RESULTS = Path(__file__).parents[1] / "results" / "blocks.json"
 MODEL = {
@@ -76,7 +76,7 @@ def measure(folder: Path, config: DLQATConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as output:
         before, started = resident("VmRSS"), time.perf_counter()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        errors = calibrate_blocks_from_disk(
+        result = calibrate_from_disk(
             folder, config, [{"input_ids": ids}], Path(output) / "adapter", steps=STEPS, dtype=torch.float32
         )
         peak = resident("VmHWM") - before
@@ -85,7 +85,7 @@ def measure(folder: Path, config: DLQATConfig) -> dict[str, Any]:
         "peak_above_start": peak,
         "caches": 2 * ids.numel() * MODEL["hidden_size"] * torch.float32.itemsize,
         "adapter": sum(tensor.nbytes for tensor in adapter.values()),
-        "decoder_layers": len(errors),
+        "decoder_layers": len(result.blocks),
         "seconds": round(time.perf_counter() - started),
     }
 

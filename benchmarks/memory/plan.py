@@ -14,7 +14,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.utils import logging as transformers_logging
 
-from peft_dlqat import DLQATConfig, MemoryEstimate, estimate_memory
+from peft_dlqat import DLQATConfig, estimate_memory
+from peft_dlqat.large.memory import MemoryEstimate
 
 MODELS = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

@@ -84,7 +84,7 @@ def decoder_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
     if name is None or held(lists[name]) == 0:
         raise NoDecoderLayers(
             f"{type(model).__name__} has no list of decoder layers (nn.ModuleList) with DL-QAT layers in it; use "
-            "calibrate() for it."
+            "calibrate() with by='model' for it."
         )
     return {f"{name}.{index}": layer for index, layer in enumerate(lists[name])}
 
@@ -102,7 +102,7 @@ def capture(
     Args:
         model: the model.
         layers: its decoder layers.
-        batches: as `calibrate_blocks`.
+        batches: dicts of the model's keyword arguments.
         hidden: filled with the first layer's inputs.
 
     Returns:
@@ -123,7 +123,7 @@ def capture(
         if not seen:
             raise NoDecoderLayers(
                 f"{type(model).__name__} does not hand each decoder layer's output to the next as it is; use "
-                "calibrate() for it."
+                "calibrate() with by='model' for it."
             )
         hidden.teacher[len(calls)] = hidden.student[len(calls)] = seen[0][0]
         mask = arguments.get("attention_mask")

@@ -17,8 +17,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .placement import device_of
-from .running import dlqat_layers, evaluating, forward, is_encoder_decoder, random_state_kept, temporarily_merged
-from .train.distillation import teacher_logits
+from .running import (
+    dlqat_layers,
+    evaluating,
+    forward,
+    is_encoder_decoder,
+    random_state_kept,
+    teacher_logits,
+    temporarily_merged,
+)
 from .train.divergence import by_chunks, cross_entropy, token_divergence
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,11 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """
     switches = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     before = [module._disable_adapters for module in switches]
-    with _original_weights(model):
+    with ExitStack() as stack:
+        # A merged layer whose adapters are switched off would unmerge itself for good.
+        for layer in model.modules():
+            if isinstance(layer, DLQATLayer) and layer.merged:
+                stack.enter_context(layer.unmerged())
         for module in switches:
             module._disable_adapters = True
         try:
@@ -84,28 +88,43 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
                 module._disable_adapters = disabled
 
 
-@contextmanager
-def _original_weights(model: nn.Module) -> Iterator[None]:
-    """Put W0 in the place of merged weights inside the block.
+@torch.no_grad()
+def teacher_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Logits of the base model in full precision, without dropout.
 
-    A merged layer whose adapters are switched off unmerges itself for good; inside this block there is nothing to
-    unmerge, so nothing has to be merged again.
+    Args:
+        model: a model with adapters, merged or not; it is left as it was.
+        batch: keyword arguments of its forward; `labels` are left out.
+
+    Returns:
+        Logits, [batch, length, vocabulary] for a language model.
+
+    Raises:
+        ValueError: for an encoder-decoder, whose decoder takes its inputs from the labels, a head for regression or
+            for several labels at once, or a model without logits.
     """
-    kept = []
-    for layer in model.modules():
-        if isinstance(layer, DLQATLayer) and layer.merged:
-            weight, original = layer.get_base_layer().weight, layer.frozen.original()
-            kept.append((layer, weight, weight.data, list(layer.merged_adapters)))
-            weight.data = (original.t() if layer.frozen.fan_in_fan_out else original).to(
-                weight
-            )  # the model may have moved
-            layer.merged_adapters.clear()
-    try:
-        yield
-    finally:
-        for layer, weight, merged, names in kept:
-            weight.data = merged
-            layer.merged_adapters.extend(names)
+    check_classes(model)
+    if is_encoder_decoder(model):
+        raise ValueError("an encoder-decoder cannot be run without labels; use objective='task' for it.")
+    with evaluating(model), adapters_disabled(model):
+        output = forward(model, {key: value for key, value in batch.items() if key != "labels"})
+    if getattr(output, "logits", None) is None:
+        raise ValueError(f"the model returns a {type(output).__name__} without logits; use objective='task' for it.")
+    return output.logits
+
+
+def check_classes(model: nn.Module) -> None:
+    """Raises a ValueError if the model's head gives no distribution over classes, which the divergence compares."""
+    base = base_model(unwrapped(model))
+    config = getattr(base, "config", None)
+    problem, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+    of_classes = labels != 1 and problem not in ("regression", "multi_label_classification")
+    if type(base).__name__.endswith("Classification") and not of_classes:
+        raise ValueError(
+            f"a {type(base).__name__} with num_labels={labels} and problem_type={problem!r} gives no distribution "
+            "over classes, and so there is no divergence between two; use objective='task', or train without "
+            "compute_loss_func."
+        )
 
 
 def trained_base_parameters(model: nn.Module) -> list[str]:

@@ -17,7 +17,8 @@ from scripts.distributed_training import (
     run_trainer,
 )
 
-pytestmark = pytest.mark.distributed
+# One launch for all of the file.
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "distributed_training.py"
 TOLERANCE = 1e-4

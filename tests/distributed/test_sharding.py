@@ -11,9 +11,10 @@ from launching import launch, load_ranks
 from peft import PeftModel, get_peft_model_state_dict
 from scripts.sharded_training import BATCH, CASES, make_model, train
 
-from peft_dlqat import teacher_logits
+from peft_dlqat.running import teacher_logits
 
-pytestmark = pytest.mark.distributed
+# One launch for all of the file.
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("sharding")]
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "sharded_training.py"
 TIME_LIMIT = 300

@@ -58,6 +58,7 @@ def spoil_what_is_written(monkeypatch, spoil) -> None:
     monkeypatch.setattr(exporting, "_write", spoiled_write)
 
 
+@pytest.mark.product(every=2)
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("format", ENGINE_MODULES)
 def test_a_spoiled_weight_is_caught(format, control, tmp_path, monkeypatch):
@@ -84,6 +85,7 @@ ROUNDED = {
 }
 
 
+@pytest.mark.product(every=2)
 @pytest.mark.parametrize("format", ROUNDED)
 def test_a_spoiled_weight_is_caught_in_what_is_rounded(format, tmp_path, monkeypatch):
     """The loss of rounding, which is larger, does not hide it."""
@@ -124,6 +126,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", ["model", "config.json"])
 @pytest.mark.parametrize("format", ["dense", "gguf", "mlx"])

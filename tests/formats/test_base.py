@@ -7,8 +7,8 @@ import re
 
 import torch
 
-from peft_dlqat import Grid
 from peft_dlqat.formats import FORMATS
+from peft_dlqat.quant.grid import Grid
 
 
 def test_remedies_are_held():

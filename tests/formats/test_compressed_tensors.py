@@ -12,6 +12,7 @@ from peft_dlqat import export_model
 from peft_dlqat.export.manifest import load_reference
 
 
+@pytest.mark.product(every=5)
 @pytest.mark.parametrize("setting", held_grids("compressed-tensors", (32, 128, -1)), ids=as_id)
 def test_compressed_tensors_holds_the_merged_model(setting, tmp_path):
     needs("compressed-tensors")

@@ -10,6 +10,7 @@ from peft_dlqat import export_model, verify_export
 from peft_dlqat.export.manifest import load_manifest, load_reference
 
 
+@pytest.mark.product(every=5)
 @pytest.mark.parametrize("setting", held_grids("dense", (64,)), ids=as_id)
 def test_dense_holds_the_merged_model_in_float32(setting, tmp_path):
     assert_same(export_model(adapted(**setting), tmp_path / "out", "dense"), "dense")

@@ -20,6 +20,7 @@ from peft_dlqat.formats.gguf import BLOCK_TYPES
 from peft_dlqat.formats.gguf_metadata import Architecture
 
 
+@pytest.mark.product(every=5)
 @pytest.mark.parametrize("setting", held_grids("gguf", (32, 256, -1)), ids=as_id)
 def test_gguf_holds_the_merged_model(setting, tmp_path):
     needs("gguf")

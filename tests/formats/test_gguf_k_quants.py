@@ -7,12 +7,13 @@ import torch
 from conftest import perturb, tiny_model, tokens
 from peft import get_peft_model
 
-from peft_dlqat import DLQATConfig, Grid, QuantizedWeight
+from peft_dlqat import DLQATConfig
 from peft_dlqat.formats.gguf_k_quants import K_QUANT_TYPES
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.quant.dispatch import harden
 from peft_dlqat.quant.fit import initialise
-from peft_dlqat.quant.quantizer import Quantizer
+from peft_dlqat.quant.grid import Grid
+from peft_dlqat.quant.quantizer import QuantizedWeight, Quantizer
 
 gguf = pytest.importorskip("gguf")
 

@@ -32,6 +32,7 @@ def words_to_codes(words: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.from_numpy(codes).t()
 
 
+@pytest.mark.product(every=5)
 @pytest.mark.parametrize("setting", held_grids("gptq", (32, 128, -1)), ids=as_id)
 def test_gptq_files_decode_to_the_trained_weights(setting, tmp_path):
     """By the format's own rule, w = scale * (code - (stored zero + 1)); its engine runs in `make test-engines`."""

@@ -13,7 +13,7 @@ from conftest import lm_batches, tiny_model, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from peft_dlqat import DLQATConfig, calibrate_blocks, calibrate_blocks_from_disk, load_packed, pack_weights
+from peft_dlqat import DLQATConfig, calibrate, calibrate_from_disk, load_packed, pack_weights
 from peft_dlqat.layer import adapter_layers
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "loading_memory.py"
@@ -92,13 +92,11 @@ def test_saved_adapter(kind, changes, is_trainable, tmp_path):
 def test_adapter_calibrated_from_disk(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
     torch.manual_seed(0)
-    calibrate_blocks_from_disk(
-        tmp_path / "base", config(), lm_batches(), tmp_path / "adapter", steps=2, progress=False
-    )
+    calibrate_from_disk(tmp_path / "base", config(), lm_batches(), tmp_path / "adapter", steps=2, progress=False)
     model = load_packed(tmp_path / "base", tmp_path / "adapter", is_trainable=True)
     torch.manual_seed(0)
     expected = get_peft_model(in_full(tmp_path / "base"), config())
-    calibrate_blocks(expected, lm_batches(), steps=2, progress=False)
+    calibrate(expected, lm_batches(), steps=2, by="blocks", objective="output", progress=False)
     pack_weights(expected)
     loaded, made = model.peft_config["default"], expected.peft_config["default"]
     assert loaded.record["storage"] == made.record["storage"] == "int8"

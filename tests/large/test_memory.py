@@ -1,4 +1,4 @@
-"""The estimated memory of a training step is what the allocator really hands out."""
+"""The estimated memory of a training step is close to what the allocator really hands out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peft_dlqat import DLQATConfig, estimate_memory, pack_weights
-from peft_dlqat.large.memory import _layers_alike
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
-WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_key_value_heads": 4}
 HEADY = {**SMALL, "vocab_size": 8000, "num_hidden_layers": 3, "tie_word_embeddings": True}
 # Of which the reference op takes several pieces.
 BROAD = {
@@ -30,22 +28,14 @@ BROAD = {
 
 # shapes, config, batch, length, gradient checkpointing and dtype
 CASES = {
-    "full, checkpoints": (SMALL, {}, 2, 128, True, torch.float32),
     "full": (SMALL, {}, 2, 128, False, torch.float32),
-    "full, one sequence": (SMALL, {}, 1, 128, False, torch.float32),
     "full, bfloat16": (SMALL, {}, 2, 256, True, torch.bfloat16),
     "int8, checkpoints": (SMALL, {"storage": "int8"}, 4, 128, True, torch.float32),
-    "int8": (WIDE, {"storage": "int8", "zero_point": "none"}, 1, 64, False, torch.float32),
-    "int4, checkpoints": (WIDE, {"storage": "int4", "zero_point": "float"}, 2, 256, True, torch.float32),
     "int4, r=64": (SMALL, {"storage": "int4", "r": 64, "modules_to_save": ["lm_head"]}, 2, 128, False, torch.float32),
     "int4, lowrank": (SMALL, {"storage": "int4", "gradient": "lowrank", "magnitude": "row"}, 2, 128, True,
                       torch.float32),
-    "int4, several pieces": (BROAD, {"storage": "int4"}, 1, 64, True, torch.float32),
-    "several pieces, bfloat16": (BROAD, {}, 1, 64, True, torch.bfloat16),
+    "int4, several pieces": (BROAD, {"storage": "int4", "zero_point": "float"}, 1, 64, True, torch.float32),
     "peqa": (BROAD, {"method": "peqa"}, 1, 64, True, torch.float32),
-    "one of four layers": (WIDE, {"layers_to_transform": [3], "storage": "int4"}, 1, 64, False, torch.float32),
-    "one layer of another rank": (SMALL, {"rank_pattern": {"layers.1.self_attn.q_proj": 64}}, 1, 128, False,
-                                  torch.float32),
     "large vocabulary": (HEADY, {"storage": "int4"}, 2, 128, True, torch.float32),
 }  # fmt: skip
 
@@ -63,6 +53,7 @@ def peak_bytes(call):
     return peak
 
 
+@pytest.mark.product(every=4)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_within_a_tenth_of_what_is_measured(case):
@@ -94,10 +85,12 @@ def test_within_a_tenth_of_what_is_measured(case):
     print(
         f"measured {measured / 1e6:.2f} MB, estimated {(found.total - static) / 1e6:.2f} MB beside {static / 1e6:.2f}"
     )
+    assert found.total == pytest.approx(static + measured, rel=0.03 if checkpointing else 0.06)
     # Not only the sum: what is beside the weights, too.
     assert found.total - static == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("length", [8, 256])
 def test_a_whole_step_with_its_optimiser(accumulate, length):
@@ -122,11 +115,11 @@ def test_a_whole_step_with_its_optimiser(accumulate, length):
 
     step()  # what is made once
     in_update = found.total == found.static + found.gradients + found.update
-    # Gradients that are there already add to what backward takes.
-    assert in_update == (length == 8 and accumulate == 1) and (found.accumulated > 0) == (accumulate > 1)
+    assert in_update == (length == 8) and (found.accumulated > 0) == (accumulate > 1)
     assert found.total - found.static == pytest.approx(peak_bytes(step), rel=0.1)
 
 
+@pytest.mark.slow
 def test_parts_are_what_they_say():
     model_config = LlamaConfig(**SMALL, vocab_size=1000, num_hidden_layers=3)
     arguments = model_config, 1, 64
@@ -145,15 +138,13 @@ def test_parts_are_what_they_say():
     assert full.static - eight_bits.static == 6 * full.adapter // 4
 
 
-@pytest.mark.parametrize("wider", [None, "mlp", "self_attn"])
-def test_layers_that_differ_are_all_counted(wider):
-    """Also where what differs is no part of an adapted module."""
-    base = tiny_model()
-    if wider:
-        linear = next(m for m in getattr(base.model.layers[1], wider).modules() if isinstance(m, torch.nn.Linear))
-        linear.weight = torch.nn.Parameter(torch.zeros(2 * linear.out_features, linear.in_features))
-    model = get_peft_model(base, DLQATConfig(group_size=32, target_modules=["o_proj"], task_type="CAUSAL_LM"))
-    assert _layers_alike(model, base.config.num_hidden_layers) == (wider is None)
+def test_layers_that_are_not_adapted_stay_as_they_are():
+    model_config = LlamaConfig(**SMALL, vocab_size=1000, num_hidden_layers=3)
+    one = DLQATConfig(bits=3, storage="int4", layers_to_transform=[1], task_type="CAUSAL_LM")
+    found = estimate_memory(one, model_config, 1, 8)
+    whole = estimate_memory(DLQATConfig(bits=3, storage="int4", task_type="CAUSAL_LM"), model_config, 1, 8)
+    assert 3 * found.frozen == whole.frozen and 3 * found.adapter == whole.adapter
+    assert found.rest == whole.rest + 2 * 4 * found.frozen  # in bfloat16
 
 
 def test_a_folder_will_do(tmp_path):

@@ -118,6 +118,12 @@ def test_the_index_shows_the_formula():
     assert shown == (ROOT / "src" / PACKAGE / "quant" / "naive.py").read_text(encoding="utf-8")
 
 
+def test_the_index_lists_the_public_names():
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`(\w+)`", page.split("public names")[1].split("## The formula")[0])
+    assert sorted(listed) == sorted(importlib.import_module(PACKAGE).__all__)
+
+
 def test_no_local_paths():
     files = project_files(ROOT)
     assert files

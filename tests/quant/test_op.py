@@ -10,9 +10,10 @@ from peft import get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peft_dlqat import DLQATConfig, Grid
+from peft_dlqat import DLQATConfig
 from peft_dlqat.quant import reference
 from peft_dlqat.quant.fit import initialise
+from peft_dlqat.quant.grid import Grid
 from peft_dlqat.quant.op import _compiled_forward, fake_quantize_linear
 from peft_dlqat.quant.quantizer import Quantizer, unrounded_codes
 from peft_dlqat.quant.super_blocks import K_QUANTS

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_dlqat import Grid
 from peft_dlqat.quant.dispatch import harden
 from peft_dlqat.quant.fit import initialise
-from peft_dlqat.quant.grid import largest_group
+from peft_dlqat.quant.grid import Grid, largest_group
 from peft_dlqat.quant.quantizer import Quantizer
 
 GRIDS = [

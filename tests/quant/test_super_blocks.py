@@ -9,10 +9,11 @@ import torch
 from conftest import lm_batches, tiny_model
 from peft import get_peft_model
 
-from peft_dlqat import DLQATConfig, Grid, calibrate, create_dlqat_optimizer
+from peft_dlqat import DLQATConfig, calibrate, create_dlqat_optimizer
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.quant.dispatch import harden
 from peft_dlqat.quant.fit import initialise
+from peft_dlqat.quant.grid import Grid
 from peft_dlqat.quant.quantizer import Quantizer, round_to_nearest
 from peft_dlqat.quant.super_blocks import K_QUANTS, SMALLEST_SCALE, SUPER_BLOCK, from_super_scales, super_scales
 
@@ -156,6 +157,7 @@ def test_odd_groups_do_not_spoil_their_neighbours(quant, method):
     assert (w_hat - odd)[:, 4 * size :].square().mean() < 1.1 * plain
 
 
+@pytest.mark.product(every=2)
 @each_quant
 def test_calibrating_and_training_stay_on_the_grid_and_lower_the_loss(quant):
     model = get_peft_model(tiny_model("wide llama"), config_of(quant, r=4))

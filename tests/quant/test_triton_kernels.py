@@ -16,11 +16,12 @@ from conftest import perturb, tiny_model, tokens
 from op_problems import NAMES, QUANTIZER, ZERO_POINTS, problem, quantizer_of, run, weight_of
 from peft import get_peft_model
 
-from peft_dlqat import DLQATConfig, Grid
+from peft_dlqat import DLQATConfig
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.quant import dispatch, reference
 from peft_dlqat.quant.dispatch import harden
 from peft_dlqat.quant.fit import initialise
+from peft_dlqat.quant.grid import Grid
 from peft_dlqat.quant.op import fake_quantize_linear
 from peft_dlqat.quant.quantizer import Quantizer, store, unrounded_codes
 
@@ -74,6 +75,7 @@ def assert_close(found, true, limit):
         assert error < limit, f"{name}: relative error {error:.1e}"
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("n_in,group_size", SHAPES)
@@ -88,6 +90,7 @@ def test_value_and_every_gradient(zero_point, bits, n_in, group_size, in_steps):
     assert_close(gradients(y, args), gradients(expected, double), 1e-5)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize(
     "bits,storage", [(2, "int2"), (2, "int4"), (3, "int4"), (4, "int4"), (3, "int8"), (8, "int8")]
@@ -196,6 +199,7 @@ def test_a_broken_update_shows():
     assert run(args, grid).isnan().any(0).any(0).nonzero().flatten().tolist() == [3]
 
 
+@pytest.mark.product(every=2)
 @pytest.mark.parametrize("storage", ["full", "int4"])
 def test_a_merged_model_gives_the_same_bits(storage):
     config = DLQATConfig(bits=3, group_size=32, storage=storage, task_type="CAUSAL_LM")

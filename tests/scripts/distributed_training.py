@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_dlqat import DLQATCallback, DLQATConfig, calibrate
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.train.input_moments import input_moments
+from peft_dlqat.train.fit_to_inputs import input_moments
 
 GLOBAL_BATCH = 8
 CALIBRATION_STEPS = 8

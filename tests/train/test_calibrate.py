@@ -11,24 +11,22 @@ import pytest
 import torch
 from conftest import VOCAB, lm_batches, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerState, TrainingArguments
 
 import peft_dlqat.quant.quantizer
 from peft_dlqat import (
     RECIPE,
     DLQATCallback,
     DLQATConfig,
-    adapters_disabled,
     calibrate,
-    calibrate_blocks,
     create_dlqat_optimizer,
     distillation_loss,
     grid_report,
-    teacher_logits,
 )
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.quant.quantizer import unrounded_codes
-from peft_dlqat.train.input_moments import fit_to_inputs, input_moments
+from peft_dlqat.running import adapters_disabled, teacher_logits
+from peft_dlqat.train.fit_to_inputs import fit_to_inputs, input_moments
 
 ZERO_POINTS = ("none", "integer", "float")
 
@@ -46,6 +44,7 @@ def kl(model):
         return distillation_loss(model(**batch).logits, teacher_logits(model, batch)).item()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("objective", ["distill", "task"])
 def test_calibration_lowers_the_loss_and_moves_only_the_grid(zero_point, objective):
@@ -87,6 +86,7 @@ def test_the_reported_loss_is_the_frozen_grids():
     assert model.peft_config["default"].record["calibration"]["loss_after"] == result.loss_after
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16", "float32"])
 def test_the_frozen_grid_is_one_that_ships(zero_point, scale_dtype):
@@ -245,16 +245,6 @@ def test_adapters_disabled_is_the_base_and_changes_no_flags():
 # The callback
 
 
-class Losses(TrainerCallback):
-    """Keeps what reaches the Trainer's reporters."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.seen.append((state.global_step, dict(logs)))
-
-
 def trainer(model, folder, callback=None, **kwargs):
     data = [{"input_ids": row, "labels": row} for row in tokens(32)]
     options = {
@@ -273,36 +263,34 @@ def trainer(model, folder, callback=None, **kwargs):
     return Trainer(model, TrainingArguments(**options), train_dataset=data, callbacks=callbacks, **kwargs)
 
 
-def test_callback_calibrates_before_the_first_step_and_logs(tmp_path):
-    log = Losses()
+def test_callback_calibrates_before_the_first_step_and_logs(tmp_path, capsys):
+    """All figures go to the log's history; gain and grid are printed, a line each."""
     model = adapted()
-    run = trainer(model, tmp_path, DLQATCallback(calibration_steps=8, report_steps=2), callbacks=[log])
+    run = trainer(model, tmp_path, DLQATCallback(calibration_steps=8, report_steps=2))
     run.train()
-    calibration = [(step, logs) for step, logs in log.seen if "calibration/loss" in logs]
-    assert [step for step, _ in calibration] == list(range(1, 9))
-    gains = [logs for _, logs in log.seen if "calibration/loss_after" in logs]
-    assert len(gains) == 1 and gains[0]["calibration/loss_after"] < gains[0]["calibration/loss_before"]
-    assert [step for step, logs in log.seen if "grid/clipped" in logs] == [2, 4]
-    first_loss = next(i for i, (_, logs) in enumerate(log.seen) if "loss" in logs)
-    assert all("calibration/loss" not in logs for _, logs in log.seen[first_loss:])
-    assert any("calibration/loss_after" in entry for entry in run.state.log_history)
+    log = run.state.log_history
+    steps = [entry for entry in log if "calibration/loss" in entry]
+    assert [entry["calibration_step"] for entry in steps] == list(range(1, 9))
+    assert all(entry["step"] == 0 for entry in steps)
+    (gain,) = [entry for entry in log if "calibration/loss_after" in entry]
+    assert gain["calibration/loss_after"] < gain["calibration/loss_before"]
+    assert [entry["step"] for entry in log if "grid/clipped" in entry] == [2, 4]
+    first_loss = next(i for i, entry in enumerate(log) if "loss" in entry)
+    assert all("calibration/loss" not in entry for entry in log[first_loss:])
     assert "calibration" in model.peft_config["default"].record
+    printed = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in printed if line.startswith("calibrated: KL to the full-precision model ")]
+    assert f"{gain['calibration/loss_after']:.4f} (8 steps)" in line
+    grids = [line for line in printed if line.startswith("grid at step ")]
+    assert [line.split(":")[0] for line in grids] == ["grid at step 2", "grid at step 4"]
+    assert all("clipped 0." in line and ", magnitude_max 1." in line for line in grids)
 
 
-def test_tensorboard_sees_the_calibration(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
-    trainer(
-        adapted(), tmp_path / "out", DLQATCallback(calibration_steps=4), args={"report_to": ["tensorboard"]}
-    ).train()
-    files = list((tmp_path / "tb").rglob("events.out.tfevents.*"))
-    assert len(files) == 1, "the Trainer's own writer is used"
-    events = EventAccumulator(str(files[0])).Reload()
-    scalars = events.Tags()["scalars"]
-    assert [e.step for e in events.Scalars("train/calibration/loss")] == [1, 2, 3, 4]
-    assert "train/grid/clipped" in scalars and "train/loss" in scalars
+def test_only_the_main_process_prints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(TrainerState, "is_world_process_zero", property(lambda _: False, lambda *_: None))
+    trainer(adapted(), tmp_path, DLQATCallback(report_steps=1)).train()
+    printed = capsys.readouterr().out
+    assert "calibrated:" not in printed and "grid at step" not in printed
 
 
 def test_calibration_does_not_change_the_order_of_training_data(tmp_path):
@@ -325,11 +313,11 @@ def test_calibration_does_not_change_the_order_of_training_data(tmp_path):
 def test_an_adapter_calibrated_before_is_not_calibrated_again(tmp_path):
     model = adapted()
     first = calibrate(model, lm_batches(), steps=4, progress=False)
-    log = Losses()
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=True)
-    trainer(loaded, tmp_path, DLQATCallback(calibration_steps=4), callbacks=[log]).train()
-    assert not any("calibration/loss" in logs for _, logs in log.seen)
+    run = trainer(loaded, tmp_path, DLQATCallback(calibration_steps=4))
+    run.train()
+    assert not any("calibration/loss" in entry for entry in run.state.log_history)
     assert loaded.peft_config["default"].record["calibration"]["loss_after"] == first.loss_after
 
 
@@ -557,7 +545,9 @@ def test_every_way_leaves_a_record_of_one_shape(tmp_path):
         "4 steps by blocks, distill": lambda model: calibrate(
             model, lm_batches(), steps=4, by="blocks", progress=False
         ),
-        "4 steps by blocks, output": lambda model: calibrate_blocks(model, lm_batches(), steps=4, progress=False),
+        "4 steps by blocks, output": lambda model: calibrate(
+            model, lm_batches(), steps=4, by="blocks", objective="output", progress=False
+        ),
     }
     shapes = []
     for index, (said, way) in enumerate(ways.items()):

@@ -145,6 +145,7 @@ def test_unbroken_run_changes_grid_and_adapter(unbroken: Path, tmp_path: Path) -
     assert record(final(unbroken))["calibration"]["kept"] == "after"
 
 
+@pytest.mark.slow
 def test_run_killed_while_training_is_resumed(unbroken: Path, tmp_path: Path, calibrations: list[int]) -> None:
     """SIGKILL between the two batches of step 8, in the second epoch; the last checkpoint is of the first epoch."""
     folder = run_and_kill(tmp_path, "8")
@@ -173,6 +174,7 @@ def test_log_of_resumed_run_is_that_of_unbroken_run(unbroken: Path, tmp_path: Pa
     assert any("calibration/loss" in entry for entry in one["log_history"])
 
 
+@pytest.mark.slow
 def test_run_killed_while_calibrating_starts_again(unbroken: Path, tmp_path: Path, calibrations: list[int]) -> None:
     """No checkpoint of a half-calibrated adapter exists, and a new start is a clean one."""
     folder = run_and_kill(tmp_path, "calibrating")
@@ -202,6 +204,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.product(every=3)
 @pytest.mark.parametrize(("change", "said"), CHANGES, ids=[json.dumps(change) for change, _ in CHANGES])
 def test_resuming_with_another_config_is_refused(
     unbroken: Path, calibrations: list[int], change: dict[str, Any], said: str

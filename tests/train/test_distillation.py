@@ -31,12 +31,13 @@ from transformers import (
 import peft_dlqat.train.divergence
 import peft_dlqat.train.teacher_cache
 import peft_dlqat.train.teacher_store
-from peft_dlqat import DLQATCallback, DLQATConfig, calibrate, distillation_loss, evaluate_model, teacher_logits
+from peft_dlqat import DLQATCallback, DLQATConfig, calibrate, distillation_loss, evaluate_model
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.placement import device_of
-from peft_dlqat.train.calibration_losses import batch_loss as calibration_loss
-from peft_dlqat.train.distillation_loss import DistillationLoss
+from peft_dlqat.running import teacher_logits
+from peft_dlqat.train.distillation import DistillationLoss
 from peft_dlqat.train.divergence import TopTokens, token_divergence
+from peft_dlqat.train.model_loss import batch_loss as calibration_loss
 from peft_dlqat.train.teacher_cache import TeacherCache
 from peft_dlqat.train.teacher_store import EntryFolder, base_fingerprint
 
@@ -699,6 +700,7 @@ for seed in range(10**6):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_whole_files(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], env=environment)

@@ -14,7 +14,8 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from peft_dlqat import DLQATConfig, adapters_disabled, teacher_logits
+from peft_dlqat import DLQATConfig
+from peft_dlqat.running import adapters_disabled, teacher_logits
 from peft_dlqat.train.generate import generate_dataset
 
 

@@ -10,34 +10,23 @@ from conftest import lm_batches, tiny_model
 from peft import get_peft_model
 from transformers import Trainer
 
-from peft_dlqat import (
-    RECIPE,
-    DLQATCallback,
-    DLQATConfig,
-    Recipe,
-    calibrate,
-    calibrate_blocks,
-    calibrate_blocks_from_disk,
-    create_dlqat_optimizer,
-)
+from peft_dlqat import RECIPE, DLQATCallback, DLQATConfig, calibrate, calibrate_from_disk, create_dlqat_optimizer
+from peft_dlqat.train.calibrate import default_steps
+from peft_dlqat.train.recipe import Recipe
 
 
 def adapted():
     return get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM"))
 
 
-@pytest.mark.parametrize(
-    "function, names", [(calibrate, ("steps", "lr")), (DLQATCallback, ("calibration_steps", "calibration_lr"))]
-)
-def test_calibration_defaults(function, names):
-    parameters = inspect.signature(function).parameters
-    assert [parameters[name].default for name in names] == [RECIPE.calibration_steps, RECIPE.calibration_lr]
-
-
-@pytest.mark.parametrize("function", [calibrate_blocks, calibrate_blocks_from_disk])
-def test_defaults_of_calibration_by_blocks(function):
-    parameters = inspect.signature(function).parameters
-    assert [parameters[name].default for name in ("steps", "lr")] == [RECIPE.block_steps, RECIPE.calibration_lr]
+def test_calibration_defaults():
+    callback = inspect.signature(DLQATCallback).parameters
+    names = ("calibration_steps", "calibration_lr")
+    assert [callback[name].default for name in names] == [RECIPE.calibration_steps, RECIPE.calibration_lr]
+    for function in (calibrate, calibrate_from_disk):
+        parameters = inspect.signature(function).parameters
+        assert [parameters[name].default for name in ("steps", "lr")] == [None, RECIPE.calibration_lr]
+    assert [default_steps(by) for by in ("model", "blocks")] == [RECIPE.calibration_steps, RECIPE.block_steps]
 
 
 @pytest.mark.parametrize("width, share", [(64, 1.0), (256, 1.0), (4096, 1 / 16)])
@@ -87,7 +76,7 @@ def test_rates_that_no_training_could_have(rates):
     "argument, message",
     [
         ({"calibration_lr": -1}, "calibration_lr=-1 must be a positive number"),
-        ({"calibration_objective": "mse"}, "calibration_objective='mse' must be one of 'distill', 'task'"),
+        ({"calibration_objective": "mse"}, "calibration_objective='mse' must be one of 'distill', 'task', 'output'"),
         ({"calibration_by": "layer"}, "calibration_by='layer' must be one of 'model', 'blocks'"),
     ],
     ids=str,

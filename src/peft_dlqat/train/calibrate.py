@@ -1,149 +1,269 @@
-"""Calibration: fit every layer's scale and zero to data, then freeze them."""
+"""Calibration: fit every layer's scales and zeros to data, then freeze them."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import nn
+from tqdm.auto import tqdm
 
+from ..config import DLQATConfig
 from ..decoder import NoDecoderLayers
 from ..layer import adapter_layers
 from ..packing import check_packable, pack_weights
-from ..placement import device_of
 from ..quant.fit import WEIGHTED
 from ..running import random_state_kept
-from .blocks import Fit, fit_blocks
-from .calibration_batches import cycle
-from .calibration_losses import OBJECTIVES, Objective, check_counted, mean_loss
-from .calibration_record import By, Calibration
-from .gradient import fit_by_gradient
-from .grid_training import (
-    Stage,
-    check_active,
-    check_finite,
-    check_steps,
-    grid_tensors,
-    lowest,
-    only_grid_trains,
-    put_values,
-    smallest_over_processes,
-    values_of,
-)
-from .input_moments import fit_to_inputs, input_moments
+from .blocks import BlockError, calibrate_by_blocks
+from .descent import Descent, Stage, check_steps, keep_lowest
+from .fit_to_inputs import fit_to_inputs, input_moments
+from .model_loss import ModelLoss
 from .recipe import RECIPE
+from .scales_and_zeros import check_movable, only_these_train
+
+By = Literal["model", "blocks"]
+Objective = Literal["distill", "task", "output"]
+
+_WHAT_IT_IS: dict[Objective, str] = {
+    "distill": "KL to the full-precision model",
+    "task": "loss",
+    "output": "mean squared error of the decoder layers' outputs",
+}
+_BY: tuple[By, ...] = ("model", "blocks")
 
 # Batches on which the inputs are measured, and the gain, before and after.
 _MEASURED_BATCHES = 8
-# Batches whose hidden states a calibration by blocks keeps.
+# Batches whose hidden states steps by blocks keep where the model's loss is compared.
 _MOST_BATCHES = 64
 
-BY: tuple[By, ...] = ("model", "blocks")
 
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration did.
 
-def check_arguments(steps: int, lr: float, objective: Objective, by: By, prefix: str = "") -> None:
-    """Raises a ValueError for what [`calibrate`] does not know; `prefix` begins the names of the arguments."""
-    if objective not in OBJECTIVES:
-        raise ValueError(f"{prefix}objective={objective!r} must be one of {', '.join(map(repr, OBJECTIVES))}.")
-    if by not in BY:
-        raise ValueError(f"{prefix}by={by!r} must be one of {', '.join(map(repr, BY))}.")
-    check_steps(steps, lr, prefix)
+    Attributes:
+        steps: optimiser steps after the fit to the inputs; by blocks, on each decoder layer.
+        by: "model" or "blocks": whether they went along the model's loss, or each decoder layer's own.
+        objective: the loss that was compared: "distill", "task", or "output", the mean over the decoder layers of the
+            mean squared error of their outputs.
+        loss_before: mean loss with the initial scales and zeros, on the first batches ("output": on all).
+        loss_fitted: the same with those fitted to the layers' inputs; None where `init` looks at no inputs.
+        loss_after: the same with those that were kept, rounded as they ship.
+        kept: the stage of lowest loss, which was kept: "after" the steps, "fitted" to the inputs, or "before". Of
+            "output", where decoder layers may differ, the latest of these.
+        blocks: what happened to each decoder layer, by blocks.
+    """
+
+    steps: int
+    by: By
+    objective: Objective
+    loss_before: float
+    loss_fitted: float | None
+    loss_after: float
+    kept: Stage
+    blocks: tuple[BlockError, ...] = ()
+
+    @classmethod
+    def of_outputs(cls, steps: int, blocks: list[BlockError]) -> Calibration:
+        """The means over decoder layers that were calibrated one by one."""
+
+        def mean(values: list[float]) -> float:
+            return sum(values) / len(values)
+
+        fitted = [block.fitted for block in blocks if block.fitted is not None]
+        latest_first: tuple[Stage, ...] = ("after", "fitted", "before")
+        return cls(
+            steps,
+            "blocks",
+            "output",
+            mean([block.before for block in blocks]),
+            mean(fitted) if fitted else None,
+            mean([block.after for block in blocks]),
+            next(stage for stage in latest_first if any(block.kept == stage for block in blocks)),
+            tuple(blocks),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What the adapter's config remembers: all but the single layers."""
+        return {name: value for name, value in asdict(self).items() if name != "blocks"}
+
+    def __str__(self) -> str:
+        """One line, with the figures."""
+        path = f"{self.loss_before:.4f}"
+        path += "" if self.loss_fitted is None else f" -> {self.loss_fitted:.4f} (fitted to inputs)"
+        path += f" -> {self.loss_after:.4f} ({self.steps} steps)" if self.steps else ""
+        last: Stage = "after" if self.steps else "before" if self.loss_fitted is None else "fitted"
+        earlier = {"fitted": "; the steps gained nothing and were undone", "before": "; the initial grid was put back"}
+        return f"calibrated: {_WHAT_IT_IS[self.objective]} {path}{'' if self.kept == last else earlier[self.kept]}"
 
 
 def calibrate(
     model: nn.Module,
     dataloader: Iterable[Mapping[str, Any]],
-    steps: int = RECIPE.calibration_steps,
+    steps: int | None = None,
     lr: float = RECIPE.calibration_lr,
     objective: Objective = "distill",
     adapter_name: str | None = None,
     progress: bool = True,
     by: By = "model",
+    train_adapter: bool = False,
+    cache_dir: str | Path | None = None,
     log: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Calibration:
-    """Fit scale and zero of all layers to data, then freeze them: first to the layers' inputs, then by gradient.
+    """Fit scales and zeros of all layers to data, then freeze them: first to the layers' inputs, then by gradient.
 
     The fit to the inputs runs the full-precision model on the first 8 batches (fewer if the model is trained for fewer
-    steps) and searches each group's grid anew, an error counted by the mean square of the input that it multiplies.
-    The gradient steps, if any, go through the straight-through quantizer. With "distill" the loss is the KL divergence
-    to the model with its adapters disabled: a teacher that costs a forward pass and no memory. With "task" it is the
-    loss that the model returns. Of the grids before, fitted and after, the one of lowest loss is kept.
+    steps) and searches each group's scale and zero anew, an error counted by the mean square of the input that it
+    multiplies. The gradient steps, if any, go through the straight-through quantizer. Of the values before, fitted and
+    after, those of the lowest loss are kept. Then the weights are packed, as the config's `storage` says
+    ([`pack_weights`]).
 
-    Only s and z (or b) move; A, B, m and the base model stay. Under torch.distributed, gradients are averaged over the
-    processes, each of which passes its own share of the data. The gradient steps run in the mode (train or eval) that
-    the model is in. The global random number generators are left as they were. The result is kept in the adapter's
-    config, and so in its model card.
+    Only s and z (or b) move, unless `train_adapter` says otherwise. Under torch.distributed, gradients are averaged
+    over the processes, each of which passes its own share of the data. Random number generators, modes and
+    `requires_grad` are left as they were. The result goes to the adapter's config, and so to its model card.
+
+    Steps by blocks need the gradients of one decoder layer only, and two copies of all batches' hidden states. They
+    run in eval mode, those on the whole model in the mode that it is in. Padding, where an attention mask [batch,
+    length] shows it, does not count.
 
     Args:
         model: a model with a DL-QAT adapter, from `get_peft_model` or transformers' `add_adapter`.
-        dataloader: batches, each a dict of the model's keyword arguments; started again when it ends.
-        steps: optimiser steps after the fit to the inputs.
-        lr: learning rate at the start, falling linearly to 0; a share of each layer's mean scale for s and b, and of
-            one code for z.
-        objective: "distill" or "task".
+        dataloader: batches, each a dict of the model's keyword arguments; for steps on the model started again when it
+            ends.
+        steps: optimiser steps after the fit to the inputs, by blocks on each decoder layer; the recipe's by default
+            (0 on the model, 200 by blocks).
+        lr: learning rate at the start, falling linearly to 0, in each tensor's own unit: for s and b a layer's mean
+            scale, for z one code.
+        objective: the loss that decides what is kept. "distill": the KL divergence to the model with its adapters
+            disabled, a teacher that costs a forward pass and no memory. "task": the loss that the model returns.
+            "output", only by blocks: each decoder layer's own error, on all batches; the whole model never runs.
         adapter_name: the adapter to calibrate; defaults to the active one.
         progress: show progress bars.
-        by: "model" for steps along the whole model's loss; "blocks" for as many steps on each decoder layer's own
-            output (as [`calibrate_blocks`] does, on at most 64 batches), which need the gradients of one layer only. A
-            model that is no list of decoder layers is calibrated as a whole, on the same batches, with a warning.
-        log: called after each step as log(step, {"calibration/loss": ..., "calibration/lr": ...}).
+        by: "model" for steps along the whole model's loss; "blocks" for steps on each decoder layer's own output, on
+            at most 64 batches (all with "output"). A model that is no list of decoder layers is calibrated as a whole,
+            on the same batches, with a warning.
+        train_adapter: fit A, B, m and the shift along with scales and zeros.
+        cache_dir: an existing folder to keep hidden states in meanwhile, rather than in memory; only by blocks.
+        log: called after each step on the model as log(step, {"calibration/loss": ..., "calibration/lr": ...}).
 
     Returns:
-        A [`Calibration`]: the loss before and after.
+        A [`Calibration`]: the loss before and after, and by blocks what happened to each decoder layer.
 
     Raises:
+        NoDecoderLayers: a ValueError; with "output", for a model that is no list of decoder layers.
         ValueError: for an impossible argument, a model without the adapter, or a loader that is empty, or ends early
-            and cannot be started again, or whose first batches have no position that counts. The grid is then as it
-            was before.
-        FloatingPointError: if the loss turns NaN or infinite. The grid is then as it was before.
+            and cannot be started again, or whose batches have no position that counts; for `train_adapter` with packed
+            storage, which would change what was fitted. Scales and zeros are then as they were before.
+        FloatingPointError: if the loss turns NaN or infinite. Scales and zeros are then as they were before.
+
+    Example:
+        ```py
+        >>> print(calibrate(model, batches))
+        >>> by_blocks = calibrate(model, batches, by="blocks", objective="output", train_adapter=True)
+        ```
     """
     check_arguments(steps, lr, objective, by)
+    if cache_dir is not None and by == "model":
+        raise ValueError(f"cache_dir={str(cache_dir)!r} keeps hidden states, which only by='blocks' has; add that.")
     adapter_name, layers = adapter_layers(model, adapter_name)
     config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr,index,operator]
-    check_active(layers.values(), adapter_name)
+    descent = Descent(adapter_name, default_steps(by) if steps is None else steps, lr, train_adapter)
+    check_trains_what_stays(descent, config)
+    check_movable(layers.values(), adapter_name)
     check_packable(layers.values(), adapter_name, config)
-    grid = [tensor for layer in layers.values() for tensor in grid_tensors(layer, adapter_name)]
-    # Blocks take what batches there are, once; steps on the model as many as they need.
-    device = device_of(model)
-    batches = cycle(dataloader, steps if by == "model" else 0, device)
-
-    with random_state_kept(), only_grid_trains(model, grid) as initial:
-        count = min(_MEASURED_BATCHES, steps) if steps and by == "model" else _MEASURED_BATCHES
-        first = list(itertools.islice(batches, count))
-        # The processes measure together: each as many batches as the one that has the fewest.
-        first = first[: smallest_over_processes(len(first), device)]
-        check_counted(model, first, device)
-        stages: dict[Any, Stage] = {"before": (mean_loss(model, first, objective), initial)}
-        check_finite(stages["before"][0], 0, steps, lr)
-        if config.init in WEIGHTED:
-            fit_to_inputs(layers, input_moments(model, layers, first, progress), adapter_name, config.init)
-            stages["fitted"] = (mean_loss(model, first, objective), values_of(grid))
-        if steps:
-            put_values(grid, lowest(stages.values()))
-            training: Iterator[dict[str, Any]] = itertools.chain(first, batches)
-            if by == "blocks":
-                data = list(itertools.islice(training, _MOST_BATCHES))
-                try:
-                    fit_blocks(model, data, Fit(adapter_name, steps, lr), progress)
-                except NoDecoderLayers:
-                    warnings.warn(
-                        "the model is no list of decoder layers, each of which takes what the one before it returns; "
-                        "it is calibrated as a whole.",
-                        stacklevel=2,
-                    )
-                    by, training = "model", itertools.cycle(data)
-            if by == "model":
-                fit_by_gradient(model, layers.values(), training, steps, lr, objective, adapter_name, progress, log)
-            stages["after"] = (mean_loss(model, first, objective), values_of(grid))
-        best = lowest(stages.values())
-        put_values(grid, best)
-    kept = next(name for name, (_, values) in stages.items() if values is best)
-    losses = {name: loss for name, (loss, _) in stages.items()}
-    by = by if steps else "model"  # the fit to the inputs alone is the same either way
-    result = Calibration(steps, by, objective, losses["before"], losses.get("fitted"), losses[kept], kept)
-    config.record["calibration"] = asdict(result)
+    with random_state_kept(), only_these_train(model, descent.tensors(layers.values())):
+        if objective == "output":
+            blocks = calibrate_by_blocks(model, dataloader, descent, config.init, progress, cache_dir)
+            result = Calibration.of_outputs(descent.steps, blocks)
+        else:
+            measured = min(_MEASURED_BATCHES, descent.steps) if descent.steps and by == "model" else _MEASURED_BATCHES
+            # Blocks take what batches there are, once; steps on the model as many as they need.
+            loss = ModelLoss(model, objective, dataloader, measured, descent.steps if by == "model" else 0)
+            result = _on_model_loss(model, loss, descent, config.init, objective, by, progress, cache_dir, log)
+    config.record["calibration"] = result.record()
     pack_weights(model, adapter_name)
     return result
+
+
+def _on_model_loss(
+    model: nn.Module,
+    loss: ModelLoss,
+    descent: Descent,
+    init: str,
+    objective: Objective,
+    by: By,
+    progress: bool,
+    cache_dir: str | Path | None,
+    log: Callable[[int, dict[str, float]], None] | None,
+) -> Calibration:
+    """Calibrate where the whole model's loss decides what is kept, whichever way the steps go."""
+    layers = adapter_layers(model, descent.adapter_name)[1]
+    blocks: list[BlockError] = []
+
+    def fit() -> None:
+        moments = input_moments(model, layers, loss.measured, progress)
+        fit_to_inputs(layers, moments, descent.adapter_name, init)
+
+    def descend() -> None:
+        nonlocal by
+        if by == "blocks":
+            batches = list(itertools.islice(loss.training, _MOST_BATCHES))
+            try:  # what is fitted to the inputs is so already
+                blocks.extend(calibrate_by_blocks(model, batches, descent, None, progress, cache_dir))
+                return
+            except NoDecoderLayers:
+                warnings.warn(
+                    "the model is no list of decoder layers, each of which takes what the one before it returns; "
+                    "it is calibrated as a whole.",
+                    stacklevel=5,
+                )
+                by, loss.training = "model", itertools.cycle(batches)
+        with tqdm(total=descent.steps, desc="calibrating", disable=not progress) as bar:
+
+            def after_step(step: int, value: float, lr: float) -> None:
+                bar.update()
+                bar.set_postfix(loss=f"{value:.4f}")
+                if log is not None:
+                    log(step, {"calibration/loss": value, "calibration/lr": lr})
+
+            descent.run(loss, layers.values(), after_step)
+
+    before, fitted, after, kept = keep_lowest(
+        loss,
+        descent.tensors(layers.values()),
+        fit if init in WEIGHTED else None,
+        descend if descent.steps else None,
+    )
+    by = by if descent.steps else "model"  # the fit to the inputs alone is the same either way
+    return Calibration(descent.steps, by, objective, before, fitted, after, kept, tuple(blocks))
+
+
+def default_steps(by: By) -> int:
+    """The recipe's optimiser steps: on the model, or on each decoder layer."""
+    return RECIPE.block_steps if by == "blocks" else RECIPE.calibration_steps
+
+
+def check_arguments(steps: int | None, lr: float, objective: Objective, by: By, prefix: str = "") -> None:
+    """Raises a ValueError for what [`calibrate`] does not know; `prefix` begins the names of the arguments."""
+    if objective not in _WHAT_IT_IS:
+        raise ValueError(f"{prefix}objective={objective!r} must be one of {', '.join(map(repr, _WHAT_IT_IS))}.")
+    if by not in _BY:
+        raise ValueError(f"{prefix}by={by!r} must be one of {', '.join(map(repr, _BY))}.")
+    if objective == "output" and by == "model":
+        raise ValueError(
+            f"{prefix}objective='output' is each decoder layer's own error; add {prefix}by='blocks', or use 'distill'."
+        )
+    check_steps(0 if steps is None else steps, lr, prefix)
+
+
+def check_trains_what_stays(descent: Descent, config: DLQATConfig) -> None:
+    """Raises a ValueError if A, B and m are fitted to weights that are to be packed afterwards."""
+    if descent.train_adapter and config.storage != "full":
+        raise ValueError(
+            f"train_adapter=True with storage={config.storage!r}: A, B and m would be fitted to full weights, and "
+            "packing these then changes the codes; leave one of the two out."
+        )

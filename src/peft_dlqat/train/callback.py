@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import sys
 import warnings
 from collections.abc import Iterable, Mapping
-from types import FrameType
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import DLQATConfig
-from ..hub import write_section
 from ..layer import adapter_layers
 from ..packing import pack_weights
-from .calibrate import calibrate, check_arguments
-from .calibration_losses import Objective
-from .calibration_record import By
+from .calibrate import By, Objective, calibrate, check_arguments
 from .optimizer import adapter_parameters
 from .recipe import RECIPE
 from .report import grid_report
@@ -33,13 +28,14 @@ class DLQATCallback(TrainerCallback):
     """Calibrates the grid before the first optimiser step of a `Trainer` or `SFTTrainer`, and watches it after.
 
     A run resumed from a checkpoint, and an adapter that was calibrated before, are not calibrated again. The loss, the
-    gain and the grid's figures go to the Trainer's log, and so to TensorBoard and the like.
+    gain and the grid's figures go to `trainer.state.log_history`, which checkpoints keep. Gain and figures are printed
+    too, a line each. They do not reach TensorBoard and the like: a Trainer gives callbacks no way to its reporters.
 
     Args:
         calibration_steps: optimiser steps on s and the zero after the fit to the layers' inputs; None to leave the
             initial grid as it is.
         calibration_lr: their learning rate, see [`calibrate`].
-        calibration_objective: "distill" or "task", whatever the training's own loss is.
+        calibration_objective: as `calibrate`'s, whatever the training's own loss is.
         calibration_dataloader: batches for the calibration; the Trainer's own training batches by default.
         calibration_by: "model" or "blocks", see [`calibrate`].
         report_steps: look at the grid every so many training steps, and at the end; 0 for never.
@@ -89,8 +85,6 @@ class DLQATCallback(TrainerCallback):
         adapter_name, layers = adapter_layers(model)
         config: DLQATConfig = model.peft_config[adapter_name]  # type: ignore[union-attr,index,assignment]
         self._warned = False
-        trainer = _calling_trainer()
-        _keep_card_section(trainer)
         _warn_if_magnitude_decays(model, optimizer)
         _warn_if_learning_rate_is_low(model, optimizer)
         if state.global_step > 0:
@@ -112,7 +106,7 @@ class DLQATCallback(TrainerCallback):
 
         def log(step: int, values: dict[str, float]) -> None:
             if step % every == 0 or step == steps:
-                _log(trainer, state, values, step)
+                _keep(state, values, step)
 
         result = calibrate(
             model,
@@ -127,14 +121,9 @@ class DLQATCallback(TrainerCallback):
         )
         figures = {"before": result.loss_before, "fitted": result.loss_fitted, "after": result.loss_after}
         known = {f"calibration/loss_{stage}": loss for stage, loss in figures.items() if loss is not None}
-        _log(trainer, state, known, steps)
+        _keep(state, known, steps)
+        _say(state, str(result))
         state.log_history.append({_RECORD: config.record["calibration"], "step": 0})
-
-    def on_push_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Keep this package's section in the card, also where nothing was trained."""
-        _keep_card_section(_calling_trainer())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -142,7 +131,10 @@ class DLQATCallback(TrainerCallback):
         """Look at the grid every `report_steps` steps, and at the last one."""
         if self.report_steps and (state.global_step % self.report_steps == 0 or control.should_training_stop):
             report = grid_report(model)
-            _log(_calling_trainer(), state, report.summary(), state.global_step)
+            figures = report.summary()
+            _keep(state, figures, state.global_step)
+            line = ", ".join(f"{name.removeprefix('grid/')} {value:.4g}" for name, value in figures.items())
+            _say(state, f"grid at step {state.global_step}: {line}")
             self._warn(report.problems)
 
     def on_log(
@@ -203,39 +195,13 @@ def _warn_if_learning_rate_is_low(model: nn.Module, optimizer: Any) -> None:
             return
 
 
-def _calling_trainer() -> Trainer | None:
-    """The Trainer further up the stack.
-
-    It does not show itself to its callbacks, and what is logged must reach *its* reporters: a second TensorBoard
-    writer or wandb run beside them would split the curves.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals["self"]
-
-
-def _log(trainer: Trainer | None, state: TrainerState, values: dict[str, float], step: int) -> None:
-    """Log at `step`, which for a calibration is a step of its own count, before training's first."""
+def _keep(state: TrainerState, values: dict[str, float], step: int) -> None:
+    """Add to the log's history; a calibration's `step` is of its own count, before training's first."""
     entry = {**values, "step": state.global_step}
     state.log_history.append(entry if step == state.global_step else {**entry, "calibration_step": step})
-    if trainer is not None and state.is_world_process_zero:
-        at_step = copy.copy(state)
-        at_step.global_step = step
-        # A copy of the control too: on_log resets `should_log`, and the Trainer's own entry would be lost.
-        trainer.callback_handler.on_log(trainer.args, at_step, copy.copy(trainer.control), dict(values))
 
 
-def _keep_card_section(trainer: Trainer | None) -> None:
-    """Let the card that a Trainer, transformers' or TRL's, writes anew keep this package's section."""
-    if trainer is None or "create_model_card" in vars(trainer):
-        return
-    create_model_card = trainer.create_model_card
-
-    def create_model_card_with_section(*args: Any, **kwargs: Any) -> None:
-        create_model_card(*args, **kwargs)
-        if trainer.is_world_process_zero():
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            write_section(trainer.args.output_dir, model.peft_config[adapter_layers(model)[0]])
-
-    trainer.create_model_card = create_model_card_with_section
+def _say(state: TrainerState, line: str) -> None:
+    """Print a line once, above the Trainer's progress bar if there is one."""
+    if state.is_world_process_zero:
+        tqdm.write(line)

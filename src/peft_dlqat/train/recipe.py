@@ -14,19 +14,19 @@ from transformers import TrainingArguments
 class Recipe:
     """How a model is calibrated and trained where nothing else is said.
 
-    The defaults of [`calibrate`], [`calibrate_blocks`], [`DLQATCallback`] and [`create_dlqat_optimizer`] are those of
-    `RECIPE`; what has to be a Trainer's own comes from `training_arguments`. The numbers were found by 800 steps of
-    distillation on a model of 260 k parameters. A few hundred steps of fine-tuning on text of another kind want
-    several times the learning rate of A and B, and the magnitude's not above theirs (`examples/arguments.py`). With
-    fewer tokens a step the gradient is noisier, and the rate falls as the square root, as is known of Adam (arXiv
-    2205.10287) and was seen at a quarter of them. For wide models it falls with the width, which is a guess: at
-    LLaMA-7B's it is 9e-4, near the 1e-3 (same unit) of LR-QAT's published runs.
+    The defaults of [`calibrate`], [`DLQATCallback`] and [`create_dlqat_optimizer`] are those of `RECIPE`; what has to
+    be a Trainer's own comes from `training_arguments`. The numbers were found by 800 steps of distillation on a model
+    of 260 k parameters. A few hundred steps of fine-tuning on text of another kind want several times the learning
+    rate of A and B, and the magnitude's not above theirs (`examples/arguments.py`). With fewer tokens a step the
+    gradient is noisier, and the rate falls as the square root, as is known of Adam (arXiv 2205.10287) and was seen at
+    a quarter of them. For wide models it falls with the width, which is a guess: at LLaMA-7B's it is 9e-4, near the
+    1e-3 (same unit) of LR-QAT's published runs.
 
     Attributes:
         calibration_steps: gradient steps on s and the zero, after the fit to the layers' inputs. At small budgets each
             is better spent on training.
         calibration_lr: their learning rate.
-        block_steps: those on each decoder layer in [`calibrate_blocks`], with the same learning rate.
+        block_steps: those on each decoder layer where it goes by blocks, with the same learning rate.
         learning_rate: of A and B, the latter in units of the step, for models of up to `reference_width` hidden units
             and steps of at least `reference_tokens`.
         reference_width: beyond it, the learning rate falls as 1 / width.

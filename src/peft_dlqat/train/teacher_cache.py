@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from ..placement import in_any_process, is_sharded
-from ..running import base_model, trained_base_parameters, unwrapped
-from .distillation import teacher_logits
+from ..running import base_model, teacher_logits, trained_base_parameters, unwrapped
 from .divergence import SMALLEST_KEPT, TopTokens
 from .teacher_store import Entry, EntryFolder, EntryMemory, base_fingerprint
 

@@ -1,4 +1,4 @@
-"""The second moment of each layer's inputs, and the grid fitted anew with it."""
+"""The fit of scales and zeros to what a layer multiplies: the second moment of each input channel, and its use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..layer import DLQATLayer
 from ..placement import device_of, several_processes
 from ..quant.fit import initialise
 from ..running import adapters_disabled, evaluating, forward
-from .grid_training import set_grid
+from .scales_and_zeros import set_scales_and_zeros
 
 
 class InputMoments:
@@ -92,7 +92,7 @@ def input_moments(
 def fit_to_inputs(
     layers: Mapping[str, DLQATLayer], moments: Mapping[str, torch.Tensor], adapter_name: str, method: str
 ) -> None:
-    """Fit every layer's grid anew to W0, an error counted by the second moment of the input that it multiplies.
+    """Fit every layer's scales and zeros anew to W0, an error counted by the second moment of what it multiplies.
 
     To first order in the inputs' correlations this minimises the squared error of the layer's *output*, which is what
     reaches the next layer, and not that of the weight.
@@ -100,11 +100,11 @@ def fit_to_inputs(
     Args:
         layers: the layers, by name.
         moments: from [`input_moments`].
-        adapter_name: whose grid.
-        method: a key of `initialisation.INITIALISATIONS`.
+        adapter_name: whose scales and zeros.
+        method: the config's `init`, one that looks at inputs.
     """
     for name, layer in layers.items():
         scale, zero = initialise(
             layer.frozen.original(), layer.specs[adapter_name].grid, method, importance=moments[name]
         )
-        set_grid(layer, adapter_name, (scale, zero))
+        set_scales_and_zeros(layer, adapter_name, (scale, zero))

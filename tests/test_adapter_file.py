@@ -1,0 +1,206 @@
+"""A saved adapter that is broken, or that does not belong here, is not loaded."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CONFIGS, HIDDEN, tiny_model
+from peft import PeftModel
+from refusals import INF, NAN, adapted, outputs, refused
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from peft_dlqat.layer import adapter_layers
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture(autouse=True)
+def _quiet_transformers():
+    """Transformers reports mismatched tensors by its log, in a long table."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    yield
+    transformers_logging.set_verbosity(before)
+
+
+# Changes of a good adapter: of all its tensors, of the bytes of one of its files
+
+
+def entry(kind, value, position=0):
+    """One number of the first tensor of a kind."""
+    return lambda tensors: tensors[first(tensors, kind)].view(-1).__setitem__(position, value)
+
+
+def first(tensors, kind):
+    return min(name for name in tensors if name.endswith(kind))
+
+
+def without(kind):
+    return lambda tensors: tensors.pop(first(tensors, kind))
+
+
+def added(name):
+    return lambda tensors: tensors.update({f"base_model.model.model.layers.{name}": torch.zeros(HIDDEN, HIDDEN)})
+
+
+def integers(kind):
+    return lambda tensors: tensors.update({first(tensors, kind): tensors[first(tensors, kind)].long()})
+
+
+def settings(**changes):
+    return lambda content: json.dumps({**json.loads(content), **changes}).encode()
+
+
+def flipped(content):
+    return bytes(byte ^ 0xFF if 20 <= i < 40 else byte for i, byte in enumerate(content))
+
+
+def bfloat16_base():
+    return tiny_model(dtype=torch.bfloat16)
+
+
+def base_of_another_shape():
+    config = CONFIGS["llama"]()
+    config.intermediate_size = 96  # not 128
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@dataclass(frozen=True)
+class Bad:
+    """An adapter, on a grid of some zero_point, that is spoilt or meets a wrong base; and what is said."""
+
+    says: tuple[str, ...]
+    tensors: Callable = lambda tensors: None
+    content: Callable = lambda content: content
+    config: Callable | None = None  # of adapter_config.json, which is not read where the adapter exists
+    zero_point: str = "integer"
+    base: Callable = tiny_model
+
+    def write(self, files, folder):
+        tensors = load(files[WEIGHTS])
+        self.tensors(tensors)
+        (folder / WEIGHTS).write_bytes(self.content(save(tensors, metadata={"format": "pt"})))
+        (folder / CONFIG).write_bytes((self.config or settings())(files[CONFIG]))
+
+
+BROKEN, BESIDE, HEADER = "broken", "adapter_config.json", ("header",)
+A, B, M, SCALE, ZERO, SPEC = (f"dlqat_{name}" for name in ("A", "B", "magnitude", "scale", "zero_point", "spec"))
+RANGE = f"down_proj.{ZERO}", "integers from -8 to 7", BROKEN
+BAD = {
+    "truncated in the middle": Bad(HEADER, content=lambda content: content[: len(content) // 2]),
+    "truncated in the header": Bad(HEADER, content=lambda content: content[:100]),
+    "empty": Bad(HEADER, content=lambda content: b""),
+    "bytes flipped in the header": Bad(HEADER, content=flipped),
+    "length of the header": Bad(HEADER, content=lambda content: struct.pack("<Q", 2**40) + content[8:]),
+    "NaN in a scale": Bad((f"down_proj.{SCALE}", "NaN", BROKEN), entry(SCALE, NAN)),
+    "NaN, bfloat16": Bad((f"down_proj.{SCALE}", "NaN", BROKEN), entry(SCALE, NAN), base=bfloat16_base),
+    "infinity in A": Bad((f"down_proj.{A}", "infinity", BROKEN), entry(A, INF)),
+    "NaN in a magnitude": Bad((f"down_proj.{M}", "NaN", BROKEN), entry(M, NAN)),
+    "scale 0": Bad((f"down_proj.{SCALE}", "positive", "0.0", BROKEN), entry(SCALE, 0.0)),
+    "scale 0, symmetric": Bad((f"down_proj.{SCALE}", "non-zero", "0.0:"), entry(SCALE, 0.0), zero_point="none"),
+    "negative scale": Bad((f"down_proj.{SCALE}", "positive", "-1.0", BROKEN), entry(SCALE, -1.0)),
+    "negative scale, float": Bad(("positive", "-1.0"), entry(SCALE, -1.0), zero_point="float"),
+    "zero point 0.5": Bad(("0.5", *RANGE), entry(ZERO, 0.5)),
+    "zero point 99": Bad(("99.0", *RANGE), entry(ZERO, 99.0)),
+    "a missing tensor": Bad(("missing", f"down_proj.{B}", BESIDE), without(B)),
+    "a missing spec": Bad(("missing", f"down_proj.{SPEC}", BESIDE), without(SPEC)),
+    "a layer not adapted": Bad(("unexpected", f"k_proj.{A}", BESIDE), added(f"0.self_attn.k_proj.{A}")),
+    "a tensor of no layer": Bad(("unexpected", "layers.9"), added("9.mlp.weight")),
+    "a base weight": Bad(("unexpected", "q_proj.base_layer.weight"), added("0.self_attn.q_proj.base_layer.weight")),
+    "integers in A": Bad((f"down_proj.{A}", "int64", "float"), integers(A)),
+    "spec of 3 bits": Bad(("bits: 3 in the file, 4 here", "beside it"), entry(SPEC, 3.0)),
+    "an older format": Bad(("format: 1 in the file, 2 here",), entry(SPEC, 1.0, -1)),
+    "NaN in the spec": Bad((SPEC, "NaN"), entry(SPEC, NAN)),
+    "bits": Bad(("bits: 4 in the file, 3 here", "beside it"), config=settings(bits=3)),
+    "lora_alpha": Bad(("lora scaling", "2 in the file"), config=settings(lora_alpha=4)),
+    "scale_dtype": Bad(("'bfloat16' in the file",), config=settings(scale_dtype="float32")),
+    "zero_point": Bad(("unexpected", "zero_point"), config=settings(zero_point="none")),
+    "r": Bad(("shapes", "not [8, "), config=settings(r=8)),
+    "group_size": Bad(("shapes", "not [64, 4]"), config=settings(group_size=16)),
+    "bits=1": Bad(("bits=1", "2 to 8", "use 4"), config=settings(bits=1)),
+    "no JSON": Bad((), config=lambda content: content[:50]),
+    "base of another shape": Bad(
+        ("shapes", "[4, 128], not [4, 96]", "base model that it was trained on"), base=base_of_another_shape
+    ),
+}
+
+
+# Ways of loading. Each returns the model that there is before, and the call.
+
+
+def from_pretrained(bad, folder, **kwargs):
+    return None, lambda: PeftModel.from_pretrained(bad.base(), str(folder), **kwargs)
+
+
+def load_adapter(bad, folder, name="second", **kwargs):
+    model = adapted(bad.base(), seed=1, zero_point=bad.zero_point)
+    return model, lambda: (model.load_adapter(str(folder), name, **kwargs), model.set_adapter(name))
+
+
+OVER = "load_adapter over the same"
+WAYS = {
+    "from_pretrained": from_pretrained,
+    "from_pretrained, low_cpu_mem_usage": lambda bad, folder: from_pretrained(bad, folder, low_cpu_mem_usage=True),
+    "load_adapter": load_adapter,
+    "load_adapter, low_cpu_mem_usage": lambda bad, folder: load_adapter(bad, folder, low_cpu_mem_usage=True),
+    OVER: lambda bad, folder: load_adapter(bad, folder, "default"),
+}
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory):
+    """The files of a good adapter, by its zero_point."""
+
+    @cache
+    def files(zero_point):
+        folder = tmp_path_factory.mktemp("good")
+        adapted(zero_point=zero_point).save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    return files
+
+
+def ways_of(bad):
+    """Over the same adapter, adapter_config.json is not read, and the base is the adapter's own."""
+    return [way for way in WAYS if way != OVER or not (bad.config or bad.base is base_of_another_shape)]
+
+
+CASES = [
+    pytest.param(name, way, marks=[] if i % len(ways_of(bad)) == j else pytest.mark.slow)
+    for i, (name, bad) in enumerate(BAD.items())
+    for j, way in enumerate(ways_of(bad))
+]
+
+
+@pytest.mark.parametrize("name, way", CASES)
+def test_a_bad_adapter_is_refused(name, way, good, tmp_path):
+    """PEFT puts an adapter in before its file is read; what was there before is as it was."""
+    bad = BAD[name]
+    bad.write(good(bad.zero_point), tmp_path)
+    model, call = WAYS[way](bad, tmp_path)
+    errors = (ValueError, SafetensorError) if bad.says == HEADER else ValueError
+    with refused(errors, *bad.says, model=model if way == OVER else None, folder=tmp_path, draws=way != OVER):
+        call()
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", "from_pretrained, low_cpu_mem_usage", "load_adapter"])
+def test_negative_scales_of_a_symmetric_grid_load(way, tmp_path):
+    """The scale of a symmetric grid is signed: half of them are negative, and the logits are those saved."""
+    saved = adapted(zero_point="none")
+    scales = torch.cat([layer.dlqat_scale["default"].flatten() for layer in adapter_layers(saved)[1].values()])
+    assert 0.2 < (scales < 0).float().mean() < 0.8
+    saved.save_pretrained(tmp_path)
+    model, call = WAYS[way](SimpleNamespace(base=tiny_model, zero_point="integer"), tmp_path)
+    loaded = call()
+    found = outputs(loaded if model is None else model)
+    assert torch.equal(found, outputs(saved)) and not torch.equal(found, outputs(tiny_model()))
