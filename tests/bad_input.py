@@ -37,7 +37,6 @@ from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizer
 from transformers.utils import logging as transformers_logging
 
 from peft_dlqat import (
-    Calibration,
     DistillationLoss,
     DLQATConfig,
     TeacherCache,
@@ -48,6 +47,7 @@ from peft_dlqat import (
     verify_export,
 )
 from peft_dlqat.layer import DLQATLayer
+from peft_dlqat.train.calibrate import Calibration
 
 PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
 REGENERATE = "PYTHONPATH=src python tests/bad_input.py"

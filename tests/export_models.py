@@ -29,7 +29,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from peft_dlqat import Calibration, DLQATConfig
+from peft_dlqat import DLQATConfig
+from peft_dlqat.train.calibrate import Calibration
 
 EMBEDDED = Path(__file__).parents[1] / "examples" / "embedded" / "model"
 VOCAB, HIDDEN = 96, 256  # a multiple of 256, the block of GGUF's smallest types

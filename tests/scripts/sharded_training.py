@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from peft_dlqat import Calibration, DLQATConfig, TeacherCache, calibrate, pack_weights
+from peft_dlqat import DLQATConfig, TeacherCache, calibrate, pack_weights
 from peft_dlqat.layer import adapter_layers
+from peft_dlqat.train.calibrate import Calibration
 
 STEPS = 4
 BATCH = 4

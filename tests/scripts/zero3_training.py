@@ -24,7 +24,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from peft_dlqat import Calibration, DLQATConfig, load_packed
+from peft_dlqat import DLQATConfig, load_packed
+from peft_dlqat.train.calibrate import Calibration
 
 STORAGES = ("full", "int8")
 
