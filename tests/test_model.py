@@ -421,7 +421,7 @@ EMBEDDING = ("embed_tokens is a", "Embedding", "torch.nn.Linear", "exclude_modul
             ("conv is a", "Conv2d", "torch.nn.Linear", "exclude_modules"),
         ),
     ],
-    ids=str,
+    ids=lambda part: getattr(part, "__name__", str(part)),  # a function's address is another in each process
 )
 def test_what_cannot_be_adapted_is_refused(base, settings, says):
     base = base()

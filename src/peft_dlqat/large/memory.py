@@ -224,6 +224,6 @@ def _largest_op(model: PeftModel, packed: bool, size: int, device: str) -> int:
         piece = min(layer.out_features, piece_rows(layer.in_features, device)) * layer.in_features
         in_float32 = 4 if size < 4 else 0
         forward = layer.out_features * layer.in_features * size + ((5 if packed else in_float32) + in_float32) * piece
-        backward = 0 if layer.dlqat_gradient[name] == "lowrank" else (16 if name in layer.dlqat_A else 12) * piece
+        backward = 0 if layer.specs[name].gradient == "lowrank" else (16 if name in layer.dlqat_A else 12) * piece
         largest = max(largest, forward, backward)
     return largest
