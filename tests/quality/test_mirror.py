@@ -7,7 +7,13 @@ SOURCE, TESTS = ROOT / "src" / "peft_dlqat", ROOT / "tests"
 # What is no module's: the repository, examples and benchmarks, runs of several processes.
 OTHERS = {"quality", "examples", "benchmarks", "distributed"}
 # Of several modules: what a room refuses, all that talks to the Hub.
-SHARED = {"train/test_refused", "export/test_refused", "test_hub"}
+SHARED = {
+    "train/test_refused",
+    "export/test_refused",
+    "test_new_parts",
+    "test_old_adapters",
+    "formats/test_new_format",
+}
 
 
 def test_each_test_file_has_its_module():

@@ -168,7 +168,7 @@ def _static(model: PeftModel, storage: str) -> dict[str, int]:
     """Bytes of what stays, but for the optimiser's state; adapted weights as they are when they are packed."""
     layers = adapter_layers(model)[1].values()
     in_full = sum(layer.weight.nbytes for layer in layers)
-    bits = STORAGES[storage]
+    bits = STORAGES[storage].bits
     everything = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     sizes = {
         "grid": sum(buffer.nbytes for name, buffer in model.named_buffers() if ".dlqat_" in name),

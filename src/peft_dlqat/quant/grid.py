@@ -16,7 +16,7 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
-    "k_quant": torch.float32,  # small integers times one float16 a super-block, see `kquant`
+    "k_quant": torch.float32,  # small integers times one float16 a super-block, see `super_blocks`
 }
 
 
@@ -33,14 +33,14 @@ class Grid:
     | "float"      | `S * (code - qmin) + M`     | b, any real; S > 0                   |
 
     S (and M) are values of `scale_dtype`, the type in which file formats keep them; with `k_quant`, integers of a few
-    bits times one float16 number per 256 weights, as GGUF's K-quants keep them (see `kquant`).
+    bits times one float16 number per 256 weights, as GGUF's K-quants keep them (see `super_blocks`).
 
     Attributes:
         bits: width of a code, 2 to 8.
         group_size: input channels that share a scale; divides in_features (equal to it: one scale a row).
         zero_point: kind of zero, see the table.
         scale_dtype: torch.bfloat16, torch.float16 or torch.float32.
-        k_quant: whether the scales are those of one of `kquant.K_QUANTS`, which bits, zero_point and group_size then
+        k_quant: whether the scales are those of one of `super_blocks.K_QUANTS`, which bits, zero_point and group_size then
             must name; M <= 0, and 256 divides in_features. `scale_dtype` is torch.float32, in which S is exact.
     """
 
