@@ -68,7 +68,7 @@ def load_packed(
         )
     if config.storage == "full":
         raise ValueError(
-            "storage='full' packs nothing; use storage='int8', 'int4' or 'int2' (a saved adapter that trained on full weights "
+            "storage='full' packs nothing; use storage='int8', 'int4' or 'int2' (an adapter that trained on full weights "
             "belongs to them), or load the model with from_pretrained()."
         )
     folder = weights_folder(model_id, config.revision)

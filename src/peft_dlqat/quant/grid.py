@@ -40,8 +40,8 @@ class Grid:
         group_size: input channels that share a scale; divides in_features (equal to it: one scale a row).
         zero_point: kind of zero, see the table.
         scale_dtype: torch.bfloat16, torch.float16 or torch.float32.
-        k_quant: whether the scales are those of one of `super_blocks.K_QUANTS`, which bits, zero_point and group_size then
-            must name; M <= 0, and 256 divides in_features. `scale_dtype` is torch.float32, in which S is exact.
+        k_quant: whether the scales are those of one of `super_blocks.K_QUANTS`, which bits, zero_point and group_size
+            then must name; M <= 0, and 256 divides in_features. `scale_dtype` is torch.float32, in which S is exact.
     """
 
     bits: int
