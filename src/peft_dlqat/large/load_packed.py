@@ -68,8 +68,8 @@ def load_packed(
         )
     if config.storage == "full":
         raise ValueError(
-            "storage='full' packs nothing; use storage='int8', 'int4' or 'int2' (an adapter that trained on full weights "
-            "belongs to them), or load the model with from_pretrained()."
+            "storage='full' packs nothing; use storage='int8', 'int4' or 'int2'. An adapter that was trained on full "
+            "weights belongs to them: load the model with from_pretrained()."
         )
     folder = weights_folder(model_id, config.revision)
     inner = skeleton(folder, str(model_id), dtype)
