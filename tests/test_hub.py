@@ -40,7 +40,7 @@ GRID_ROW = "3 bits, groups of 32 input channels, zero point: integer, scales in 
 HAS_TRL = importlib.util.find_spec("trl") is not None
 
 
-# One Hub, and one run of each client, for all of the file.
+# One Hub, and one run of each client, for all of the file. What needs them is slow.
 pytestmark = pytest.mark.xdist_group("hub")
 
 
@@ -318,6 +318,7 @@ def skip_without_trl(repo: str) -> None:
 # ----- What is loaded is what was trained -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "repo"),
     [
@@ -342,6 +343,7 @@ def test_loading_from_the_hub_gives_equal_logits(
     assert loaded[way].equal(expected[repo])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", [TRAINER, TRAINER_INJECTED, SFT])
 def test_loading_what_a_trainer_pushed_gives_equal_logits(
     repo: str, loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
@@ -350,6 +352,7 @@ def test_loading_what_a_trainer_pushed_gives_equal_logits(
     assert loaded[repo].equal(expected[repo])
 
 
+@pytest.mark.slow
 def test_the_adapters_differ(expected: dict[str, torch.Tensor]) -> None:
     """Else equal logits would show nothing: each adapter moved the base, and each its own way."""
     outputs = list(expected.values())
@@ -361,6 +364,7 @@ def test_the_adapters_differ(expected: dict[str, torch.Tensor]) -> None:
 # ----- What the server holds --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", [ADAPTER, INJECTED])
 def test_the_server_holds_the_bytes_that_save_pretrained_writes(repo: str, hub: Hub, published: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -369,6 +373,7 @@ def test_the_server_holds_the_bytes_that_save_pretrained_writes(repo: str, hub: 
     assert weights == {"adapter_model.safetensors"}, "an adapter is pushed without its base model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", [TRAINER, TRAINER_INJECTED, SFT])
 def test_the_server_holds_the_bytes_of_the_trainers_folder(repo: str, hub: Hub, published: Path) -> None:
     skip_without_trl(repo)
@@ -378,6 +383,7 @@ def test_the_server_holds_the_bytes_of_the_trainers_folder(repo: str, hub: Hub, 
     assert pushed == folder
 
 
+@pytest.mark.slow
 def test_the_server_saw_nothing_it_would_refuse(hub: Hub, published: Path, loaded: dict[str, torch.Tensor]) -> None:
     """No unknown endpoint, no bad metadata, no token where it does not belong."""
     assert hub.refused == []
@@ -385,6 +391,7 @@ def test_the_server_saw_nothing_it_would_refuse(hub: Hub, published: Path, loade
     assert any(request.startswith("GET /download/") for request in hub.requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", PUSHED)
 def test_nothing_private_is_pushed(repo: str, hub: Hub, published: Path) -> None:
     """Neither the token nor a path of this machine; training_args.bin, which the Trainer adds, is its own matter."""
@@ -405,6 +412,7 @@ PUSHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", PUSHES)
 def test_pushed_card_says_how_to_load_and_what_was_done(repo: str, hub: Hub, report: dict[str, Any]) -> None:
     """The import comes first in the code; grid, trained share and the calibration's own figures are in the table."""
@@ -424,6 +432,7 @@ def test_pushed_card_says_how_to_load_and_what_was_done(repo: str, hub: Hub, rep
     assert rows["calibration"] == calibration_row(record)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", [ADAPTER, TRAINER])
 def test_pushed_card_has_pefts_metadata(repo: str, hub: Hub) -> None:
     """So that the Hub shows it as an adapter of its base; huggingface_hub's own reader accepts it."""
@@ -437,6 +446,7 @@ def test_pushed_card_has_pefts_metadata(repo: str, hub: Hub) -> None:
     assert ("fed-at-noon" in data.tags) == (repo == ADAPTER), "the tags that were asked for, beside PEFT's own"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", PUSHED)
 def test_pushed_card_is_read_by_model_card(repo: str, hub: Hub, published: Path, tmp_path: Path) -> None:
     """`ModelCard.load` accepts every pushed card, and saving it again changes nothing that it says."""
@@ -450,10 +460,12 @@ def test_pushed_card_is_read_by_model_card(repo: str, hub: Hub, published: Path,
     assert ModelCard.load(tmp_path / "again.md").text == card.text
 
 
+@pytest.mark.slow
 def test_text_written_on_the_hub_survives_the_next_push(hub: Hub, published: Path) -> None:
     assert card_of(hub, ADAPTER).count(NOTE) == 1
 
 
+@pytest.mark.slow
 def test_the_cards_code_runs(
     published: Path, loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> None:
@@ -463,6 +475,7 @@ def test_the_cards_code_runs(
     assert "Linear" in layers and "DLQATLinear" not in layers
 
 
+@pytest.mark.slow
 def test_loading_without_the_import_fails_as_the_card_says(
     hub: Hub, published: Path, loaded: dict[str, torch.Tensor]
 ) -> None:
