@@ -153,14 +153,14 @@ def test_training_lowers_the_loss_and_moves_only_what_the_method_trains(method, 
     assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == expected
 
 
-@pytest.mark.product(every=2)
+@pytest.mark.product(every=3)
 @each_row
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_reloaded_and_unmerged_equal_the_trained(method, zero_point, dtype, tmp_path):
     check_merged_reloaded_and_unmerged("llama", config(method, zero_point), dtype, tmp_path)
 
 
-@pytest.mark.product(every=3)
+@pytest.mark.product(every=4)
 @pytest.mark.parametrize(
     "method, bits, group_size, zero_point",
     [

@@ -241,6 +241,7 @@ def test_hidden_states_on_disk_give_the_same_and_leave_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_does_not_count(kind, side):
@@ -368,6 +369,7 @@ def from_disk(folder, output, steps=4, adapter=None, batches=None, **arguments):
     )
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("train_adapter", [False, True])
 def test_from_disk_equals_in_memory_to_the_bit(folder, tmp_path, train_adapter):
     """All of the adapter, the random A too, which follows the seed; and the random numbers drawn after it."""
@@ -467,7 +469,7 @@ def killed_at(monkeypatch, layer, count):
     monkeypatch.setattr(streaming, "calibrate_block", calibrate)
 
 
-@pytest.mark.product(every=3)
+@pytest.mark.product(every=2)
 @pytest.mark.parametrize("changes", [{}, {"storage": "int8"}, {"zero_point": "float"}])
 @pytest.mark.parametrize("truncated", [False, True])
 def test_a_killed_run_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, changes, truncated):
@@ -509,6 +511,7 @@ def change_weights(folder, name):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+@pytest.mark.product(every=3)
 @pytest.mark.parametrize(
     "change",
     [
