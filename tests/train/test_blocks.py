@@ -369,7 +369,7 @@ def from_disk(folder, output, steps=4, adapter=None, batches=None, **arguments):
     )
 
 
-@pytest.mark.product
+@pytest.mark.product(every=5)
 @pytest.mark.parametrize("train_adapter", [False, True])
 def test_from_disk_equals_in_memory_to_the_bit(folder, tmp_path, train_adapter):
     """All of the adapter, the random A too, which follows the seed; and the random numbers drawn after it."""
@@ -469,7 +469,7 @@ def killed_at(monkeypatch, layer, count):
     monkeypatch.setattr(streaming, "calibrate_block", calibrate)
 
 
-@pytest.mark.product(every=2)
+@pytest.mark.product(every=5)
 @pytest.mark.parametrize("changes", [{}, {"storage": "int8"}, {"zero_point": "float"}])
 @pytest.mark.parametrize("truncated", [False, True])
 def test_a_killed_run_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, changes, truncated):
