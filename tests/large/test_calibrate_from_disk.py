@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import lm_batches, tiny_model
+from filelock import FileLock
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -140,7 +141,8 @@ def test_what_a_killed_run_leaves_is_found_by_name_and_removed_by_the_next(tmp_p
     files, calibrate_block = [], from_disk_module.calibrate_block
 
     def look(*args):
-        files.extend(path for path in tmp_path.rglob("*") if path.is_file() and tmp_path / "base" not in path.parents)
+        found = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".out.unfinished.lock")
+        files.extend(path for path in found if tmp_path / "base" not in path.parents)
         return calibrate_block(*args)
 
     monkeypatch.setattr(from_disk_module, "calibrate_block", look)
@@ -149,6 +151,13 @@ def test_what_a_killed_run_leaves_is_found_by_name_and_removed_by_the_next(tmp_p
     assert all(tmp_path / "cache" / ".out.unfinished" in path.parents for path in files)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "cache", "out"]
     assert [*(tmp_path / "cache").iterdir()] == []
+
+
+def test_one_process_at_a_time_works_for_an_output(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    with FileLock(tmp_path / ".out.unfinished.lock"), pytest.raises(RuntimeError, match="another process"):
+        from_disk(tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def interrupt(*_, **__):

@@ -156,7 +156,7 @@ def _unfinished(output: Path, cache_dir: str | Path | None) -> Iterator[tuple[Pa
     made = output.with_name(f".{output.name}.unfinished").absolute()
     cache = None if cache_dir is None else Path(cache_dir, made.name).absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(made.with_suffix(".lock"))  # the system frees it when the process ends, however that is
+    lock = FileLock(f"{made}.lock")  # the system frees it when the process ends, however that is
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -178,7 +178,7 @@ def _unfinished(output: Path, cache_dir: str | Path | None) -> Iterator[tuple[Pa
         if cache is not None and cache != made:
             shutil.rmtree(cache, ignore_errors=True)
         lock.release()
-        made.with_suffix(".lock").unlink(missing_ok=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _check_inside(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
