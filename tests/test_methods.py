@@ -259,8 +259,8 @@ def test_two_methods_beside_each_other():
 
 
 def test_lsq_gradient_keeps_the_value():
-    from peft_dlqat.quant.grid import Grid
     from peft_dlqat.methods.base import lsq_gradient
+    from peft_dlqat.quant.grid import Grid
 
     grid, m = Grid(3, 16, "none", torch.float32), torch.randn(4, 2, requires_grad=True)
     scaled = lsq_gradient(m, grid)

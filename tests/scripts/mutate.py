@@ -5,8 +5,8 @@
     python tests/scripts/mutate.py --only "fit.py:35 "             of the same sample those whose line says so
 
 torch, transformers and peft are imported once; each mutant is a fork that imports a copy of the package with one file
-changed. Tests that reach the changed function come first, quick ones first. Exit status 1: one survives that is not
-among `EQUIVALENT`. The limit is of processor time, so that a busy machine changes nothing.
+changed, and has so many `SECONDS` of processor time, so that a busy machine changes nothing. Exit status 1: one
+survives that is not among `EQUIVALENT`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import importlib
 import json
 import os
 import random
@@ -29,7 +30,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "peft_dlqat"
 ROOMS = ("quant/*.py", "formats/*.py", "methods.py", "layer_spec.py", "layer.py", "frozen.py")
+MODULES = [str(path.relative_to(SOURCE)) for room in ROOMS for path in sorted(SOURCE.glob(room))]
+MODULES = [module for module in MODULES if not module.endswith("__init__.py")]
 SECONDS = 30
+# Imported before the forks where a module's tests import them.
+HEAVY = {"transformers", "peft", "trl", "gguf", "compressed_tensors", "triton"}
 
 # Tests beside tests/ROOM/test_MODULE.py, of modules that others show at work.
 TESTS = {
@@ -87,7 +92,7 @@ def mistakes(node):
         case ast.Compare(ops=ops):
             for i, op in enumerate(ops):
                 yield node, but(node, ops=[*ops[:i], SWAPS[type(op)](), *ops[i + 1 :]])
-        case (ast.BinOp(op=op) | ast.AugAssign(op=op) | ast.BoolOp(op=op)) if type(op) in SWAPS:
+        case ast.BinOp(op=op) | ast.AugAssign(op=op) | ast.BoolOp(op=op) if type(op) in SWAPS:
             yield node, but(node, op=SWAPS[type(op)]())
         case ast.UnaryOp(op=ast.Not() | ast.USub()):
             yield node, node.operand
@@ -152,24 +157,26 @@ def sample(text, count, seed):
     return [mutant for turn in zip_longest(*by_function) for mutant in turn if mutant][:count]
 
 
-def tests_of(module):
+def own_tests(module):
     """The module's own tests."""
     room, own = Path(module).parent, f"test_{Path(module).name}"
     files = [*([f"{room}/{own}"] if (ROOT / "tests" / room / own).exists() else []), *TESTS.get(module, [])]
     return [str(ROOT / "tests" / file) for file in files]
 
 
-class Order:
-    """A plugin of pytest: which functions each test reaches, and how long it takes; and tests in the order of these."""
+class Tests:
+    """A plugin of pytest. A run without a mutant tells which functions each test reaches and how long it takes.
 
-    def __init__(self, folder, known, scope):
-        self.folder, self.known, self.scope, self.found = folder, known, scope, {}
+    Runs with one are of those that reach the changed function (or of all, where it works on import), quick ones first.
+    """
+
+    def __init__(self, folder, known, function):
+        self.folder, self.known, self.function, self.found = folder, known, function, {}
 
     def pytest_collection_finish(self, session):
-        far = {}, 1e9
-        key = lambda item: (self.scope not in self.known.get(item.nodeid, far)[0], self.known.get(item.nodeid, far)[1])  # noqa: E731
         if self.known:
-            session.items.sort(key=key)
+            reaching = [item for item in session.items if self.function in self.known[item.nodeid][0]]
+            session.items[:] = sorted(reaching or session.items, key=lambda item: self.known[item.nodeid][1])
 
     def pytest_runtest_logstart(self, nodeid):
         self.reached, self.start = set(), time.process_time()
@@ -178,106 +185,115 @@ class Order:
             sys.settrace(self.trace)
 
     def trace(self, frame, event, argument):
-        code = frame.f_code
-        if "peft_dlqat" in code.co_filename:
-            self.reached.add(f"{code.co_filename}:{code.co_firstlineno}")
+        self.reached.add(f"{frame.f_code.co_filename}:{frame.f_code.co_firstlineno}")
 
     def pytest_runtest_logfinish(self, nodeid):
-        self.found[nodeid] = sorted(self.reached), time.process_time() - self.start
+        sys.settrace(None)
+        own = sorted(function for function in self.reached if "/peft_dlqat/" in function)
+        self.found[nodeid] = own, time.process_time() - self.start
 
 
-def run(folder, files, known, scope):
-    """Fork, and run tests on the copy in `folder`; "passed", "failed", "loops" or "too long", and the seconds."""
+def run_here(folder, files, known, function):
+    """Run tests on the copy in `folder` in this process, which ends with pytest's status."""
+    os.setsid()
+    log = os.open(folder / "log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 1), os.dup2(log, 2)
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = str(folder)
+    if known:
+        sys.dont_write_bytecode = True
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
+    import pytest
+
+    options = [f"--rootdir={ROOT}", f"-c{ROOT / 'pyproject.toml'}", f"--basetemp={folder / 'tmp'}"]
+    options += ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    tests = Tests(folder, known, function)
+    status = pytest.main([*options, "-m", "not slow", *files], [tests])
+    (folder / "found").write_text(json.dumps([tests.found, sorted(sys.modules)]))
+    package = sys.modules.get("peft_dlqat")
+    return 99 if package and not package.__file__.startswith(str(folder)) else status
+
+
+def run(folder, files, known, function=""):
+    """`run_here` in a fork: "passed", "failed", "loops" or "too long", and the seconds."""
     begun, child = time.monotonic(), os.fork()
     if child == 0:
-        os.setsid()
-        log = os.open(folder / "log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(log, 1), os.dup2(log, 2)
-        sys.path.insert(0, str(folder))
-        os.environ.update(PYTHONPATH=str(folder), HYPOTHESIS_STORAGE_DIRECTORY=str(folder / "hypothesis"))
-        if known:
-            sys.dont_write_bytecode = True
-            os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
-        plugin = Order(folder, known, scope)
-        import pytest
-
-        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", f"--basetemp={folder / 'tmp'}"]
-        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # anyio is imported already
-        code = pytest.main([*options, f"--rootdir={ROOT}", f"-c{ROOT / 'pyproject.toml'}", *files], [plugin])
-        package = sys.modules.get("peft_dlqat")
-        if package is not None and not package.__file__.startswith(str(folder)):
-            code = 99
-        (folder / "found").write_text(json.dumps([plugin.found, sorted(sys.modules)]))
-        sys.stdout.flush()
-        os._exit(code)
+        status = 99
+        try:
+            status = run_here(folder, files, known, function)
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
     while not (done := os.waitpid(child, os.WNOHANG))[0]:
         if known and time.monotonic() - begun > 6 * SECONDS:
-            os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
         time.sleep(0.02)
-    code = os.waitstatus_to_exitcode(done[1])
-    if code in (3, 5, 99):
-        raise SystemExit(f"pytest cannot run {files}, status {code}:\n{(folder / 'log').read_text()}")
-    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+    status = os.waitstatus_to_exitcode(done[1])
+    if status in (3, 5, 99):
+        raise SystemExit(f"pytest cannot run {files}, status {status}:\n{(folder / 'log').read_text()}")
+    if status < 0:
         test, start = json.loads((folder / "running").read_text())
         return "loops" if SECONDS - start > 10 + 5 * known.get(test, (0, 0))[1] else "too long", SECONDS
-    return "passed" if code == 0 else "failed", time.monotonic() - begun
+    return "failed" if status else "passed", time.monotonic() - begun
 
 
-def counts(modules, total):
-    """How many mutants each module gives: by its size, three at least."""
-    sizes = {module: sum(map(len, mutants((SOURCE / module).read_text()).values())) for module in modules}
-    return {module: max(3, round(total * size / sum(sizes.values()))) for module, size in sizes.items() if size}
+def start(folder, files):
+    """A fresh copy of the package in `folder`, and what its tests reach without a mutant; imports what they import."""
+    shutil.copytree(SOURCE, folder / "peft_dlqat", dirs_exist_ok=True)
+    if run(folder, files, {})[0] != "passed":
+        raise SystemExit(f"{files} fail without a mutant:\n{(folder / 'log').read_text()}")
+    known, imported = json.loads((folder / "found").read_text())
+    for name in imported:
+        if name.split(".")[0] in HEAVY:
+            importlib.import_module(name)
+    print(
+        f"{sum(seconds for _, seconds in known.values()):.0f} s for {[Path(file).name for file in files]}", flush=True
+    )
+    return known
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("modules", nargs="*", help="such as quant/fit.py; all by default")
-    parser.add_argument("--mutants", type=int, default=150, help="of all modules together")
+    parser.add_argument("modules", nargs="*", default=MODULES, help="such as quant/fit.py; all by default")
+    parser.add_argument("--mutants", type=int, default=150, help="of all modules together, by their size")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="only mutants in whose line this is found")
     args = parser.parse_args()
-    modules = args.modules or [str(path.relative_to(SOURCE)) for room in ROOMS for path in sorted(SOURCE.glob(room))]
     os.environ.setdefault("TRITON_INTERPRET", "1")  # as the tests have it without a GPU
-    import peft  # noqa: F401
-    import torch
-    import transformers  # noqa: F401
-
-    torch.set_num_threads(1)
-    folder, known_of, table, alive = Path(tempfile.mkdtemp()), {}, [], []
-    for module, count in counts(modules, args.mutants).items():
-        text, files, results = (SOURCE / module).read_text(), tests_of(module), []
-        for (name, first), line, what, changed in sample(text, count, args.seed):
-            title = f"{module}:{line} {name}: {what}"
-            if args.only not in title:
-                continue
-            if str(files) not in known_of:
-                shutil.copytree(SOURCE, folder / "peft_dlqat", dirs_exist_ok=True)
-                if run(folder, files, {}, "")[0] != "passed":
-                    raise SystemExit(f"the tests of {module} fail without a mutant:\n{(folder / 'log').read_text()}")
-                known_of[str(files)], imported = json.loads((folder / "found").read_text())
-                print(f"{sum(seconds for _, seconds in known_of[str(files)].values()):.1f} s for {files}", flush=True)
-                for heavy in imported:
-                    if heavy.split(".")[0] in ("gguf", "compressed_tensors", "hypothesis", "triton", "transformers"):
-                        __import__(heavy)
-            (folder / "peft_dlqat" / module).write_text(changed)
-            for cached in (folder / "peft_dlqat" / module).parent.glob(f"__pycache__/{Path(module).stem}.*"):
-                cached.unlink()
-            result, seconds = run(folder, files, known_of[str(files)], f"{folder}/peft_dlqat/{module}:{first}")
-            shutil.copy2(SOURCE / module, folder / "peft_dlqat" / module)
-            results.append(result)
-            print(f"{result} {seconds:.1f} s  {title}", flush=True)
-            reason = EQUIVALENT.get(f"{module} {name}: {what}")
-            if result in ("passed", "too long"):
-                alive.append(f"{title}" + (f"  (equivalent: {reason})" if reason else f"  ({result})"))
-        if results:
-            table.append((module, len(results), results.count("failed"), results.count("loops"), len(results)))
-    shutil.rmtree(folder)
-    print(f"\n{'module':28} mutants  killed  loops  survived")
-    for module, all_, failed, loops, _ in [*table, ("all", *(sum(row[i] for row in table) for i in range(1, 5)))]:
-        print(f"{module:28} {all_:7} {failed:7} {loops:6} {all_ - failed - loops:9}")
-    print("\n".join(alive))
-    raise SystemExit(any("(equivalent" not in line for line in alive))
+    for name in ("torch", "transformers", "peft"):
+        importlib.import_module(name)
+    texts = {module: (SOURCE / module).read_text() for module in args.modules}
+    sizes = {module: sum(map(len, mutants(text).values())) for module, text in texts.items()}
+    known, results, alive = {}, {}, []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for module, text in texts.items():
+            files, copied = own_tests(module), folder / "peft_dlqat" / module
+            count = max(3, round(args.mutants * sizes[module] / sum(sizes.values())))
+            for (function, first), line, what, changed in sample(text, count, args.seed):
+                title = f"{module}:{line} {function}: {what}"
+                if args.only not in title:
+                    continue
+                if str(files) not in known:
+                    known[str(files)] = start(folder, files)
+                for compiled in copied.parent.glob(f"__pycache__/{copied.stem}.*"):
+                    compiled.unlink()
+                copied.write_text(changed)
+                result, seconds = run(folder, files, known[str(files)], f"{copied}:{first}")
+                copied.write_text(text)
+                print(f"{result} {seconds:.1f} s  {title}", flush=True)
+                reason = EQUIVALENT.get(f"{module} {function}: {what}")
+                results.setdefault(module, []).append("equivalent" if reason and result == "passed" else result)
+                if result in ("passed", "too long"):
+                    alive.append(f"{title}  ({reason or result})")
+    results["all"] = [result for own in results.values() for result in own]
+    kinds = ("failed", "loops", "equivalent", "passed", "too long")
+    print("", f"{'module':30}{'mutants':>11}" + "".join(f"{kind:>11}" for kind in kinds), sep="\n")
+    for module, own in results.items():
+        print(f"{module:30}{len(own):11}" + "".join(f"{own.count(kind):11}" for kind in kinds))
+    print(*alive, sep="\n")
+    raise SystemExit(bool({"passed", "too long"} & {*results["all"]}))
 
 
 if __name__ == "__main__":
