@@ -156,7 +156,7 @@ def test_a_packed_model_follows_device_and_dtype():
 def test_unloading_and_deleting_leave_the_decoded_weight(monkeypatch):
     model = trained()
     with pytest.warns(UserWarning, match="packed"), adapters_disabled(model):
-        layer_module._say_that_the_base_is_decoded.cache_clear()
+        layer_module._warn_that_the_base_is_decoded.cache_clear()
         expected = logits(model)
     other = copy.deepcopy(model)
     assert torch.equal(logits(other.unload()), expected)
@@ -167,7 +167,7 @@ def test_unloading_and_deleting_leave_the_decoded_weight(monkeypatch):
 def test_the_base_is_nearly_itself_with_eight_bits():
     model = trained(bits=2)
     base = tiny_model()
-    layer_module._say_that_the_base_is_decoded.cache_clear()
+    layer_module._warn_that_the_base_is_decoded.cache_clear()
     with pytest.warns(UserWarning, match="TeacherCache"), adapters_disabled(model):
         difference = (logits(model) - logits(base)).abs().max()
     assert 0 < difference < 0.5
@@ -258,7 +258,7 @@ def test_a_compiled_packed_model_can_switch_its_adapter_off():
     torch._dynamo.reset()
     model = trained()
     with model.disable_adapter(), pytest.warns(UserWarning, match="packed"):
-        layer_module._say_that_the_base_is_decoded.cache_clear()
+        layer_module._warn_that_the_base_is_decoded.cache_clear()
         expected = logits(model)
     with model.disable_adapter():
         found = torch.compile(model, backend="eager", fullgraph=True)(tokens()).logits
