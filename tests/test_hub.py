@@ -40,7 +40,7 @@ GRID_ROW = "3 bits, groups of 32 input channels, zero point: integer, scales in 
 HAS_TRL = importlib.util.find_spec("trl") is not None
 
 
-# One Hub, and one run of each client, for all of the file.
+# One Hub, and one run of each client, for all of the file. What needs them is slow.
 pytestmark = pytest.mark.xdist_group("hub")
 
 
@@ -318,6 +318,7 @@ def skip_without_trl(repo: str) -> None:
 # ----- What is loaded is what was trained -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "repo"),
     [
@@ -334,6 +335,7 @@ def skip_without_trl(repo: str) -> None:
         ("exported by id", ADAPTER),
     ],
 )
+@pytest.mark.slow
 def test_loading_from_the_hub_gives_equal_logits(
     way: str, repo: str, loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> None:
@@ -342,6 +344,7 @@ def test_loading_from_the_hub_gives_equal_logits(
     assert loaded[way].equal(expected[repo])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", [TRAINER, TRAINER_INJECTED, SFT])
 def test_loading_what_a_trainer_pushed_gives_equal_logits(
     repo: str, loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
@@ -350,6 +353,7 @@ def test_loading_what_a_trainer_pushed_gives_equal_logits(
     assert loaded[repo].equal(expected[repo])
 
 
+@pytest.mark.slow
 def test_the_adapters_differ(expected: dict[str, torch.Tensor]) -> None:
     """Else equal logits would show nothing: each adapter moved the base, and each its own way."""
     outputs = list(expected.values())
@@ -361,6 +365,7 @@ def test_the_adapters_differ(expected: dict[str, torch.Tensor]) -> None:
 # ----- What the server holds --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", [ADAPTER, INJECTED])
 def test_the_server_holds_the_bytes_that_save_pretrained_writes(repo: str, hub: Hub, published: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -369,6 +374,7 @@ def test_the_server_holds_the_bytes_that_save_pretrained_writes(repo: str, hub: 
     assert weights == {"adapter_model.safetensors"}, "an adapter is pushed without its base model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", [TRAINER, TRAINER_INJECTED, SFT])
 def test_the_server_holds_the_bytes_of_the_trainers_folder(repo: str, hub: Hub, published: Path) -> None:
     skip_without_trl(repo)
@@ -378,6 +384,7 @@ def test_the_server_holds_the_bytes_of_the_trainers_folder(repo: str, hub: Hub, 
     assert pushed == folder
 
 
+@pytest.mark.slow
 def test_the_server_saw_nothing_it_would_refuse(hub: Hub, published: Path, loaded: dict[str, torch.Tensor]) -> None:
     """No unknown endpoint, no bad metadata, no token where it does not belong."""
     assert hub.refused == []
@@ -385,6 +392,7 @@ def test_the_server_saw_nothing_it_would_refuse(hub: Hub, published: Path, loade
     assert any(request.startswith("GET /download/") for request in hub.requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", PUSHED)
 def test_nothing_private_is_pushed(repo: str, hub: Hub, published: Path) -> None:
     """Neither the token nor a path of this machine; training_args.bin, which the Trainer adds, is its own matter."""
@@ -397,6 +405,7 @@ def test_nothing_private_is_pushed(repo: str, hub: Hub, published: Path) -> None
 # ----- The card ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", PUSHED)
 def test_pushed_config_remembers_what_was_done(repo: str, hub: Hub, report: dict[str, Any]) -> None:
     """The card that transformers pushes is its own, without this package's section; the config has the figures."""
@@ -408,6 +417,7 @@ def test_pushed_config_remembers_what_was_done(repo: str, hub: Hub, report: dict
         assert record["calibration"][name] == report[repo][name]
 
 
+@pytest.mark.slow
 def test_saved_card_says_how_to_load_and_what_was_done(published: Path, report: dict[str, Any]) -> None:
     """The import comes first in the code; grid, trained share and the calibration's own figures are in the table."""
     text = (published / ADAPTER / "README.md").read_text(encoding="utf-8")
@@ -422,10 +432,12 @@ def test_saved_card_says_how_to_load_and_what_was_done(published: Path, report: 
     assert rows["calibration"] == calibration_row(report[ADAPTER])
 
 
+@pytest.mark.slow
 def test_text_written_on_the_hub_survives_the_next_push(hub: Hub, published: Path) -> None:
     assert card_of(hub, ADAPTER).count(NOTE) == 1
 
 
+@pytest.mark.slow
 def test_the_cards_code_runs(
     published: Path, loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> None:
@@ -435,6 +447,7 @@ def test_the_cards_code_runs(
     assert "Linear" in layers and "DLQATLinear" not in layers
 
 
+@pytest.mark.slow
 def test_loading_without_the_import_fails_as_the_card_says(published: Path, loaded: dict[str, torch.Tensor]) -> None:
     """PEFT's error is bare; the card names that very error beside the line that avoids it."""
     errors = json.loads((published / "errors.json").read_text())

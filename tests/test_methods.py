@@ -126,6 +126,7 @@ def test_weight_and_gradients_are_those_of_the_equation(method, zero_point, scal
         assert error < 1e-4, f"gradient of {name}: relative error {error:.1e}"
 
 
+@pytest.mark.product(every=2)
 @each_row
 def test_training_lowers_the_loss_and_moves_only_what_the_method_trains(method, zero_point):
     model = get_peft_model(tiny_model(), config(method, zero_point))
@@ -152,14 +153,14 @@ def test_training_lowers_the_loss_and_moves_only_what_the_method_trains(method, 
     assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == expected
 
 
-@pytest.mark.product
+@pytest.mark.product(every=3)
 @each_row
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_reloaded_and_unmerged_equal_the_trained(method, zero_point, dtype, tmp_path):
     check_merged_reloaded_and_unmerged("llama", config(method, zero_point), dtype, tmp_path)
 
 
-@pytest.mark.product(every=3)
+@pytest.mark.product(every=4)
 @pytest.mark.parametrize(
     "method, bits, group_size, zero_point",
     [
@@ -217,6 +218,7 @@ def fresh_and_calibrated_dlqat(zero_point):
     return fresh_and_calibrated({"method": "dlqat"}, zero_point)
 
 
+@pytest.mark.product(every=2)
 @each_row
 def test_a_fresh_adapter_is_round_to_nearest_and_calibrates(method, zero_point):
     """All methods start from the same grid and the same weight, and calibration moves all of them alike."""

@@ -66,7 +66,7 @@ def calibrated(model):
 
 
 CT = "compressed-tensors"
-FLOAT_ZEROS = (f"{CT} cannot hold bits=4, group_size=32, zero_point='float'", "use zero_point='integer'", "lossy=True")
+FLOAT_ZEROS = (f"{CT} cannot hold bits=4, group_size=32, zero_point='float'", "use zero_point='integer'")
 LONG_TOKENIZER = {"tokenizer": tokenizer_of(VOCAB + 1)}
 LONG = (f"{VOCAB + 1} tokens", f"{VOCAB} rows", "resize_token_embeddings")
 
@@ -83,7 +83,7 @@ LONG = (f"{VOCAB + 1} tokens", f"{VOCAB} rows", "resize_token_embeddings")
         (tiny_model, "dense", {}, ("no DL-QAT adapter", "get_peft_model")),
         (both_active, "dense", {}, ("2 adapters are active", "adapter_name")),
         (float_zeros, CT, {}, FLOAT_ZEROS),
-        (small_scale, "gguf", {}, ("has no exact float16", "scale_dtype='float16'", "lossy=True")),
+        (small_scale, "gguf", {}, ("has no exact float16", "scale_dtype='float16'")),
         (large_embedding, "dense", {"dtype": "float16"}, ("embed_tokens.weight: 1e+06", "pass dtype='bfloat16'")),
         (opt, "gguf", {}, ("model_type='opt'", "'llama'", f"'{CT}'")),
         (gemma2, "gguf", {}, ("query_pre_attn_scalar=64", "takes 16", f"'{CT}'")),

@@ -157,7 +157,7 @@ def test_odd_groups_do_not_spoil_their_neighbours(quant, method):
     assert (w_hat - odd)[:, 4 * size :].square().mean() < 1.1 * plain
 
 
-@pytest.mark.product(every=2)
+@pytest.mark.product(every=3)
 @each_quant
 def test_calibrating_and_training_stay_on_the_grid_and_lower_the_loss(quant):
     model = get_peft_model(tiny_model("wide llama"), config_of(quant, r=4))
