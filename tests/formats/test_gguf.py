@@ -120,3 +120,12 @@ def test_rows_of_q_and_k_that_are_not_permuted_are_caught(settings, tmp_path, mo
 
 def test_the_smallest_type_is_ternary():
     assert min(BLOCK_TYPES, key=lambda kind: kind.bits_per_weight).name == "TQ2_0"
+
+
+@pytest.mark.parametrize("path, name", [("a/folder/some-model", "some-model"), ("", "llama")])
+def test_the_file_has_the_models_name_or_its_architectures(path, name, tmp_path):
+    GGUFReader = pytest.importorskip("gguf").GGUFReader
+    model = adapted(bits=4)
+    model.get_base_model().name_or_path = path
+    export_model(model, tmp_path / "out", "gguf", verify=False)
+    assert GGUFReader(tmp_path / "out" / "model.gguf").fields["general.name"].contents() == name

@@ -72,7 +72,7 @@ def test_a_gemma_of_27b_scales_its_queries_by_the_width(config, layers, heads, s
     assert written(of(layers, scalar))["block_count"] == layers
     assert written(of(layers + 1, 16))["block_count"] == layers + 1
     for wrong in (of(layers, 16), of(layers + 1, scalar)):
-        with pytest.raises(ValueError, match="query_pre_attn_scalar=.* cannot be written as GGUF"):
+        with pytest.raises(ValueError, match=r"query_pre_attn_scalar=.* cannot be written as GGUF"):
             written(wrong)
 
 
