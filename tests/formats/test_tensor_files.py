@@ -25,7 +25,7 @@ def test_a_shard_holds_what_fits(limit, shards, tmp_path):
     if len(shards) == 1:
         assert list(found) == ["model.safetensors"] and len(list(tmp_path.iterdir())) == 1
         return
-    assert list(found)[0] == f"model-00001-of-0000{len(shards)}.safetensors"
+    assert next(iter(found)) == f"model-00001-of-0000{len(shards)}.safetensors"
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 16}
     assert index["weight_map"] == {name: file for file, names in found.items() for name in names}
