@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from export_models import adapted, as_id, held_grids
+from export_models import adapted, as_id, held, held_grids
 from safetensors.torch import load_file
 
 from peft_dlqat import export_model
@@ -73,3 +74,10 @@ def test_the_config_names_the_layers_that_have_other_settings_or_none(tmp_path):
         r"-:^lm_head$": {},
     }
     assert producers == ["peft-dlqat"]
+
+
+@pytest.mark.parametrize("size", [16, 80, -1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_it_holds(size, dtype):
+    assert held("gptq", size, dtype) == {*product((2, 3, 4, 8), ("none", "integer"))}
+    assert held("gptq", size, torch.float32) == set()
