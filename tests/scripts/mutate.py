@@ -75,6 +75,8 @@ EQUIVALENT = {
     "quant/fit.py initialise: `1` -> `(2)`": "rows in a piece, at least: the same bits",
     "quant/fit.py snap: `scale < 0` -> `(scale <= 0)`": "a scale of 0 gets another value, whatever its sign",
     "quant/reference.py codes: `True` -> `(False)`": "in place or not: the same bits",
+    "formats/gguf_blocks.py _by_block: `-1` -> `(1)`": "the last of two dimensions",
+    "formats/gguf_k_quants.py by_block: `-1` -> `(1)`": "the last of two dimensions",
     "formats/engines.py float32_logits: `False` -> `(True)`": "a cache that nobody reads: the same logits",
 }
 
