@@ -47,7 +47,7 @@ TESTS = {
     "quant/quantizer.py": ["quant/test_op.py"],
     "quant/reference.py": ["quant/test_op.py"],
     "methods.py": ["test_layer.py"],
-    "layer_spec.py": ["test_new_parts.py", "test_methods.py"],
+    "layer_spec.py": ["test_new_parts.py"],
     "formats/base.py": ["formats/test_new_format.py"],
     "formats/bit_stream.py": ["formats/test_gptq.py", "formats/test_mlx.py"],
     "formats/engines.py": ["formats/test_dense.py", "formats/test_new_format.py"],
