@@ -147,6 +147,35 @@ def test_a_storage(monkeypatch, tmp_path):
     assert torch.equal(logits(model.merge_and_unload()), expected)
 
 
+def test_numbers_that_saved_adapters_know_are_each_its_own():
+    for parts in (METHODS, STORAGES):
+        numbers = [part.number for part in parts.values()]
+        assert len(set(numbers)) == len(numbers)
+    assert [method.number for method in METHODS.values()] == [0, 1, 2, 3, 4]
+    assert [storage.number for storage in STORAGES.values()] == [0, 8, 4, 2]
+    with pytest.raises(ValueError, match="bits=3 must be 2, 4 or 8"):
+        Storage(3)
+
+
+def test_a_second_storage_of_as_many_bits(monkeypatch, tmp_path):
+    class Shifted(Storage):
+        """Another code for the same numbers."""
+
+        def encode(self, units, codes, grid):
+            return super().encode(units, codes, grid) + 1  # modulo 256
+
+        def decode(self, packed, grid):
+            return super().decode(packed - 1, grid)
+
+    monkeypatch.setitem(STORAGES, "shifted", Shifted(8, number=99))
+    model = get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, storage="shifted", task_type="CAUSAL_LM"))
+    perturb(model)
+    with pytest.warns(UserWarning, match="was trained on full weights"):
+        pack_weights(model)
+    expected = logits(model)
+    assert torch.equal(logits(reloaded(model, tmp_path)), expected)
+
+
 def test_a_layer_setting(monkeypatch, tmp_path):
     monkeypatch.setitem(METHODS, "damped", Damped)
     (peft_type,) = (key for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if cls is DLQATConfig)

@@ -79,6 +79,11 @@ def check_state(
         key = f"{name}.dlqat_spec.{adapter_name}"
         if found[key].dim() == 1:
             found[key] = layer.specs[adapter_name].completed(found[key])
+            if len(found[key]) > len(expected[key]):
+                raise ValueError(
+                    f"{key} of the saved adapter has {len(found[key])} settings, and this version knows "
+                    f"{len(expected[key])}; update peft-dlqat."
+                )
     wrong = [
         f"{key} is {list(found[key].shape)}, not {list(tensor.shape)}"
         for key, tensor in expected.items()
@@ -138,7 +143,8 @@ def _check_settings(
     kept = stored_as(encoded)
     if kept is None or STORAGES[kept].problem(spec.grid.bits, layer.in_features):
         raise ValueError(
-            f"{name}.dlqat_spec of the saved adapter says {int(encoded[6])} stored bits: the file is broken."
+            f"{name}.dlqat_spec of the saved adapter names storage {int(encoded[6])}, which is none of {[*STORAGES]} "
+            f"or holds no {spec.grid.bits} bits: the file is broken, or another version's."
         )
     if layer.frozen.packed and kept != spec.storage:
         raise ValueError(

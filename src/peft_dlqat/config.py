@@ -267,7 +267,7 @@ class DLQATConfig(PeftConfig):
                 f"{' or '.join(map(repr, method.zero_points))}."
             )
 
-        if self.gradient == "lowrank" and (self.method != "dlqat" or self.resolve_method().magnitude == "group"):
+        if self.gradient == "lowrank" and (not method.lowrank or self.resolve_method().magnitude == "group"):
             raise ValueError(
                 f"gradient='lowrank' needs one magnitude a row or none, but method={self.method!r} has magnitude="
                 f"{self.magnitude!r}; use method='dlqat' with magnitude='row' or False."

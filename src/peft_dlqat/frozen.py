@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,17 +19,22 @@ if TYPE_CHECKING:
 
 
 class FrozenWeight:
-    """W0 of one adapter layer, which owns this object.
+    """W0 of one adapter layer.
 
     Args:
-        layer: the adapter layer; its base layer holds the weight, or what stands in its place.
-        fan_in_fan_out: whether the base layer has it as [in, out].
+        layer: the adapter layer. Its base layer holds W0 or, while an adapter is merged, what stands in its place; W0
+            is the layer's `_replaced_weight` then.
     """
 
-    def __init__(self, layer: DLQATLayer, fan_in_fan_out: bool) -> None:
+    __slots__ = ("_layer",)
+
+    def __init__(self, layer: DLQATLayer) -> None:
         self._layer = layer
-        self.fan_in_fan_out = fan_in_fan_out
-        self._set_aside: torch.Tensor | None = None
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base layer has it as [in, out]."""
+        return self._layer.fan_in_fan_out
 
     @property
     def _parameter(self) -> torch.Tensor:
@@ -36,7 +42,7 @@ class FrozenWeight:
 
     @property
     def _kept(self) -> torch.Tensor:
-        return self._parameter if self._set_aside is None else self._set_aside
+        return self._parameter if self._layer._replaced_weight is None else self._layer._replaced_weight
 
     @property
     def packed(self) -> bool:
@@ -54,8 +60,8 @@ class FrozenWeight:
         base_layer = self._layer.get_base_layer()
         with at_hand(base_layer):
             weight = base_layer.weight.data
-            if self._set_aside is not None:
-                weight = self._set_aside.to(weight.device)  # the model may have moved meanwhile
+            if self._layer._replaced_weight is not None:
+                weight = self._layer._replaced_weight.to(weight.device)  # the model may have moved meanwhile
             return as_rows(weight, self.fan_in_fan_out)
 
     def original(self) -> torch.Tensor:
@@ -82,15 +88,15 @@ class FrozenWeight:
         self.check_packable(adapter_name, storage)
         if self.packed:
             return
-        dtype, weight, original = self.dtype, self._parameter, self.original()
-        self._layer.set_storage(adapter_name, storage)
-        packed = store(original, self._layer.quantizer(adapter_name))
+        dtype, weight = self.dtype, self._parameter
+        packed = store(self.original(), replace(self._layer.quantizer(adapter_name), storage=storage))
         # Not in the state dict: it only follows the model's dtype.
         self._layer.register_buffer(  # type: ignore[operator]
             "_dtype_of_packed", torch.empty(0, dtype=dtype, device=weight.device), persistent=False
         )
         weight.requires_grad_(False)
         weight.data = packed
+        self._layer.set_storage(adapter_name, storage)
 
     def check_packable(self, adapter_name: str, storage: str) -> None:
         """Raise what `pack` would raise; changes nothing.
@@ -125,8 +131,8 @@ class FrozenWeight:
         if not self.packed:
             return
         weight = self._as_base_layer_has_it(self.original())
-        if self._set_aside is not None:
-            self._set_aside = weight
+        if self._layer._replaced_weight is not None:
+            self._layer._replaced_weight = weight
         else:
             self._parameter.data = weight
 
@@ -154,17 +160,17 @@ class FrozenWeight:
     def replace(self, replacement: torch.Tensor) -> None:
         """Put another weight [out, in] into the base layer, and keep W0 for `restore`."""
         weight = self._parameter
-        if self._set_aside is None:
-            self._set_aside = weight.data
+        if self._layer._replaced_weight is None:
+            self._layer._replaced_weight = weight.data
         weight.data = self._as_base_layer_has_it(replacement)
 
     def restore(self) -> None:
         """Put the very tensor back that `replace` replaced; nothing where none was."""
-        weight, original = self._parameter, self._set_aside
+        weight, original = self._parameter, self._layer._replaced_weight
         if original is not None:
             # The model may have moved meanwhile.
             weight.data = original.to(weight) if original.is_floating_point() else original.to(weight.device)
-            self._set_aside = None
+            self._layer._replaced_weight = None
 
     @contextmanager
     def in_its_place(self) -> Iterator[None]:

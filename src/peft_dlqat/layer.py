@@ -69,11 +69,17 @@ class DLQATLayer(BaseTunerLayer):
         for name in SAVED_BUFFERS:
             setattr(self, name, Float32BufferDict())
         self.specs: dict[str, LayerSpec] = {}
-        self.frozen = FrozenWeight(self, fan_in_fan_out)
+        self.fan_in_fan_out = fan_in_fan_out
+        self._replaced_weight: torch.Tensor | None = None
         self._disable_adapters = False
         self.merged_adapters = []
         shape = full_shape(self.get_base_layer().weight)
         self.out_features, self.in_features = shape[::-1] if fan_in_fan_out else shape
+
+    @property
+    def frozen(self) -> FrozenWeight:
+        """W0. Made at each call: an object that was kept would hold the layer, and so W0, in a cycle."""
+        return FrozenWeight(self)
 
     def update_layer(
         self,
@@ -159,9 +165,9 @@ class DLQATLayer(BaseTunerLayer):
             ValueError: for a trained tensor that is not float32.
         """
         trained = {
-            name.removeprefix(PREFIX): entries[adapter_name]
+            name.removeprefix(PREFIX): getattr(self, name)[adapter_name]
             for name in self.adapter_layer_names
-            if adapter_name in (entries := getattr(self, name))
+            if adapter_name in getattr(self, name)  # torch.compile cannot trace an assignment here
         }
         for name, tensor in trained.items():
             if tensor.dtype != torch.float32:
@@ -301,7 +307,7 @@ class DLQATLayer(BaseTunerLayer):
             None if bias is None else bias.to(inputs.dtype),
             self.weight,
             self.quantizer(adapter_name),
-            frozen.fan_in_fan_out,
+            self.fan_in_fan_out,
             self.specs[adapter_name].gradient,
         )
         return output if autocast else output.to(x.dtype)

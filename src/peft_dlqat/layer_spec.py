@@ -15,11 +15,12 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from .methods import METHODS, Method, TrainedTensor
-from .quant.fixed_point import STORAGES, storage_of_bits
+from .quant.fixed_point import STORAGES, storage_of
 from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid, largest_group
 
 # Raised when the meaning of saved tensors changes. In 2, B counts in units of the step.
 _FORMAT = 2
+_STORAGE = "storage"
 _PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # as PEFT calls them
 
 
@@ -99,7 +100,7 @@ class LayerSpec:
             "scale_dtype": list(SCALE_DTYPES).index(self.grid.scale_name),
             "lora scaling": self.scaling,
             "method": self.method.number,
-            "stored bits": STORAGES[self.storage].bits,
+            _STORAGE: STORAGES[self.storage].number,
             "format": _FORMAT,
         }
         return {**numbers, **{name: value for name, (value, _) in self.numbers.items()}}
@@ -107,10 +108,10 @@ class LayerSpec:
     def encode(self) -> torch.Tensor:
         """The record as numbers, float32 [8 or more].
 
-        [bits, group_size, zero_point, scale_dtype, scaling, method, stored bits, format], then those of `numbers`.
-        zero_point and scale_dtype are positions in `ZERO_POINTS` and `SCALE_DTYPES`, the method is its own
-        `number`. Two configs can agree in every tensor's shape and name and still mean other weights (3 or 4 bits,
-        say). Loading compares these numbers.
+        [bits, group_size, zero_point, scale_dtype, scaling, method, storage, format], then those of `numbers`.
+        zero_point and scale_dtype are positions in `ZERO_POINTS` and `SCALE_DTYPES`, to which names are only appended;
+        method and storage are their own `number`. Two configs can agree in every tensor's shape and name and still
+        mean other weights (3 or 4 bits, say). Loading compares these numbers.
         """
         return torch.tensor(list(self._numbers().values()), device="cpu", dtype=torch.float32)
 
@@ -127,7 +128,7 @@ class LayerSpec:
         return [
             f"{name}: {self._in_words(name, theirs)} in the file, {self._in_words(name, ours)} here"
             for (name, ours), theirs in zip(own.items(), self.completed(encoded).tolist(), strict=True)
-            if name != "stored bits" and not abs(theirs - ours) <= 1e-5 * abs(ours)
+            if name != _STORAGE and not abs(theirs - ours) <= 1e-5 * abs(ours)
         ]
 
     def _in_words(self, name: str, number: float) -> object:
@@ -149,4 +150,4 @@ def setting(config: Any, key: str, name: str) -> Any:
 
 def stored_as(encoded: torch.Tensor) -> str | None:
     """How W0 was kept for an adapter with these numbers, a key of `STORAGES`; None for no known storage."""
-    return storage_of_bits(int(encoded[6]))
+    return storage_of(int(encoded[6]))

@@ -117,6 +117,7 @@ class Method(ABC):
         zero_points: kinds of zero that go with it.
         trains_step: whether what W0 is divided by moves while training.
         lr_factor: of m and shift, see `TrainedTensor`.
+        lowrank: whether gradient="lowrank" goes with it, where no magnitude is a group's (see `quant.lowrank`).
     """
 
     magnitude: Magnitude = "group"
@@ -129,6 +130,7 @@ class Method(ABC):
     zero_points: ClassVar[tuple[ZeroPoint, ...]] = ("none", "integer", "float")
     trains_step: ClassVar[bool] = False
     lr_factor: ClassVar[float] = _LR_FACTOR
+    lowrank: ClassVar[bool] = False
 
     @abstractmethod
     def trained(self, grid: Grid, out_features: int, n_groups: int, r: int) -> dict[str, TrainedTensor]:
@@ -154,6 +156,7 @@ class DLQAT(Method):
 
     name, number, title, arxiv = "dlqat", 0, "DL-QAT", "2504.09223"
     magnitudes = ("group", "row", "none")
+    lowrank = True
 
     def trained(self, grid: Grid, out_features: int, n_groups: int, r: int) -> dict[str, TrainedTensor]:
         """A, B, m and, beside an offset, shift."""

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for a real card, without one, just as `ops.gpu` launches them.
+"""Compile the Triton kernels for a real card, without one, just as `quant.nvidia` launches them.
 
     python tests/scripts/compile_kernels.py [--arch 90]
 

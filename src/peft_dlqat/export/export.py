@@ -273,8 +273,8 @@ def _warn_if_unfinished(source: Source) -> None:
     """Warn of an adapter that was never trained, or never calibrated, saying what is exported then."""
     if source.untrained:
         warnings.warn(
-            f"adapter {source.adapter_name!r} was never trained (B is zero and m one): what is exported is the base "
-            "model rounded to nearest on its grid.",
+            f"adapter {source.adapter_name!r} was never trained (all that trains is as it started): what is "
+            "exported is the base model rounded to nearest on its grid.",
             stacklevel=3,
         )
     elif "calibration" not in source.adapter.record:

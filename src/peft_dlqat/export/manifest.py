@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,21 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write it, with the checksums of all files that lie there."""
         packages = (*_PACKAGES, FORMATS[self.format].package)
-        self.versions = {package: version(package) for package in packages if package}
+        self.versions = {package: found for package in packages if package and (found := _version(package))}
         self.files = {
             str(path.relative_to(folder)): sha256(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name not in (MANIFEST, "README.md")
         }
         write_json(folder / MANIFEST, asdict(self))
+
+
+def _version(package: str) -> str:
+    """Of a distribution; "" where it is not installed as one, as from a checkout."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def trained_on(row: dict[str, Any]) -> str:

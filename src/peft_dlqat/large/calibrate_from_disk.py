@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from peft import get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
@@ -69,7 +70,7 @@ def calibrate_from_disk(
         A [`Calibration`].
 
     Raises:
-        RuntimeError: if several processes were started, by torchrun, say.
+        RuntimeError: if several processes were started, by torchrun, say, or another works for this `output_dir`.
         FileExistsError: if `output_dir` exists.
         OSError: if it cannot be written at the end; the message says where the adapter is.
         FileNotFoundError: if the model is not stored as safetensors.
@@ -154,6 +155,14 @@ def _unfinished(output: Path, cache_dir: str | Path | None) -> Iterator[tuple[Pa
     """
     made = output.with_name(f".{output.name}.unfinished").absolute()
     cache = None if cache_dir is None else Path(cache_dir, made.name).absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(made.with_suffix(".lock"))  # the system frees it when the process ends, however that is
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RuntimeError(
+            f"another process is calibrating for output_dir={str(output)!r}; wait for it, or name another folder."
+        ) from error
     for folder in (made, cache):
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -168,6 +177,8 @@ def _unfinished(output: Path, cache_dir: str | Path | None) -> Iterator[tuple[Pa
     finally:
         if cache is not None and cache != made:
             shutil.rmtree(cache, ignore_errors=True)
+        lock.release()
+        made.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def _check_inside(model: nn.Module, blocks: dict[str, nn.Module]) -> None:

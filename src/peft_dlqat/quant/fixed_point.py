@@ -26,10 +26,22 @@ class Storage:
     """A way to keep W0. To add one, put it into `STORAGES`; a subclass may encode and decode in its own way.
 
     Attributes:
-        bits: that a weight takes. Saved adapters know the storage by it. 0: W0 as it is.
+        bits: that a weight takes; 0: W0 as it is.
+        number: what saved adapters know the storage by, never changed and no other's; the bits by default.
+
+    Raises:
+        ValueError: for bits that do not fill whole bytes, unless a subclass packs them in its own way.
     """
 
     bits: int
+    number: int = -1
+
+    def __post_init__(self) -> None:
+        """Check the bits."""
+        if self.number == -1:
+            object.__setattr__(self, "number", self.bits)
+        if type(self) is Storage and self.bits and 8 % self.bits:
+            raise ValueError(f"bits={self.bits} must be 2, 4 or 8; write a subclass with another packing for others.")
 
     def problem(self, grid_bits: int, in_features: int) -> str:
         """Why a layer's weight cannot be kept so, and what would do; "" where it can."""
@@ -83,9 +95,9 @@ class Storage:
 STORAGES: dict[str, Storage] = {"full": Storage(0), "int8": Storage(8), "int4": Storage(4), "int2": Storage(2)}
 
 
-def storage_of_bits(bits: int) -> str | None:
-    """The name of the storage that saved adapters know as `bits`; None if there is none."""
-    return next((name for name, storage in STORAGES.items() if storage.bits == bits), None)
+def storage_of(number: int) -> str | None:
+    """The name of the storage that saved adapters know as `number`; None if there is none."""
+    return next((name for name, storage in STORAGES.items() if storage.number == number), None)
 
 
 def as_rows(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton
 
-from ..quant import triton_kernels as kernels
+from . import triton_kernels as kernels
 from .fixed_point import STORAGES, Storage, as_rows
 from .quantizer import Quantizer, ship, shipped_zero, store
 

@@ -169,6 +169,8 @@ def calibrate(
     check_arguments(steps, lr, objective, by)
     if cache_dir is not None and by == "model":
         raise ValueError(f"cache_dir={str(cache_dir)!r} keeps hidden states, which only by='blocks' has; add that.")
+    if cache_dir is not None and not Path(cache_dir).is_dir():
+        raise ValueError(f"cache_dir={str(cache_dir)!r} is no folder; make it first.")
     adapter_name, layers = adapter_layers(model, adapter_name)
     config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr,index,operator]
     descent = Descent(adapter_name, default_steps(by) if steps is None else steps, lr, train_adapter)
@@ -261,7 +263,9 @@ def check_arguments(steps: int | None, lr: float, objective: Objective, by: By, 
 
 
 def check_trains_what_stays(descent: Descent, config: DLQATConfig) -> None:
-    """Raises a ValueError if A, B and m are fitted to weights that are to be packed afterwards."""
+    """Raises a ValueError if A, B and m would not be fitted, or to weights that are to be packed afterwards."""
+    if descent.train_adapter and not descent.steps:
+        raise ValueError("train_adapter=True fits A, B and m by gradient steps, but steps=0; pass steps=200, say.")
     if descent.train_adapter and config.storage != "full":
         raise ValueError(
             f"train_adapter=True with storage={config.storage!r}: A, B and m would be fitted to full weights, and "

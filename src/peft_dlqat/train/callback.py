@@ -15,7 +15,7 @@ from ..config import DLQATConfig
 from ..layer import adapter_layers
 from ..packing import pack_weights
 from .calibrate import By, Objective, calibrate, check_arguments
-from .optimizer import adapter_parameters
+from .optimizer import described_parameters
 from .recipe import RECIPE
 from .report import grid_report
 
@@ -168,7 +168,7 @@ class DLQATCallback(TrainerCallback):
 
 
 def _warn_if_magnitude_decays(model: nn.Module, optimizer: Any) -> None:
-    magnitudes = {id(parameter) for parameter, tensor in adapter_parameters(model).items() if not tensor.decays}
+    magnitudes = {id(parameter) for parameter, tensor in described_parameters(model).items() if not tensor.decays}
     for group in getattr(optimizer, "param_groups", []):
         if group.get("weight_decay") and any(id(parameter) in magnitudes for parameter in group["params"]):
             warnings.warn(

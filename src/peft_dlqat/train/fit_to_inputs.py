@@ -90,7 +90,7 @@ def input_moments(
 
 @torch.no_grad()
 def fit_to_inputs(
-    layers: Mapping[str, DLQATLayer], moments: Mapping[str, torch.Tensor], adapter_name: str, method: str
+    layers: Mapping[str, DLQATLayer], moments: Mapping[str, torch.Tensor], adapter_name: str, init: str
 ) -> None:
     """Fit every layer's scales and zeros anew to W0, an error counted by the second moment of what it multiplies.
 
@@ -101,10 +101,10 @@ def fit_to_inputs(
         layers: the layers, by name.
         moments: from [`input_moments`].
         adapter_name: whose scales and zeros.
-        method: the config's `init`, one that looks at inputs.
+        init: the config's `init`, one that looks at inputs.
     """
     for name, layer in layers.items():
         scale, zero = initialise(
-            layer.frozen.original(), layer.specs[adapter_name].grid, method, importance=moments[name]
+            layer.frozen.original(), layer.specs[adapter_name].grid, init, importance=moments[name]
         )
         set_scales_and_zeros(layer, adapter_name, (scale, zero))

@@ -17,7 +17,7 @@ from .recipe import RECIPE
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
-def adapter_parameters(model: nn.Module) -> dict[nn.Parameter, TrainedTensor]:
+def described_parameters(model: nn.Module) -> dict[nn.Parameter, TrainedTensor]:
     """Every adapter's trained parameters, each with what must be known of it."""
     return {
         parameter: tensor
@@ -71,17 +71,29 @@ def create_dlqat_optimizer(
         if rate is not None and not 0 <= rate < math.inf:
             raise ValueError(f"{argument}={rate!r} must be a number, 0 or more; the recipe has {RECIPE.lr(model):g}.")
     lr = RECIPE.lr(model) if lr is None else lr
-    of_adapters = adapter_parameters(model)
+    described = described_parameters(model)
     decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    # By role, in a fixed order: a resumed run must find the groups that it saved, whatever the rates.
+    decays, exempt = ("decayed", 1.0), ("exempt", 1.0)
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {decays: [], exempt: []}
     for name, parameter in trainable.items():
-        tensor = of_adapters.get(parameter)
-        decays, rate = (name in decayed, lr) if tensor is None else (tensor.decays, lr * tensor.lr_factor)
-        if tensor is not None and not decays and magnitude_lr is not None:
-            rate = magnitude_lr
-        groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
+        tensor = described.get(parameter)
+        if tensor is None:
+            role = decays if name in decayed else exempt
+        else:
+            role = ("decayed" if tensor.decays else "adapter", tensor.lr_factor)
+        groups.setdefault(role, []).append(parameter)
+
     # Schedules that end at a rate of their own read the optimiser's own as the one to start from.
     return optimizer_cls(
-        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
+        [
+            {
+                "params": group,
+                "lr": magnitude_lr if role[0] == "adapter" and magnitude_lr is not None else lr * role[1],
+                "weight_decay": weight_decay if role[0] == "decayed" else 0.0,
+            }
+            for role, group in groups.items()
+            if group
+        ],
         **{**kwargs, "lr": lr},
     )
