@@ -74,6 +74,7 @@ LEFT_OUT = {
 EQUIVALENT = {
     "quant/fit.py initialise: `1` -> `(2)`": "rows in a piece, at least: the same bits",
     "quant/fit.py snap: `scale < 0` -> `(scale <= 0)`": "a scale of 0 gets another value, whatever its sign",
+    "quant/fixed_point.py Storage.problem: `0` -> `(1)`": "no storage has one bit",
     "quant/reference.py codes: `True` -> `(False)`": "in place or not: the same bits",
     "methods.py L4Q.quantizer: `moved is not None and zero is not None` "
     "-> `(moved is not None or zero is not None)`": "its grids have both or neither",
