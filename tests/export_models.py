@@ -160,6 +160,12 @@ def held_grids(format: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     return [setting for setting in settings if FORMATS[format].holds(Grid(**setting, scale_dtype=torch.bfloat16))]
 
 
+def held(format: str, size: int, dtype: torch.dtype) -> set[tuple[int, str]]:
+    """Bits and kinds of zero of all grids of a group size and dtype of scales that a format holds."""
+    grids = itertools.product(range(2, 9), ("none", "integer", "float"))
+    return {(bits, zero) for bits, zero in grids if FORMATS[format].holds(Grid(bits, size, zero, dtype))}
+
+
 def as_id(setting: dict[str, Any]) -> str:
     """A test's id."""
     return "-".join(str(value) for value in setting.values())

@@ -12,8 +12,8 @@ from foreign_layers import Net
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from peft_dlqat import DLQATConfig, calibrate
-from peft_dlqat.layer import adapter_layers
+from peft_dlqat import DLQATConfig, calibrate, pack_weights
+from peft_dlqat.layer import _warn_that_the_base_is_decoded, adapter_layers
 from peft_dlqat.quant.super_blocks import K_QUANTS
 
 KINDS = ("llama", "gpt2", "opt")
@@ -273,3 +273,16 @@ def test_zero_rows_stay_zero(zero_point, scale_dtype):
         assert torch.equal(logits(merged), trained)
         for name, entries in zero.items():
             assert merged.get_submodule(name).weight[entries].abs().max() <= 2**bits * 2.0**-14
+
+
+@pytest.mark.filterwarnings("ignore:.*never calibrated")
+def test_a_packed_layer_reads_what_is_kept_and_says_what_it_is_without_its_adapter():
+    model = get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, storage="int8", task_type="CAUSAL_LM"))
+    layers = adapter_layers(model)[1].values()
+    assert {layer.quantizer("default").storage for layer in layers} == {"full"}
+    pack_weights(model)
+    assert {layer.quantizer("default").storage for layer in layers} == {"int8"}
+    _warn_that_the_base_is_decoded.cache_clear()
+    with model.disable_adapter(), pytest.warns(UserWarning, match="the frozen weights are packed") as caught:
+        logits(model)
+    assert len(caught) == 1

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_dlqat import DLQATConfig, calibrate, create_dlqat_optimizer
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.methods import METHODS
+from peft_dlqat.methods import METHODS, _lsq_gradient
+from peft_dlqat.quant.grid import Grid
 
 GROUP = 32
 # Each method's choices of magnitude and of zeros.
@@ -260,12 +261,17 @@ def test_two_methods_beside_each_other():
     assert not any(".other" in key for key in model.state_dict())
 
 
-def test_lsq_gradient_keeps_the_value():
-    from peft_dlqat import Grid
-    from peft_dlqat.methods.base import lsq_gradient
+@each_row
+def test_weight_decay_pulls_at_the_low_rank_factors_alone(method, zero_point):
+    """At 0, m and shift would be another weight, not none of an update."""
+    layer = next(iter(adapter_layers(get_peft_model(tiny_model(), config(method, zero_point)))[1].values()))
+    decays = {name: tensor.decays for name, (tensor, _) in layer.trained("default").items()}
+    assert decays == {name: name in ("A", "B") for name in decays}
 
+
+def test_lsq_gradient_keeps_the_value():
     grid, m = Grid(3, 16, "none", torch.float32), torch.randn(4, 2, requires_grad=True)
-    scaled = lsq_gradient(m, grid)
+    scaled = _lsq_gradient(m, grid)
     assert torch.equal(scaled, m)
     scaled.sum().backward()
     assert torch.allclose(m.grad, torch.full_like(m, (16 * 3) ** -0.5))

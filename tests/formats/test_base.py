@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 
+import pytest
 import torch
 
 from peft_dlqat.formats import FORMATS
+from peft_dlqat.formats.base import TensorInfo
 from peft_dlqat.quant.grid import Grid
+from peft_dlqat.quant.quantizer import QuantizedWeight
 
 
 def test_remedies_are_held():
@@ -36,3 +39,80 @@ def test_remedies_are_held():
                 assert format.holds(fixed), problem
     (problem,) = {FORMATS["mlx"].problem(Grid(3, 16, "none", torch.float32, k_quant=True))}
     assert "group_size=32" in problem and "scale_dtype=" in problem, "a K-quant's groups do not change alone"
+
+
+def weight_on(grid, out=64, n_in=256):
+    """A weight of all codes, with scales that differ and are exact in every dtype."""
+    codes = torch.randint(grid.qmin, grid.qmax + 1, (out, n_in), dtype=torch.int8)
+    shape = out, n_in // grid.group_size
+    scale = 2.0 ** torch.randint(-8, 0, shape)
+    zero = {
+        "none": None,
+        "integer": torch.randint(grid.qmin, grid.qmax + 1, shape).float(),
+        "float": -(2.0 ** torch.randint(-8, 0, shape)),
+    }[grid.zero_point]
+    return QuantizedWeight(codes, scale, zero, grid)
+
+
+def info(weight):
+    return TensorInfo("layer.weight", tuple(weight.codes.shape), torch.float32, weight.grid)
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "mlx"])
+@pytest.mark.parametrize("zero", ["none", "integer", "float"])
+@pytest.mark.parametrize("size", [32, 256])
+def test_the_bits_of_a_weight_are_those_of_its_tensors(name, zero, size):
+    format = FORMATS[name]
+    if format.package:
+        pytest.importorskip(format.package.replace("-", "_"))
+    for bits in range(2, 9):
+        weight = weight_on(Grid(bits, size, zero, torch.float16))
+        if format.holds(weight.grid):
+            tensors = format.tensors(weight)
+            stored = sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in SHARED)
+            assert 8 * stored / weight.codes.numel() == format.stored_as(weight.grid)[1]
+
+
+# Of a layer, not of a weight: its shape, and the groups of its inputs.
+SHARED = ("weight_shape", "g_idx")
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+def test_one_scale_a_row_of_unknown_length_counts_as_nothing(name):
+    assert FORMATS[name].stored_as(Grid(4, -1, "none", torch.float16))[1] == 4
+
+
+def test_shapes_that_are_packed():
+    grid = Grid(4, 32, "none", torch.bfloat16)
+    held = [name for name, format in FORMATS.items() if not format.problem(grid, (33, 32))]
+    assert held == [name for name in FORMATS if name != "gptq"]
+    transposed = [name for name, format in FORMATS.items() if not format.problem(grid, (64, 32), conv1d=True)]
+    assert sorted(transposed) == ["dense", "gguf"]
+
+
+@pytest.mark.parametrize("zero", ["none", "integer"])
+def test_a_wider_grid_of_smaller_groups_holds_the_same_weight(zero):
+    weight = weight_on(Grid(3, 64, zero, torch.float16))
+    wide = Grid(4, 32, "integer", torch.float16)
+    fitted = FORMATS["compressed-tensors"].fit(info(weight), weight, wide)
+    assert fitted.grid == wide and fitted.scale.shape == (64, 8)
+    assert torch.equal(fitted.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("zero", ["none", "integer"])
+def test_a_scale_that_is_not_exact_is_refused_unless_its_group_is_zero(zero):
+    weight = weight_on(Grid(4, 32, zero, torch.float32))
+    weight.scale[3, 2] = 1e-9
+    with pytest.raises(ValueError, match="a scale or offset of 1e-09 has no exact float16"):
+        FORMATS["gptq"].fit(info(weight), weight, weight.grid)
+    weight.grid.group(weight.codes)[3, 2] = 0 if zero == "none" else int(weight.zero[3, 2])
+    fitted = FORMATS["gptq"].fit(info(weight), weight, weight.grid)
+    assert fitted.scale[3, 2] == 1 and torch.equal(fitted.dequantize(), weight.dequantize())
+
+
+def test_an_offset_that_is_not_exact_is_refused():
+    weight = weight_on(Grid(4, 32, "float", torch.float16))
+    FORMATS["gguf"].fit(info(weight), weight, weight.grid)
+    weight.zero[0, 0] = 1 / 3
+    with pytest.raises(ValueError, match=r"a scale or offset of 0\.333333 has no exact float16"):
+        FORMATS["gguf"].fit(info(weight), weight, weight.grid)

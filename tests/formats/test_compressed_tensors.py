@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+from itertools import product
 
 import pytest
 import torch
-from export_models import adapted, as_id, assert_same, exported_logits, held_grids, merged_logits, needs
+from export_models import adapted, as_id, assert_same, exported_logits, held, held_grids, merged_logits, needs
 
 from peft_dlqat import export_model
 from peft_dlqat.export.manifest import load_reference
@@ -33,3 +34,9 @@ def test_an_old_version_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"0.17.1 is installed, but .* needs 0.18 or newer.*compressed-tensors\]"):
         export_model(adapted(bits=3), tmp_path / "out", "compressed-tensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [16, 80, -1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_it_holds(size, dtype):
+    assert held("compressed-tensors", size, dtype) == {*product((2, 3, 4, 8), ("none", "integer"))}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
-from export_models import adapted, as_id, assert_same, exported_logits, held_grids, merged_logits
+from export_models import adapted, as_id, assert_same, exported_logits, held, held_grids, merged_logits
 
 from peft_dlqat import export_model, verify_export
 from peft_dlqat.export.manifest import load_manifest, load_reference
@@ -28,3 +30,13 @@ def test_dense_says_what_its_dtype_rounds(tmp_path, capsys):
     difference = (exported_logits(tmp_path / "out", ids) - trained).abs().max().item()
     assert 0 < found.loss.max_difference == difference < 0.1 and torch.equal(trained, merged_logits(model, ids))
     assert verify_export(tmp_path / "out") == found
+
+
+@pytest.mark.parametrize("size", [16, 80, -1])
+def test_what_it_holds(size):
+    assert held("dense", size, torch.float32) == {*product(range(2, 9), ("none", "integer", "float"))}
+
+
+def test_gpt2_through_dense(tmp_path):
+    """Conv1D keeps its weight as [in, out]."""
+    assert_same(export_model(adapted("gpt2", bits=4), tmp_path / "out", "dense"), "dense")

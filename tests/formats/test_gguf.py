@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from export_models import (
@@ -9,6 +11,7 @@ from export_models import (
     as_id,
     assert_same,
     exported_logits,
+    held,
     held_grids,
     merged_logits,
     needs,
@@ -120,3 +123,20 @@ def test_rows_of_q_and_k_that_are_not_permuted_are_caught(settings, tmp_path, mo
 
 def test_the_smallest_type_is_ternary():
     assert min(BLOCK_TYPES, key=lambda kind: kind.bits_per_weight).name == "TQ2_0"
+
+
+@pytest.mark.parametrize("path, name", [("a/folder/some-model", "some-model"), ("", "llama")])
+def test_the_file_has_the_models_name_or_its_architectures(path, name, tmp_path):
+    GGUFReader = pytest.importorskip("gguf").GGUFReader
+    model = adapted(bits=4)
+    model.get_base_model().name_or_path = path
+    export_model(model, tmp_path / "out", "gguf", verify=False)
+    assert GGUFReader(tmp_path / "out" / "model.gguf").fields["general.name"].contents() == name
+
+
+@pytest.mark.parametrize("size", [32, 256, -1])
+def test_what_it_holds(size):
+    """Without a zero Q8_0 has a level for each code, beside a zero point one less; with an offset Q5_1."""
+    expected = {*product(range(2, 9), ["none"]), *product(range(2, 8), ["integer"]), *product(range(2, 6), ["float"])}
+    assert held("gguf", size, torch.float16) == held("gguf", size, torch.bfloat16) == expected
+    assert held("gguf", size, torch.float32) == held("gguf", 80, torch.float16) == set()

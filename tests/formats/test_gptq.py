@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from export_models import adapted, as_id, held_grids
+from export_models import adapted, as_id, held, held_grids
 from safetensors.torch import load_file
 
 from peft_dlqat import export_model
@@ -48,3 +49,35 @@ def test_gptq_files_decode_to_the_trained_weights(setting, tmp_path):
         group = files[f"{name}.g_idx"].long()
         weight = files[f"{name}.scales"].float()[group] * (codes - zeros[group])
         assert torch.equal(weight.t(), layer.quantized_weight().dequantize())
+
+
+def test_the_config_names_the_layers_that_have_other_settings_or_none(tmp_path):
+    """gptqmodel reads them as regular expressions."""
+    model = adapted(bits=4, zero_point="none", bits_pattern={"down_proj": 8}, exclude_modules=r".*v_proj")
+    export_model(model, tmp_path / "out", "gptq", verify=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config == json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    dynamic, producers = config.pop("dynamic"), config.pop("meta")["quantizer"]
+    assert config == {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "sym": True,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+    }
+    assert dynamic == {
+        **{rf"+:^model\.layers\.{i}\.mlp\.down_proj$": {"bits": 8, "group_size": 32, "sym": True} for i in range(2)},
+        **{rf"-:^model\.layers\.{i}\.self_attn\.v_proj$": {} for i in range(2)},
+        r"-:^lm_head$": {},
+    }
+    assert producers == ["peft-dlqat"]
+
+
+@pytest.mark.parametrize("size", [16, 80, -1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_it_holds(size, dtype):
+    assert held("gptq", size, dtype) == {*product((2, 3, 4, 8), ("none", "integer"))}
+    assert held("gptq", size, torch.float32) == set()

@@ -8,7 +8,7 @@ import torch
 from peft_dlqat.quant.dispatch import harden
 from peft_dlqat.quant.fit import initialise
 from peft_dlqat.quant.grid import Grid, largest_group
-from peft_dlqat.quant.quantizer import Quantizer
+from peft_dlqat.quant.quantizer import Quantizer, decode_stored, store
 
 GRIDS = [
     Grid(bits, group, zero_point, dtype)
@@ -172,3 +172,20 @@ def test_largest_group(in_features, asked, used):
 )
 def test_bits_per_weight(grid, bpw):
     assert grid.bits_per_weight() == pytest.approx(bpw)
+
+
+@pytest.mark.parametrize("zero_point", ["none", "integer", "float"])
+@pytest.mark.parametrize("storage, bits", [("int4", 4), ("int8", 8)])
+def test_what_is_stored_has_the_same_codes_and_is_as_near_as_its_bits_allow(zero_point, storage, bits):
+    grid = Grid(3, 16, zero_point, torch.bfloat16)
+    weight = torch.randn(8, 64)
+    scale, zero = initialise(weight, grid, "minmax")
+    A, B = torch.zeros(0, 64), torch.zeros(8, 0)
+    quantizer = Quantizer(grid, 1.0, A, B, scale, zero, scale, zero, storage=storage)
+    packed = store(weight, quantizer)
+    assert packed.dtype == torch.uint8 and packed.shape == (8, 64 * bits // 8)
+    kept = decode_stored(packed, quantizer)
+    assert torch.equal(rtn(kept, scale, zero, grid).codes, rtn(weight, scale, zero, grid).codes)
+    off = grid.group(kept - weight).abs() / scale.abs().unsqueeze(-1)
+    inside = grid.group(rtn(weight, scale, zero, grid).dequantize() - weight).abs() < 0.499 * scale.abs().unsqueeze(-1)
+    assert inside.float().mean() > 0.8 and off[inside].max() <= 2.0 ** -(bits - 3 + 1) + 1e-4

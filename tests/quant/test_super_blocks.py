@@ -194,3 +194,11 @@ def test_by_pattern_a_layer_has_another_k_quant():
     layers = adapter_layers(get_peft_model(tiny_model("wide llama"), config))[1]
     names = {name.rpartition(".")[2]: layer.specs["default"].grid.super_block.name for name, layer in layers.items()}
     assert names.pop("down_proj") == "Q4_K" and set(names.values()) == {"Q2_K"}
+
+
+def test_any_leading_shape():
+    scales = torch.randn(2, 3, 32)
+    whole = from_super_scales(*super_scales(scales, 16, -32, 31))
+    for i, rows in enumerate(scales):
+        assert torch.equal(whole[i], from_super_scales(*super_scales(rows, 16, -32, 31)))
+        assert torch.equal(whole[i, 0], from_super_scales(*super_scales(rows[0], 16, -32, 31)))
