@@ -143,7 +143,7 @@ class DLQATConfig(PeftConfig):
         bits_pattern: bits by module name, overriding `bits`.
         group_size_pattern: group_size by module name, overriding `group_size`.
         bias: which biases train: "none", "all" or "dlqat_only".
-        storage: how the frozen weight is kept once the grid is frozen: "full", as it is; "int8", "int4" or "int2":
+        storage: how the frozen weight is kept after calibration: "full", as it is; "int8", "int4" or "int2":
             that many bits a weight, in units of the grid (`peft_dlqat.quant.fixed_point`), and the full one is let go.
         gradient: "exact"; "bf16", whose one product that only feeds sums is in bfloat16; or "lowrank": at LoRA's own
             cost, without the clip's mask, for magnitude="row" or False (see `peft_dlqat.quant.lowrank`).

@@ -25,7 +25,7 @@ _FAR_BELOW = 10
 
 
 class DLQATCallback(TrainerCallback):
-    """Calibrates the grid before the first optimiser step of a `Trainer` or `SFTTrainer`, and watches it after.
+    """Calibrates scales and zeros before the first step of a `Trainer` or `SFTTrainer`, and watches the grid after.
 
     A run resumed from a checkpoint, and an adapter that was calibrated before, are not calibrated again. The loss, the
     gain and the grid's figures go to `trainer.state.log_history`, which checkpoints keep. Gain and figures are printed
@@ -33,7 +33,7 @@ class DLQATCallback(TrainerCallback):
 
     Args:
         calibration_steps: optimiser steps on s and the zero after the fit to the layers' inputs; None to leave the
-            initial grid as it is.
+            first scales and zeros as they are.
         calibration_lr: their learning rate, see [`calibrate`].
         calibration_objective: as `calibrate`'s, whatever the training's own loss is.
         calibration_dataloader: batches for the calibration; the Trainer's own training batches by default.
