@@ -282,8 +282,8 @@ def _divide(values, divisors):
 
     A product with the reciprocal and one correction is the correctly rounded quotient (Markstein 1990; Brisebarre,
     Muller, Raina 2004), unless something in between is too large or too small for float32. Divisors near such ends
-    are moved by a power of two. A quotient beyond 2**24 keeps the first estimate, which is finite or infinite as the
-    quotient is; one below 2**-30 may differ in its last bit. Neither changes a code.
+    are moved by a power of two. A quotient beyond 2**24 keeps the first estimate, which may be infinite; one below
+    2**-30 may differ in its last bit. Neither changes a code. An infinite divisor gives NaN.
     """
     size = tl.abs(divisors)
     unit = tl.where(size < 2.0**-60, 2.0**80, tl.where(size > 2.0**60, 2.0**-80, 1.0))
