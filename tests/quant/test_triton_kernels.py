@@ -394,7 +394,7 @@ def test_a_cpu_has_the_reference(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes for Linux")
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_kernels_compile_for_a_card(arch, tmp_path):
-    """What the interpreter takes the compiler need not. Nothing may spill, and nothing but the update be fused."""
+    """What the interpreter takes the compiler need not. Nothing may spill; update and division alone are fused."""
     script = Path(__file__).parents[1] / "scripts" / "compile_kernels.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -403,6 +403,6 @@ def test_the_kernels_compile_for_a_card(arch, tmp_path):
     )
     assert found.returncode == 0, found.stderr
     numbers = re.findall(r"(\d+) bytes of stack, (\d+) fused of (\d+)", found.stdout)
-    assert len(numbers) == 36, found.stdout
+    assert len(numbers) == 48, found.stdout
     for stack, fused, expected in numbers:
         assert stack == "0" and fused == expected, found.stdout

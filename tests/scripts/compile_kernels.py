@@ -125,7 +125,10 @@ def compile_all(dtypes: list[torch.dtype], bits: int, group_size: int, r: int, n
             print(f"{zero_point}, {weight.dtype}, {storage}:")
             gpu.quantized(weight, own, dtype)
             gpu.codes(weight, own)
-            gpu.weight_grads(torch.ones(n_out, n_in, dtype=dtype), {"A", "B", "scale"}, weight, own)
+            g = torch.ones(n_out, n_in, dtype=dtype)
+            gpu.weight_grads(g, {"A", "B", "scale"}, weight, own)
+            calibrated = {"step", "scale"} | (set() if zero_point == "none" else {"rounding_zero", "zero"})
+            gpu.weight_grads(g, {"A", "B"} | calibrated, weight, own)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def weight_grads(
     n_out, n_groups = quantizer.scale.shape
     parts = max(1, tiles[0] // n_groups)  # tiles that a group spans
     # A kernel's tiles may be wider than the weight, never its groups.
-    sums = {
+    sums: dict[str, torch.Tensor] = {
         name: torch.empty((n_out, n_groups, parts), dtype=torch.float32, device=g.device)
         for name in ("scale", "zero", "step", "rounding_zero")
         if name in wanted
@@ -80,7 +80,9 @@ def weight_grads(
             FACTORS=factors,
             **arguments,
         )
-    grads = {name: value.squeeze(-1) if parts == 1 else value.sum(-1) for name, value in sums.items()}
+    grads: dict[str, torch.Tensor] = {
+        name: value.squeeze(-1) if parts == 1 else value.sum(-1) for name, value in sums.items()
+    }
     if "A" in wanted:
         grads["A"] = (quantizer.B.to(g.dtype).t() @ g).to(quantizer.A.dtype)
     if "B" in wanted:
