@@ -93,7 +93,7 @@ class Compiled:
         ptx = found.asm["ptx"]
         # Of a thread, for each of its weights: the low-rank update has one a rank, of a block; a division has two.
         fused = len(re.findall(r"fma\.rn\.f32", ptx))
-        expected = tile["ROWS"] * tile["COLUMNS"] // (32 * num_warps) * (min(16, max(8, tile["RANK"])) + 2)
+        expected = tile["ROWS"] * tile["COLUMNS"] // (32 * num_warps) * (16 + 2)
         if not in_order(ptx):
             raise SystemExit(f"{self.kernel.__name__} does not add the ranks in their order")
         if re.search(r"div\.(full|approx)", ptx) or re.search(r"cvt\.rz\.b?f16", ptx):

@@ -189,8 +189,8 @@ def _unrounded(
     """
     columns = column + tl.arange(0, COLUMNS)
     update = tl.zeros((ROWS, COLUMNS), tl.float32)
-    # A block of ranks at a time. Where the last block is not full, 0 * 0 is added: no number changes.
-    BLOCK: tl.constexpr = 16 if RANK > 8 else 8
+    # A block of ranks at a time, the smallest that `tl.dot` takes. Where it is not full, 0 * 0 changes no number.
+    BLOCK: tl.constexpr = 16
     for first in range(0, RANK, BLOCK):
         ranks = first + tl.arange(0, BLOCK)
         where_a = A + ranks[:, None] * n_in + columns[None, :]
