@@ -11,7 +11,15 @@ import pytest
 import torch
 from conftest import VOCAB, lm_batches, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerState, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 
 import peft_dlqat.quant.quantizer
 from peft_dlqat import (
@@ -349,11 +357,35 @@ def test_callback_names_a_layer_when_the_loss_is_no_number(tmp_path):
         trainer(model, tmp_path, DLQATCallback(report_steps=0)).train()
 
 
-def test_distilling_needs_logits_and_no_labels():
-    model = adapted()
-    model.config.is_encoder_decoder = True
-    with pytest.raises(ValueError, match="objective='task'"):
-        calibrate(model, lm_batches(), steps=1, progress=False)
+def test_distilling_an_encoder_decoder():
+    """Its decoder takes its inputs from the labels, of which position i belongs to the logits at i; -100 counts not."""
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    config = T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(T5ForConditionalGeneration(config).eval(), DLQATConfig(bits=3, group_size=16))
+    batch = {"input_ids": tokens(), "labels": tokens(length=9, seed=1)}
+    batch["labels"][:, 6:] = -100
+    with torch.no_grad():
+        teacher, logits = teacher_logits(model, batch)[:, :6], model(**batch).logits[:, :6]
+        divergence = (teacher.softmax(-1) * (teacher.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
+    assert calibrate(model, [batch], progress=False).loss_before == pytest.approx(divergence.item(), rel=1e-4) != 0
+
+
+@pytest.mark.parametrize("head", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}], ids=str)
+def test_distilling_a_head_without_a_distribution(head):
+    """A reward, a regression, several labels at once: the logits themselves are compared."""
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, pad_token_id=0)
+    config.update(head)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(LlamaForSequenceClassification(config).eval(), DLQATConfig(bits=3, group_size=32))
+    batch = {"input_ids": tokens(), "attention_mask": torch.ones(4, 16).long()}
+    with torch.no_grad():
+        error = (teacher_logits(model, batch) - model(**batch).logits).square().mean().item()
+    result = calibrate(model, [batch], progress=False)
+    assert result.loss_before == pytest.approx(error, rel=1e-4) != 0
+    assert result.objective == "logits" and "full-precision model's logits" in str(result)
 
 
 def test_callback_warns_about_weight_decay_on_the_magnitude(tmp_path):

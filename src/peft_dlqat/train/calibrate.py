@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -17,19 +17,23 @@ from ..decoder import NoDecoderLayers
 from ..layer import adapter_layers
 from ..packing import check_packable, pack_weights
 from ..quant.fit import WEIGHTED
-from ..running import random_state_kept
+from ..running import gives_distribution, random_state_kept
 from .blocks import BlockError, calibrate_by_blocks
 from .descent import Descent, Stage, check_steps, keep_lowest
 from .fit_to_inputs import fit_to_inputs, input_moments
-from .model_loss import ModelLoss
+from .model_loss import ModelLoss, ModelObjective
 from .recipe import RECIPE
 from .scales_and_zeros import check_movable, only_these_train
 
 By = Literal["model", "blocks"]
 Objective = Literal["distill", "task", "output"]
 
-_WHAT_IT_IS: dict[Objective, str] = {
+# What was compared: of a head that gives no distribution, "distill" compares the logits themselves.
+Compared = Objective | Literal["logits"]
+
+_WHAT_IT_IS: dict[Compared, str] = {
     "distill": "KL to the full-precision model",
+    "logits": "mean squared difference to the full-precision model's logits",
     "task": "loss",
     "output": "mean squared error of the decoder layers' outputs",
 }
@@ -48,8 +52,8 @@ class Calibration:
     Attributes:
         steps: optimiser steps after the fit to the inputs; by blocks, on each decoder layer.
         by: "model" or "blocks": whether they went along the model's loss, or each decoder layer's own.
-        objective: the loss that was compared: "distill", "task", or "output", the mean over the decoder layers of the
-            mean squared error of their outputs.
+        objective: the loss that was compared: "distill", "task", "output", the mean over the decoder layers of the
+            mean squared error of their outputs, or "logits", which is "distill" for a head that gives no distribution.
         loss_before: mean loss with the initial scales and zeros, on the first batches ("output": on all).
         loss_fitted: the same with those fitted to the layers' inputs; None where `init` looks at no inputs.
         loss_after: the same with those that were kept, rounded as they ship.
@@ -60,7 +64,7 @@ class Calibration:
 
     steps: int
     by: By
-    objective: Objective
+    objective: Compared
     loss_before: float
     loss_fitted: float | None
     loss_after: float
@@ -139,7 +143,8 @@ def calibrate(
         lr: learning rate at the start, falling linearly to 0, in each tensor's own unit: for s and b a layer's mean
             scale, for z one code.
         objective: the loss that decides what is kept. "distill": the KL divergence to the model with its adapters
-            disabled, a teacher that costs a forward pass and no memory. "task": the loss that the model returns.
+            disabled, a teacher that costs a forward pass and no memory; the mean squared difference of the logits
+            where a head gives no distribution (regression, a reward). "task": the loss that the model returns.
             "output", only by blocks: each decoder layer's own error, on all batches; the whole model never runs.
         adapter_name: the adapter to calibrate; defaults to the active one.
         progress: show progress bars.
@@ -184,8 +189,11 @@ def calibrate(
         else:
             measured = min(_MEASURED_BATCHES, descent.steps) if descent.steps and by == "model" else _MEASURED_BATCHES
             # Blocks take what batches there are, once; steps on the model as many as they need.
-            loss = ModelLoss(model, objective, dataloader, measured, descent.steps if by == "model" else 0)
-            result = _on_model_loss(model, loss, descent, config.init, objective, by, progress, cache_dir, log)
+            compared: ModelObjective = objective
+            if objective == "distill" and not gives_distribution(model):
+                compared = "logits"
+            loss = ModelLoss(model, compared, dataloader, measured, descent.steps if by == "model" else 0)
+            result = _on_model_loss(model, loss, descent, config.init, compared, by, progress, cache_dir, log)
     config.record["calibration"] = result.record()
     pack_weights(model, adapter_name)
     return result
@@ -196,7 +204,7 @@ def _on_model_loss(
     loss: ModelLoss,
     descent: Descent,
     init: str,
-    objective: Objective,
+    objective: ModelObjective,
     by: By,
     progress: bool,
     cache_dir: str | Path | None,
@@ -251,8 +259,8 @@ def default_steps(by: By) -> int:
 
 def check_arguments(steps: int | None, lr: float, objective: Objective, by: By, prefix: str = "") -> None:
     """Raises a ValueError for what [`calibrate`] does not know; `prefix` begins the names of the arguments."""
-    if objective not in _WHAT_IT_IS:
-        raise ValueError(f"{prefix}objective={objective!r} must be one of {', '.join(map(repr, _WHAT_IT_IS))}.")
+    if objective not in get_args(Objective):
+        raise ValueError(f"{prefix}objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}.")
     if by not in _BY:
         raise ValueError(f"{prefix}by={by!r} must be one of {', '.join(map(repr, _BY))}.")
     if objective == "output" and by == "model":
