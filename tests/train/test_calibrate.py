@@ -410,45 +410,6 @@ def test_callback_warns_of_the_trainers_own_learning_rate(tmp_path, recwarn):
     assert "5e-05, is far below the recipe's 0.014" in message and "RECIPE.training_arguments" in message
 
 
-def test_sft_trainer(tmp_path):
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = [f"w{i}" for i in range(60)]
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    data = Dataset.from_dict({"text": [" ".join(random.Random(i).choices(words, k=12)) for i in range(32)]})
-    config = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-    )
-    run = trl.SFTTrainer(
-        tiny_model(),
-        config,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM"),
-        callbacks=[DLQATCallback(calibration_steps=4)],
-    )
-    run.train()
-    record = run.model.peft_config["default"].record
-    assert record["calibration"]["steps"] == 4
-    assert all(torch.isfinite(p).all() for p in run.model.parameters())
-
-
 # The report and the optimiser
 
 
