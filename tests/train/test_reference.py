@@ -1,4 +1,4 @@
-"""TRL's trainers with DLQATCallback: two steps each, from a fresh and from a trained adapter.
+"""TRL's trainers with DLQATCallback: two steps each, from a fresh and from a trained adapter; with TRL's reference.
 
 Where the loss has a reference, that is the policy as the first step found it, quantized: the rounding is no reward.
 """
@@ -82,6 +82,19 @@ def test_the_first_loss_is_that_of_the_dense_model(kind, trained, tmp_path):
     full.remove_callback(DLQATCallback)
     full.train()
     assert losses(run)[0] != pytest.approx(losses(full)[0], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [False, True])
+def test_policy_and_reference_share_one_packed_weight(trained, tmp_path):
+    model, start = adapted("dpo", trained, storage="int8"), Start()
+    run = trainer("dpo", model, tmp_path, start)
+    train(run)
+    assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert all(layer.frozen.packed for layer in adapter_layers(model)[1].values())
+    assert not torch.equal(outputs(model), start.outputs)
+    model.set_adapter("ref")
+    assert torch.equal(outputs(model), start.outputs)
 
 
 @pytest.mark.slow
