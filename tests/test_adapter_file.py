@@ -117,6 +117,8 @@ BAD = {
     "a layer not adapted": Bad(("unexpected", f"k_proj.{A}", BESIDE), added(f"0.self_attn.k_proj.{A}")),
     "a tensor of no layer": Bad(("unexpected", "layers.9"), added("9.mlp.weight")),
     "a base weight": Bad(("unexpected", "q_proj.base_layer.weight"), added("0.self_attn.q_proj.base_layer.weight")),
+    "a norm": Bad(("unexpected", "norm.weight"), added("0.input_layernorm.weight")),
+    "an unadapted weight": Bad(("unexpected", "k_proj.weight"), added("0.self_attn.k_proj.weight")),
     "integers in A": Bad((f"down_proj.{A}", "int64", "float"), integers(A)),
     "spec of 3 bits": Bad(("bits: 3 in the file, 4 here", "beside it"), entry(SPEC, 3.0)),
     "an older format": Bad(("format: 1 in the file, 2 here",), entry(SPEC, 1.0, -1)),

@@ -175,12 +175,16 @@ def test_a_tied_head_leaves_the_embedding_alone(tmp_path):
     perturb(model)
     with torch.no_grad():
         trained = model(tokens()).logits
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        again = PeftModel.from_pretrained(AutoModelForCausalLM.from_config(settings), tmp_path / "adapter").eval()
+        assert torch.equal(again.get_output_embeddings().get_base_layer().weight, embedding)
         model.merge_adapter()
         assert torch.equal(model(tokens()).logits, trained)
         assert torch.equal(base.get_input_embeddings().weight, embedding)
         model.unmerge_adapter()
         assert torch.equal(model(tokens()).logits, trained)
-        merged = model.merge_and_unload()
+        with pytest.warns(UserWarning, match="no longer tied after merging"):
+            merged = model.merge_and_unload()
         assert torch.equal(merged(tokens()).logits, trained)
         assert torch.equal(merged.get_input_embeddings().weight, embedding)
         merged.save_pretrained(tmp_path)

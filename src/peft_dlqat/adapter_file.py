@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from .layer import PREFIX, SAVED, DLQATLayer
 from .layer_spec import stored_as
@@ -55,7 +57,7 @@ def with_current_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
 
 
 def check_state(
-    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], storage: str
+    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], storage: str, biases: bool
 ) -> dict[str, torch.Tensor]:
     """Refuse tensors that do not belong to this adapter.
 
@@ -64,6 +66,7 @@ def check_state(
         adapter_name: the adapter to be loaded into.
         state_dict: tensors by the model's own keys.
         storage: of the adapter's config.
+        biases: whether the config has biases trained.
 
     Returns:
         What is to be loaded: the same, with the settings added that were not there when the file was written.
@@ -87,7 +90,10 @@ def check_state(
     second_names = _second_names(model)
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith(tuple(second_names))}
     found = {key: value for key, value in state_dict.items() if f".{PREFIX}" in key}
-    _check_names(model, adapter_name, expected.keys(), found.keys(), state_dict.keys() - found.keys())
+    _check_names(model, adapter_name, expected.keys(), found.keys(), state_dict.keys() - found.keys(), biases)
+    for key in state_dict.keys() - found.keys():
+        if state_dict[key].is_floating_point() and not torch.isfinite(state_dict[key]).all():
+            raise ValueError(f"{key} of the saved adapter holds NaN or infinity: the file is broken.")
     for name, layer in layers.items():
         key = tensor_key(name, "dlqat_spec", adapter_name)
         if found[key].dim() == 1:
@@ -129,6 +135,18 @@ def check_state(
     return {**state_dict, **found, **again}
 
 
+def _embeddings(model: nn.Module) -> list[str]:
+    """Names of the input and output embeddings; of an adapted one, of its base layer."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not isinstance(base, PreTrainedModel):
+        return []
+    embeddings = {
+        id(layer.get_base_layer() if isinstance(layer, DLQATLayer) else layer)
+        for layer in (base.get_input_embeddings(), base.get_output_embeddings())
+    }
+    return [name for name, module in model.named_modules(remove_duplicate=False) if id(module) in embeddings]
+
+
 def _second_names(model: nn.Module) -> dict[str, str]:
     """Further names of a layer that several modules hold, each with its first one; both with a dot. Files have one."""
     first: dict[int, str] = {}
@@ -139,10 +157,17 @@ def _second_names(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _check_names(model: nn.Module, adapter_name: str, expected: Set[str], found: Set[str], others: Set[str]) -> None:
-    """Refuse a file that lacks a tensor of the adapter, or has one that is none of it."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, DLQATLayer)]
-    allowed = model.state_dict().keys() - {f"{name}.base_layer.weight" for name in layers}
+def _check_names(
+    model: nn.Module,
+    adapter_name: str,
+    expected: Set[str],
+    found: Set[str],
+    others: Set[str],
+    biases: bool,
+) -> None:
+    """Refuse a file that lacks a tensor of the adapter, or has one that its config says nothing of."""
+    allowed = {f"{name}.{key}weight" for name in _embeddings(model) for key in ("", "original_module.")}
+    allowed |= {key for key in model.state_dict() if biases and key.endswith("bias")}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save
             allowed |= {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name)}
@@ -152,7 +177,8 @@ def _check_names(model: nn.Module, adapter_name: str, expected: Set[str], found:
         # modules_to_save twice, once by a name that it does not load.
         return ".modules_to_save." in key or key in allowed or key.removeprefix("base_model.model.") in allowed
 
-    # Beside the adapter's own tensors, a file may hold biases, modules_to_save and resized embeddings; never W0.
+    # Beside the adapter's own tensors, a file may hold biases, modules_to_save, and embeddings: PEFT saves these where
+    # the vocabulary has changed or the head is adapted. Never another base weight.
     strangers = {key for key in others if not known(key)}
     missing, extra = sorted(expected - found), sorted((found - expected) | strangers)
     if missing or extra:

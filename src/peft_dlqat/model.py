@@ -178,6 +178,9 @@ class DLQATModel(BaseTuner):
                 stacklevel=2,
             )
 
+    def _check_merge_allowed(self) -> None:
+        """PEFT warns of merging a head that is tied to the embedding; here the embedding keeps its own weight."""
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, but all layers or none."""
         self._check_mergeable(adapter_names, safe_merge)
@@ -249,7 +252,7 @@ class DLQATModel(BaseTuner):
         """As PEFT's, then checks the tensors before any of them reaches the model."""
         named = with_current_names(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
-        checked = check_state(model, adapter_name, remapped, config.storage)
+        checked = check_state(model, adapter_name, remapped, config.storage, biases=config.bias != "none")
         for name, layer in model.named_modules():
             if isinstance(layer, DLQATLayer) and adapter_name in layer.specs:
                 kept = stored_as(checked[tensor_key(name, "dlqat_spec", adapter_name)])
