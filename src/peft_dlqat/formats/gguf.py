@@ -19,6 +19,7 @@ import torch
 
 from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
+from . import llama_cpp
 from .base import IN_FLOAT16, Add, Format, Outline, TensorInfo
 from .engines import Engine, float32_logits
 from .gguf_blocks import BlockType, Signed, Ternary, Unsigned
@@ -68,29 +69,6 @@ def _transformers_knows(folder: Path) -> bool:
     return ARCHITECTURES[kind].name in GGUF_SUPPORTED_ARCHITECTURES
 
 
-def _llama_cpp(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    from llama_cpp import GGML_TYPE_F32, Llama
-
-    length = ids.shape[1]
-    model = Llama(
-        str(folder / FILE),
-        n_ctx=length,
-        n_batch=length,
-        n_ubatch=length,
-        type_k=GGML_TYPE_F32,  # it is the weights that are compared, so the cache shall not round
-        type_v=GGML_TYPE_F32,
-        logits_all=True,
-        verbose=False,
-    )
-    rows = []
-    for prompt in ids.tolist():
-        model.reset()
-        model.eval(prompt)
-        rows.append(torch.tensor(model.scores[: len(prompt)].copy()))
-    model.close()
-    return torch.stack(rows)
-
-
 class GGUF(Format):
     """What a block type holds, with scales that fit float16 or are a K-quant's own."""
 
@@ -102,8 +80,16 @@ class GGUF(Format):
     files = "*.gguf"
     library = "gguf"
     engines = (
-        Engine("transformers", "transformers", _transformers, largest_kl=None, knows=_transformers_knows),
-        Engine("llama-cpp-python", "llama_cpp", _llama_cpp, largest_kl=1e-3),
+        Engine("transformers", "transformers", _transformers, knows=_transformers_knows),
+        Engine(
+            "llama.cpp",
+            "xllamacpp",
+            lambda folder, ids: llama_cpp.logits(folder / FILE, ids, as_float32=True),
+            largest_kl=1e-8,
+            largest_difference=1e-3,  # a last digit decides between two entries of its table of GELU
+            gelu=llama_cpp.half_gelu,
+            served=lambda folder, ids: llama_cpp.logits(folder / FILE, ids, as_float32=False),
+        ),
     )
     usage = """\
 ```bash
