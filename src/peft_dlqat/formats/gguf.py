@@ -7,6 +7,7 @@ One file of metadata (`gguf_metadata`), tokenizer (`gguf_vocab`) and tensors, wh
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -23,9 +24,10 @@ from . import llama_cpp
 from .base import IN_FLOAT16, Add, Format, Outline, TensorInfo
 from .engines import Engine, float32_logits
 from .gguf_blocks import BlockType, Signed, Ternary, Unsigned
+from .gguf_checks import check_config
 from .gguf_k_quants import K_QUANT_TYPES
 from .gguf_metadata import ARCHITECTURES, architecture, rope_factors, write_metadata
-from .gguf_vocab import write_vocab
+from .gguf_vocab import write_sampling, write_vocab
 
 FILE = "model.gguf"
 # A new type is one entry.
@@ -121,6 +123,11 @@ llama-cli -hf THIS_REPOSITORY
         kind = self.dense_type(outline, tensor)
         return torch.from_numpy(gguf.dequantize(_float_bytes(value, kind), gguf.GGMLQuantizationType[kind]))
 
+    def check_model(self, outline: Outline) -> None:
+        """Refuse an architecture, tensors or settings that llama.cpp does not know."""
+        check_config(outline.config)
+        architecture(outline.config).tensor_names(outline.config, [tensor.name for tensor in outline.tensors])
+
     @contextmanager
     def writing(self, folder: Path, outline: Outline, notes: list[str]) -> Iterator[Add]:
         """One file, whose header names all tensors."""
@@ -130,10 +137,14 @@ llama-cli -hf THIS_REPOSITORY
         names = arch.tensor_names(config, [tensor.name for tensor in outline.tensors])
         types = {tensor.name: self._type(outline, tensor) for tensor in outline.tensors}
         with closing(gguf.GGUFWriter(path=None, arch=arch.name)) as writer:
+            weights = sum(math.prod(tensor.shape) for tensor in outline.tensors)
+            writer.add_type(gguf.GGUFType.MODEL)
+            writer.add_size_label(gguf.size_label(weights, weights, 0, 0))
             write_metadata(writer, config, arch, outline.name or arch.name)
+            write_sampling(writer, folder)
             writer.add_file_type(_file_type(types))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            notes += [*write_vocab(writer, folder, config), *arch.notes(config)]
+            notes += write_vocab(writer, folder, config)
             factors = rope_factors(config)
             if factors is not None:
                 writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
