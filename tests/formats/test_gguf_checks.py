@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from export_models import CONFIGS, GEMMA, GEMMA3_ROPE, SHAPE, adapted
+from export_models import CONFIGS, GEMMA, GEMMA3, GEMMA3_ROPE, SHAPE, adapted
 from refusals import refused
 from transformers import (
     AutoConfig,
@@ -47,7 +47,7 @@ def gemma2(**settings):
 
 
 def gemma3(**settings):
-    return Gemma3TextConfig(**{**GEMMA, "rope_parameters": GEMMA3_ROPE, "sliding_window_pattern": 2, **settings})
+    return Gemma3TextConfig(**{**GEMMA3, **settings})
 
 
 def gpt2(**settings):
@@ -87,8 +87,17 @@ REFUSED = {
     "attn_logit_softcapping=None": [lambda: gemma2(attn_logit_softcapping=None)],
     "attn_logit_softcapping=50.0": [lambda: gemma3(attn_logit_softcapping=50.0)],
     "final_logit_softcapping=None": [lambda: gemma2(final_logit_softcapping=None)],
-    "layer_types=['full_attention', 'full_attention']": [lambda: gemma3(layer_types=["full_attention"] * 2)],
-    "layer_types='chunked_attention'": [lambda: gemma3(layer_types=["chunked_attention", "sliding_attention"])],
+    "layer_types=['full_attention', 'sliding_attention']": [
+        lambda: gemma2(layer_types=["full_attention", "sliding_attention"]),
+        lambda: gemma3(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"]),
+    ],
+    "layer_types=['sliding_attention', 'sliding_attention']": [
+        lambda: gemma2(layer_types=["sliding_attention"] * 2),
+        lambda: gemma3(num_hidden_layers=2),
+    ],
+    "layer_types='chunked_attention'": [
+        lambda: gemma3(num_hidden_layers=2, layer_types=["chunked_attention", "sliding_attention"])
+    ],
     "sliding_window=8": [
         lambda: MistralConfig(**SHAPE, sliding_window=8),
         lambda: Phi3Config(**SHAPE, sliding_window=8),
@@ -139,12 +148,12 @@ def test_a_window_that_no_text_reaches_is_none(config):
         check_config(config(**SHAPE, sliding_window=63))
 
 
-@pytest.mark.parametrize(("config", "layers"), [(gemma2, 46), (gemma3, 62)])
+@pytest.mark.parametrize(("config", "layers"), [(Gemma2Config, 46), (Gemma3TextConfig, 62)])
 def test_a_gemma_of_27b_scales_its_queries_by_the_width(config, layers):
     """llama.cpp knows it by its number of layers."""
 
     def of(layers, scalar):
-        sizes = {"hidden_size": 160, "head_dim": 16, "layer_types": ["sliding_attention"] * layers}
+        sizes = {"hidden_size": 160, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 10}
         return config(**sizes, num_hidden_layers=layers, query_pre_attn_scalar=scalar)
 
     check_config(of(layers, 40))

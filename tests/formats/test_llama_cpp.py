@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import perturb, random_model
-from export_models import CONFIGS, GEMMA, GEMMA3_ROPE, SHAPE, adapted, as_id, held_grids, llama2_tokenizer
+from export_models import CONFIGS, EMBEDDED, GEMMA, GEMMA3, SHAPE, adapted, as_id, held_grids, llama2_tokenizer
 from peft import get_peft_model
 from transformers import (
     AutoTokenizer,
@@ -41,7 +41,6 @@ LLAMA3 = {"rope_type": "llama3", **ROPE, "low_freq_factor": 1.0, "high_freq_fact
 HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
 TIED = {**SHAPE, "tie_word_embeddings": True}
-GEMMA3 = partial(Gemma3TextConfig, **GEMMA, rope_parameters=GEMMA3_ROPE)
 GPT2 = partial(GPT2Config, vocab_size=96, n_embd=256, n_layer=2, n_head=4, n_positions=64)
 # What a GGUF file says beyond sizes; the usual ones are `CONFIGS`.
 FURTHER = {
@@ -57,10 +56,8 @@ FURTHER = {
     "qwen2-yarn": lambda: Qwen2Config(**SHAPE, rope_parameters={**YARN, "attention_factor": 2.0}),
     "qwen3-head_dim": lambda: Qwen3Config(**SHAPE, head_dim=32, rope_parameters=YARN),
     "gemma-head_dim": lambda: GemmaConfig(**TIED, head_dim=32, rope_parameters=YARN),
-    "gemma2-layers": lambda: Gemma2Config(**GEMMA, **CAPS, layer_types=["full_attention", "sliding_attention"]),
     "gemma2-yarn": lambda: Gemma2Config(**GEMMA, **CAPS, rope_parameters={**YARN, "attention_factor": 2.0}),
-    "gemma3-layers": lambda: GEMMA3(layer_types=["sliding_attention"] * 2),
-    "gemma3-capped": lambda: GEMMA3(sliding_window_pattern=2, final_logit_softcapping=3.0),
+    "gemma3-capped": lambda: Gemma3TextConfig(**GEMMA3, final_logit_softcapping=3.0),
     "phi-grouped": lambda: PhiConfig(**SHAPE, rope_parameters={**YARN, "partial_rotary_factor": 0.5}),
     "phi3-partial": lambda: Phi3Config(**SHAPE, pad_token_id=0, rope_parameters=HALF),
     "phi3-tied": lambda: Phi3Config(**TIED, pad_token_id=0),
@@ -175,12 +172,11 @@ def test_it_cuts_text_as_the_tokenizer_does(tmp_path):
         assert tokenizer.convert_ids_to_tokens(vocabulary.tokens(text)) == tokenizer.tokenize(text), text
 
 
-def test_it_stops_where_the_configs_say(tmp_path):
-    """Also where the tokenizer does not know it; a fourth token that ends a text has no place."""
-    from export_models import EMBEDDED
-
+def test_it_stops_where_the_configs_say(tmp_path, capsys):
+    """Also where the tokenizer does not know it; a fourth token that ends a text has no place, which is said."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     model = adapted("embedded", bits=4)
-    model.get_base_model().generation_config.eos_token_id = [1, 7, 8]
+    model.get_base_model().config.eos_token_id = [1, 7, 8, 9]
     export_model(model, tmp_path / "out", "gguf", tokenizer=tokenizer, verify=False)
     assert Vocabulary(tmp_path / "out").ends() == [1, 7, 8]
+    assert "llama.cpp does not stop at [9]" in capsys.readouterr().out

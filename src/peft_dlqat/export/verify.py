@@ -150,7 +150,8 @@ def _knows(engine: Engine, folder: Path, changed: list[str]) -> bool:
 @torch.no_grad()
 def _figures(engine: Engine, folder: Path) -> EngineFigures:
     """What an engine finds, or how it fails."""
-    ids, expected = load_reference(folder, engine.name, WRITTEN)
+    ids, written = load_reference(folder, WRITTEN)
+    _, expected = load_reference(folder, engine.name, WRITTEN)
     try:
         found = engine.logits(folder, ids)[..., : expected.shape[-1]]
         served = None if engine.served is None else engine.served(folder, ids)[..., : expected.shape[-1]]
@@ -159,15 +160,32 @@ def _figures(engine: Engine, folder: Path) -> EngineFigures:
         first = f"{type(error).__name__}: {error}".splitlines()[0]
         return EngineFigures(nan, nan, nan, engine=engine.name, agrees=False, error=first)
     difference = logit_difference(expected, found)
+    # A last digit decides which way a number is rounded, so as far as its own rounding goes, it may be off.
+    rounding = logit_difference(written, expected)
+    largest_kl, largest_difference = max(engine.largest_kl, rounding.kl), engine.largest_difference
     return EngineFigures(
         **asdict(difference),
         engine=engine.name,
-        agrees=agree(difference, expected, engine.largest_kl, engine.largest_difference),
-        served=None if served is None else logit_difference(load_reference(folder, WRITTEN)[1], served),
+        agrees=agree(difference, expected, largest_kl, largest_difference, rounding.max_difference),
+        served=None if served is None else logit_difference(written, served),
     )
 
 
-def agree(difference: LogitDifference, expected: torch.Tensor, largest_kl: float, largest_difference: float) -> bool:
-    """Whether a difference is no larger than it may be, in nats and as a part of the largest logit; never of NaN."""
+def agree(
+    difference: LogitDifference,
+    expected: torch.Tensor,
+    largest_kl: float,
+    largest_difference: float,
+    rounding: float = 0.0,
+) -> bool:
+    """Whether a difference is no larger than it may be; never of NaN.
+
+    Args:
+        difference: of the logits.
+        expected: the logits.
+        largest_kl: in nats a token.
+        largest_difference: of a logit, as a part of the largest one.
+        rounding: a difference of a logit that may be, where that is more.
+    """
     largest = largest_difference * max(1.0, expected.abs().max().item())
-    return difference.kl <= largest_kl and difference.max_difference <= largest
+    return difference.kl <= largest_kl and difference.max_difference <= max(largest, rounding)

@@ -88,7 +88,7 @@ class GGUF(Format):
             "xllamacpp",
             lambda folder, ids: llama_cpp.logits(folder / FILE, ids, as_float32=True),
             largest_kl=1e-8,
-            largest_difference=1e-3,  # a last digit decides between two entries of its table of GELU
+            largest_difference=1e-4,
             gelu=llama_cpp.half_gelu,
             served=lambda folder, ids: llama_cpp.logits(folder / FILE, ids, as_float32=False),
         ),

@@ -64,12 +64,12 @@ def check_config(config: PretrainedConfig) -> None:
         if not ours or value != getattr(type(config)(), name, None):
             raise _cannot(name, value, "it is not known here what llama.cpp makes of it")
     _check_sizes(config, arch)
-    if "sliding_window" in declared:
-        _check_windows(config, arch)
     for name, rope in _ropes(config):
         _check_rope(name, rope, arch)
     if arch.name in ("gemma2", "gemma3"):
         _check_gemma(config, arch)
+    if "sliding_window" in declared:
+        _check_windows(config, arch)
     without_effect = _RUNNING | _NAMES | (_WINDOWS if "layer_types" in declared else set())
     unknown = sorted(set(config.to_dict()) - declared - without_effect - {"head_dim"}) + _unknown_rope(config)
     if unknown and not ours:
@@ -108,8 +108,13 @@ def _check_windows(config: PretrainedConfig, arch: Architecture) -> None:
     if other := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
         raise _cannot("layer_types", other[0], "llama.cpp has no such layer in this architecture")
     if arch.windows:
-        if "sliding_attention" not in kinds:
-            raise _cannot("layer_types", kinds, "llama.cpp wants a layer with a window in this architecture")
+        # Versions up to the summer of 2026 take this pattern, whatever the file says.
+        every = arch.windows
+        usual = [f"{'sliding' if index % every else 'full'}_attention" for index in range(1, len(kinds) + 1)]
+        if kinds != usual or "full_attention" not in kinds:
+            raise _cannot(
+                "layer_types", kinds, f"llama.cpp gives all layers a window, but for one in {every}, the last"
+            )
     elif window and "sliding_attention" in kinds and window < config.max_position_embeddings:
         raise _cannot(
             "sliding_window",

@@ -34,7 +34,7 @@ class Architecture:
         assumed: by the config's field, the values that llama.cpp takes for granted.
         partial_rotary: whether a part of each head may be left without RoPE.
         any_head_dim: whether heads may be wider or narrower than hidden_size / num_attention_heads.
-        windows: whether it has sliding windows.
+        windows: of so many layers one has no sliding window; 0 where none has one.
         rope_types: kinds of RoPE.
         extra: further metadata.
     """
@@ -46,7 +46,7 @@ class Architecture:
     assumed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     partial_rotary: bool = False
     any_head_dim: bool = False
-    windows: bool = False
+    windows: int = 0
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
     extra: Callable[[Any, PretrainedConfig], None] | None = None
 
@@ -127,7 +127,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm_offset=1.0,
         assumed={"hidden_activation": _TANH_GELU, **_GEMMA},
         any_head_dim=True,
-        windows=True,
+        windows=2,
         extra=_gemma2,
     ),
     "gemma3_text": Architecture(
@@ -135,7 +135,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm_offset=1.0,
         assumed={"hidden_activation": _TANH_GELU, "attn_logit_softcapping": (None,), **_GEMMA},
         any_head_dim=True,
-        windows=True,
+        windows=6,
         rope_types=("default", "linear"),
         extra=_gemma3,
     ),
