@@ -39,7 +39,7 @@ help:
 	@echo "make demo     fine-tune a small model with DL-QAT on this machine (ARGS= goes to examples/finetune.py)"
 	@echo "make test     run the tests, minutes (TESTS= chooses which, ARGS= goes to pytest, WORKERS= sets the processes)"
 	@echo "make test-all  the same with those marked slow: every combination of settings, runs of several processes"
-	@echo "make test-engines  exported models in llama.cpp and gptqmodel, each built into an environment of its own (ENGINES=)"
+	@echo "make test-engines  exported models in gptqmodel, built into an environment of its own"
 	@echo "make quality  ruff, mypy and the tests of the code's structure and documentation"
 	@echo "make bench-quality  every method and peer on the same work; hours (EXPERIMENTS=all for all of them, ARGS= goes to benchmarks/run.py)"
 	@echo "make clean    remove $(VENV), caches and build files; outputs/ stays"
@@ -54,11 +54,8 @@ test: MARKS = -m "not slow"
 test test-all: $(VENV)/.stamp-test
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(MARKS) $(TESTS) $(ARGS)
 
-# The engines that take minutes to build or want another torch: not part of `make test`. ENGINES=llama for one of them.
-# With BLAS, and weights that are not repacked for other products, llama.cpp multiplies in float32: make test-engines
-# CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS -DGGML_CPU_REPACK=OFF".
-ENGINES ?= llama gptq
-ENGINE_PACKAGES_llama = llama-cpp-python gguf
+# gptqmodel takes minutes to build, and wants another torch: not part of `make test`.
+ENGINES ?= gptq
 # It asks for a torch with CUDA; what else it needs is named, and its own list left out.
 ENGINE_PACKAGES_gptq = accelerate device-smi dill logbar maturin pillow protobuf tokenicer safetensors threadpoolctl \
     torchao pypcre defuser setuptools wheel
@@ -68,8 +65,7 @@ test-engines: $(addprefix .engine-,$(ENGINES))
 
 .PHONY: $(addprefix .engine-,$(ENGINES))
 $(addprefix .engine-,$(ENGINES)): .engine-%: $(VENV)-%/.stamp
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DLQAT_BLAS=$(findstring GGML_BLAS=ON,$(CMAKE_ARGS)) \
-	    $(VENV)-$*/bin/python -m pytest -q tests/formats/test_engines.py -k $* $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -q tests/formats/test_engines.py -k $* $(ARGS)
 
 $(VENV)-%/.stamp: setup.cfg
 	rm -rf "$(VENV)-$*"

@@ -39,7 +39,7 @@ from peft_dlqat.train.calibrate import Calibration
 
 EMBEDDED = Path(__file__).parents[1] / "examples" / "embedded" / "model"
 VOCAB, HIDDEN = 96, 256  # a multiple of 256, the block of GGUF's smallest types
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
     "intermediate_size": 512,
@@ -51,23 +51,28 @@ _SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-_GEMMA = {**_SHAPE, "tie_word_embeddings": True, "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 8}
-_GEMMA3_ROPE = {
+GEMMA = {**SHAPE, "tie_word_embeddings": True, "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 8}
+GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
 }
+# One layer in six without a window; narrow, for the sake of time.
+GEMMA3 = {
+    **{**GEMMA, "num_hidden_layers": 7, "hidden_size": 64, "intermediate_size": 128},
+    **{"head_dim": 16, "query_pre_attn_scalar": 16, "rope_parameters": GEMMA3_ROPE},
+}
 CONFIGS = {
-    "llama": lambda: LlamaConfig(**_SHAPE),
-    "tied": lambda: LlamaConfig(**{**_SHAPE, "tie_word_embeddings": True}),
-    "mistral": lambda: MistralConfig(**_SHAPE),
-    "qwen2": lambda: Qwen2Config(**_SHAPE),
-    "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=64),
-    "gemma": lambda: GemmaConfig(**{**_SHAPE, "tie_word_embeddings": True}, head_dim=64),  # as all Gemmas
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "tied": lambda: LlamaConfig(**{**SHAPE, "tie_word_embeddings": True}),
+    "mistral": lambda: MistralConfig(**SHAPE),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=64),
+    "gemma": lambda: GemmaConfig(**{**SHAPE, "tie_word_embeddings": True}, head_dim=64),  # as all Gemmas
     # Windows shorter than the prompts, and layers of both kinds.
-    "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
-    "gemma3": lambda: Gemma3TextConfig(**_GEMMA, sliding_window_pattern=2, rope_parameters=_GEMMA3_ROPE),
-    "phi": lambda: PhiConfig(**_SHAPE, partial_rotary_factor=0.5),
-    "phi3": lambda: Phi3Config(**_SHAPE, pad_token_id=0),
+    "gemma2": lambda: Gemma2Config(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma3": lambda: Gemma3TextConfig(**GEMMA3),
+    "phi": lambda: PhiConfig(**SHAPE, partial_rotary_factor=0.5),
+    "phi3": lambda: Phi3Config(**SHAPE, pad_token_id=0),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     ),
@@ -98,7 +103,7 @@ def adapted(
     `shape` changes a Llama's config.
     """
     config = DLQATConfig(**{"init": "minmax", "task_type": "CAUSAL_LM", "group_size": 32, **settings})
-    base = random_model(LlamaConfig(**_SHAPE | shape)) if shape else base_model(kind)
+    base = random_model(LlamaConfig(**SHAPE | shape)) if shape else base_model(kind)
     model = get_peft_model(base.to(dtype), config)
     if trained:
         perturb(model)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from export_models import ENGINE_MODULES, adapted
+from transformers import AutoModelForCausalLM
 
 from peft_dlqat import export_model, verify_export
 from peft_dlqat.export import export as exporting
@@ -68,13 +69,19 @@ def test_a_spoiled_weight_is_caught(format, control, tmp_path, monkeypatch):
     model = adapted(bits=3, zero_point=zero_point)
     assert export_model(model, tmp_path / "sound", format).ok
     spoil_what_is_written(monkeypatch, spoil)
-    with pytest.raises(RuntimeError, match=r"the exported model is not the trained one(.|\n)*DIFFERS"):
+    with pytest.raises(
+        RuntimeError, match=r"does not find the trained one in the exported model(.|\n)*DIFFERS"
+    ) as error:
         export_model(model, tmp_path / "out", format)
     assert not (tmp_path / "out").exists()
-    export_model(model, tmp_path / "out", format, verify=False)
-    found = verify_export(tmp_path / "out")
+    # The files are kept, with what was found.
+    kept = tmp_path / "out.unproven"
+    assert str(kept) in str(error.value)
+    found = verify_export(kept)
     assert not found.ok and not found.changed_files
     assert all(not row.agrees and row.kl > 1e-9 for row in found.figures) and found.figures
+    assert (kept / "dlqat_export" / "report.txt").read_text(encoding="utf-8") == f"{found}\n"
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
 
 ROUNDED = {
@@ -95,7 +102,7 @@ def test_a_spoiled_weight_is_caught_in_what_is_rounded(format, tmp_path, monkeyp
     model = adapted(**settings)
     assert export_model(model, tmp_path / "sound", format, **chosen).ok
     spoil_what_is_written(monkeypatch, scale_off_by_one_percent)
-    with pytest.raises(RuntimeError, match=r"not the trained one rounded for the format(.|\n)*DIFFERS"):
+    with pytest.raises(RuntimeError, match=r"not find the trained one rounded for the format(.|\n)*DIFFERS"):
         export_model(model, tmp_path / "out", format, **chosen)
     assert not (tmp_path / "out").exists()
 
@@ -137,7 +144,9 @@ def test_a_damaged_file_is_reported(format, name, damage, tmp_path):
     DAMAGE[damage](tmp_path / "out" / name)
     found = verify_export(tmp_path / "out")
     assert not found.ok and found.changed_files == (name,)
-    assert found.figures and all(row.error for row in found.figures) and "cannot run it (" in str(found)
+    assert any(row.error for row in found.figures) and "cannot run it (" in str(found)
+    # llama.cpp reads no config.json.
+    assert all(row.error for row in found.figures if (row.engine, name) != ("llama.cpp", "config.json"))
 
 
 def test_a_bit_of_a_weight_is_reported(tmp_path):
@@ -159,12 +168,59 @@ def test_a_damaged_reference_is_no_missing_engine(damage, tmp_path):
     assert "installed" not in str(found)
 
 
-def test_an_engine_that_fails_on_files_as_written_is_an_error(tmp_path, monkeypatch):
-    """It is not they that are damaged."""
-    export_model(adapted(bits=4), tmp_path / "out", "dense")
+def test_an_engine_that_cannot_run_throws_no_file_away(tmp_path, monkeypatch):
+    """A second export takes the place of the first one's files, and of nothing else."""
     monkeypatch.setattr(FORMATS["dense"], "engines", (replace(TRANSFORMERS, logits=lambda *_: 1 / 0),))
-    with pytest.raises(ZeroDivisionError):
-        verify_export(tmp_path / "out")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"transformers: cannot run it \(ZeroDivisionError(.|\n)*out.unproven"):
+            export_model(adapted(bits=4), tmp_path / "out", "dense")
+    monkeypatch.undo()
+    found = verify_export(tmp_path / "out.unproven")
+    assert found.ok and not found.changed_files
+    (tmp_path / "out.unproven" / MANIFEST).unlink()
+    monkeypatch.setattr(FORMATS["dense"], "engines", (replace(TRANSFORMERS, logits=lambda *_: 1 / 0),))
+    with pytest.raises(FileExistsError, match=r"out.unproven"):
+        export_model(adapted(bits=4), tmp_path / "out", "dense")
+
+
+def test_logits_that_are_all_off_by_one_number_are_caught(tmp_path, monkeypatch):
+    """KL does not see it."""
+    (engine,) = FORMATS["dense"].engines
+    wrong = replace(engine, logits=lambda *args: engine.logits(*args) + 3.0, largest_kl=1e-3)
+    monkeypatch.setattr(FORMATS["dense"], "engines", (wrong,))
+    with pytest.raises(RuntimeError, match=r"max difference 3, KL (0|\d.*e-\d+) nats a token, top-1 100.0%  DIFFERS"):
+        export_model(adapted(bits=4), tmp_path / "out", "dense")
+
+
+class Half(torch.nn.Module):
+    """GELU from float16 to float16."""
+
+    def forward(self, x):
+        return torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"), [("llama", {"dense_dtype": torch.float16}), ("gpt2", {"gelu": Half().forward})]
+)
+def test_an_engine_is_held_to_its_own_arithmetic(kind, own, tmp_path, monkeypatch):
+    """One that rounds dense tensors, or GELU, is not held to logits that it cannot have, nor let off."""
+    base = FORMATS["dense"].engines[0]
+
+    def rounded(folder, ids):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for tensor in model.parameters() if "dense_dtype" in own else ():
+            tensor.data = tensor.data.half().float()
+        for block in getattr(model.base_model, "h", ()):
+            block.mlp.act = Half()
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=False).logits
+
+    monkeypatch.setattr(FORMATS["dense"], "engines", (replace(base, logits=rounded, dense_dtype=None),))
+    with pytest.raises(RuntimeError, match="DIFFERS"):
+        export_model(adapted(kind, bits=4), tmp_path / "out", "dense")
+    monkeypatch.setattr(FORMATS["dense"], "engines", (replace(base, logits=rounded, **own),))
+    found = export_model(adapted(kind, bits=4), tmp_path / "out", "dense")
+    assert found.ok and found.figures[0].kl < 1e-10
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b'{"other": 1}'])

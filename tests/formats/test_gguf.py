@@ -64,34 +64,6 @@ def test_gguf_of_what_transformers_does_not_read(kind, tmp_path):
     assert (tmp_path / "out" / "model.gguf").is_file()
 
 
-_YARN = {
-    "full_attention": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "value"),
-    [
-        ("gemma2", "query_pre_attn_scalar", 256),
-        ("gemma2", "attn_logit_softcapping", None),
-        ("gemma2", "final_logit_softcapping", None),
-        ("gemma3", "query_pre_attn_scalar", 256),
-        ("gemma3", "attn_logit_softcapping", 50.0),
-        ("gemma3", "use_bidirectional_attention", True),
-        ("gemma3", "layer_types", ["full_attention", "full_attention"]),
-        ("gemma3", "rope_parameters", _YARN),
-    ],
-)
-def test_a_gemma_that_llama_cpp_computes_otherwise_is_refused(kind, name, value, tmp_path):
-    needs("gguf")
-    model = adapted(kind, bits=4)
-    setattr(model.get_base_model().config, name, value)
-    with pytest.raises(ValueError, match=rf"{name}=.* cannot be written as GGUF: .*; export the model as"):
-        export_model(model, tmp_path / "out", "gguf")
-    assert not list(tmp_path.iterdir())
-
-
 def test_gpt2_through_gguf(tmp_path):
     """Conv1D keeps its weight as [in, out]; the codes are [out, in], as GGUF has them."""
     needs("gguf")

@@ -1,10 +1,12 @@
-"""What the header of a GGUF file says of a config; that engines read it so is tested in test_gguf and test_engines."""
+"""What the header of a GGUF file says of a config; engines read it so in test_gguf and test_llama_cpp."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, PhiConfig
+from transformers import GPT2Config, LlamaConfig, PhiConfig
 
 from peft_dlqat.formats.gguf_metadata import ARCHITECTURES, architecture, rope_factors, write_metadata
 
@@ -44,6 +46,8 @@ def test_sizes_of_a_llama():
         "layer_norm_rms_eps": 1e-6,
         "rope_dimension_count": 16,
         "rope_freq_base": 10000.0,
+        "key_length": 16,
+        "value_length": 16,
     }
     assert written(llama()) == expected
     assert written(llama(head_dim=16)) == expected
@@ -61,21 +65,6 @@ def test_defaults_that_a_config_leaves_out():
     assert written(phi)["rope_dimension_count"] == 8 and written(phi)["layer_norm_eps"] == 1e-4
 
 
-@pytest.mark.parametrize("config, layers, heads, scalar", [(Gemma2Config, 46, 4, 40), (Gemma3TextConfig, 62, 4, 40)])
-def test_a_gemma_of_27b_scales_its_queries_by_the_width(config, layers, heads, scalar):
-    """llama.cpp knows it by its number of layers."""
-
-    def of(layers, scalar):
-        sizes = {"hidden_size": 160, "num_attention_heads": heads, "head_dim": 16, "vocab_size": 10}
-        return config(**sizes, num_hidden_layers=layers, query_pre_attn_scalar=scalar)
-
-    assert written(of(layers, scalar))["block_count"] == layers
-    assert written(of(layers + 1, 16))["block_count"] == layers + 1
-    for wrong in (of(layers, 16), of(layers + 1, scalar)):
-        with pytest.raises(ValueError, match=r"query_pre_attn_scalar=.* cannot be written as GGUF"):
-            written(wrong)
-
-
 def test_scaled_rotary_embeddings():
     def of(**rope):
         return llama(rope_parameters={"rope_theta": 1e4, **rope})
@@ -84,8 +73,12 @@ def test_scaled_rotary_embeddings():
     assert found["rope_scaling_type"] is gguf.RopeScalingType.LINEAR and found["rope_scaling_factor"] == 4.0
     found = written(of(rope_type="yarn", factor=2.0, original_max_position_embeddings=16))
     assert found["rope_scaling_type"] is gguf.RopeScalingType.YARN and found["rope_scaling_orig_ctx_len"] == 16
-    with pytest.raises(ValueError, match="rope_type='dynamic' cannot be written"):
-        written(of(rope_type="dynamic", factor=2.0))
+    assert "rope_scaling_attn_factors" not in found
+    found = written(of(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=2.0))
+    assert found["rope_scaling_attn_factors"] == pytest.approx(2.0 / (1 + 0.1 * math.log(4)))
+    of_two = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+    found = written(of(**of_two, original_max_position_embeddings=16))
+    assert found["rope_scaling_attn_factors"] == pytest.approx(1 / (1 + 0.05 * math.log(4)))
     three = of(
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
     )
@@ -110,13 +103,6 @@ def test_gemmas_norms_are_written_with_their_offset():
     assert ARCHITECTURES["gemma"].adjusted("model.norm.weight", ones).tolist() == [2.0, 2.0, 2.0]
     assert ARCHITECTURES["gemma"].adjusted("model.embed_tokens.weight", ones) is ones
     assert ARCHITECTURES["llama"].adjusted("model.norm.weight", ones) is ones
-
-
-def test_a_window_that_the_file_cannot_hold_is_said():
-    (note,) = ARCHITECTURES["mistral"].notes(MistralConfig(sliding_window=77))
-    assert "up to 77 tokens" in note
-    assert ARCHITECTURES["mistral"].notes(MistralConfig(sliding_window=None)) == []
-    assert ARCHITECTURES["gemma2"].notes(Gemma2Config(sliding_window=77)) == []
 
 
 def test_a_model_that_is_not_known_is_refused():

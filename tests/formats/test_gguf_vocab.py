@@ -168,3 +168,48 @@ def test_pre_tokenizers_are_known_by_what_they_do(steps, name):
     assert pre_tokenizer({"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}) == name
     if len(steps) == 1:
         assert pre_tokenizer({"pre_tokenizer": steps[0]}) == name
+
+
+@pytest.mark.parametrize("generation", [None, {"bos_token_id": 7, "eos_token_id": [9, 1]}])
+def test_special_tokens_that_only_the_configs_have(generation, tmp_path):
+    """As Qwen's tokenizers have no start token; generation_config.json comes before config.json."""
+    base = shutil.copytree(EMBEDDED, tmp_path / "base")
+    (base / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (base / "generation_config.json").write_text(json.dumps(generation))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    for name in ("bos_token", "eos_token", "pad_token"):
+        settings.pop(name, None)
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (base / "special_tokens_map.json").unlink(missing_ok=True)
+    adapted("embedded", bits=4).save_pretrained(tmp_path / "adapter")
+    export_model(tmp_path / "adapter", tmp_path / "out", "gguf", base=base, verify=False)
+    found = {name: value for name, value in fields(tmp_path / "out").items() if name.endswith("_token_id")}
+    bos, eos, more = (7, 9, {"tokenizer.ggml.eot_token_id": 1}) if generation else (0, 1, {})
+    assert found.pop("tokenizer.ggml.padding_token_id", None) in (None, 2)
+    assert found == {"tokenizer.ggml.bos_token_id": bos, "tokenizer.ggml.eos_token_id": eos, **more}
+
+
+def test_how_tokens_are_drawn(tmp_path):
+    """From generation_config.json, as llama.cpp's own converter."""
+    base = shutil.copytree(EMBEDDED, tmp_path / "base")
+    drawn = {
+        "do_sample": True,
+        "top_k": 20,
+        "top_p": 0.5,
+        "temperature": 0.25,
+        "repetition_penalty": 1.5,
+        "min_p": 0.0,
+    }
+    (base / "generation_config.json").write_text(json.dumps(drawn))
+    adapted("embedded", bits=4).save_pretrained(tmp_path / "adapter")
+    export_model(tmp_path / "adapter", tmp_path / "out", "gguf", base=base, verify=False)
+    found = fields(tmp_path / "out")
+    assert {name.split(".")[-1]: found[name] for name in found if ".sampling." in name} == {
+        "top_k": 20,
+        "top_p": 0.5,
+        "min_p": 0.0,
+        "temp": 0.25,
+        "penalty_repeat": 1.5,
+    }
+    assert found["general.type"] == "model" and found["general.size_label"] == "2.9M"

@@ -63,7 +63,7 @@ LEFT_OUT = {
         "the shape of a tile: the same bits": "_ROWS _COLUMNS num_warps",
         "how long the search for a grid is: better or worse by little": "_REFINEMENTS _CLIP_SHARES",
         "found by measuring a model: what is best, not what is right": "_LR_FACTOR _UPDATE _block_step_of_a",
-        "runs in an environment of its own only, see make test-engines": "_gptqmodel _llama_cpp",
+        "runs in an environment of its own only, see make test-engines": "_gptqmodel",
         "on a GPU only": "enable_fp_fusion",
         "a check of the check": "strict",
         "a message": "warn stacklevel _cannot",

@@ -8,21 +8,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import HfApi
 from torch import nn
 
 from ..formats import FORMATS, Format, Outline, TensorInfo, describe
+from ..formats.engines import TRANSFORMERS
 from ..formats.tensor_files import write_json
 from ..quant.quantizer import QuantizedWeight
-from .folder import check_free, companion_folder, copy_companions, whole_or_nothing
-from .manifest import Manifest, save_reference, trained_on
+from .folder import check_free, companion_folder, copy_companions, keep_unproven, whole_or_nothing
+from .manifest import REPORT, TRAINED, WRITTEN, Manifest, save_reference, trained_on
 from .model_card import write_card
-from .reference import prompt_ids, reference_logits
+from .reference import Reader, gelus, prompt_ids, trained_logits, written_logits
 from .source import Source, open_source
-from .verify import LogitDifference, Verification, logit_difference, verify_export
+from .verify import LogitDifference, Verification, agree, logit_difference, verify_export
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -52,7 +53,8 @@ def export_model(
     Args:
         model_or_adapter: a model with a DL-QAT adapter, or an adapter's folder or hub id. An adapter on disk is
             exported one tensor at a time: the full-precision model never is in memory.
-        out_dir: folder to make. It appears when all is done; after an exception there is nothing.
+        out_dir: folder to make. It appears when all is done; after an exception there is nothing, but where an engine
+            disagrees, the finished files are in OUT_DIR.unproven.
         format: "compressed-tensors", "gguf", "mlx", "gptq" or "dense"; the keys of `formats.FORMATS`.
         base: with an adapter on disk, folder or hub id of its base model in safetensors; by default the one that the
             adapter names.
@@ -78,7 +80,8 @@ def export_model(
             adapters, a base model that is not the one trained on, a number too large for its dtype.
         ImportError: if the format's package is missing or too old; names the extra.
         FileExistsError: if `out_dir` exists and is not empty.
-        RuntimeError: if an engine does not find in the result what was to be written.
+        RuntimeError: if the model does not compute the same with its adapter merged, or an engine does not find in the
+            result what was to be written.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}.")
@@ -94,24 +97,24 @@ def export_model(
     _check_held(source, target)
     _warn_if_unfinished(source)
     outline = source.outline(chosen or source.dtype, embeddings or "", max_shard_size)
+    target.check_model(outline)
+    notes: list[str] = []
+    ids = prompt_ids(source.config, set())
+    trained = _trained(source, ids, notes)
     with whole_or_nothing(output) as folder:
-        notes: list[str] = []
         beside = _companions(source, folder, tokenizer, notes)
         rounded = _write(source, target, outline, folder, notes)
         manifest = _manifest(source, target, outline, rounded, notes)
-        ids = prompt_ids(source.config, set())
-        trained, written = reference_logits(source, ids), None
+        logits = {TRAINED: trained} | _rounded_logits(source, target, outline, ids, manifest.exact)
         if not manifest.exact:
-            written = reference_logits(source, ids, partial(_as_written, source, target, outline, []))
-            manifest.loss = asdict(logit_difference(trained, written))
-        save_reference(folder, ids, trained, written)
+            manifest.loss = asdict(logit_difference(trained, logits[WRITTEN]))
+        save_reference(folder, ids, logits)
         manifest.save(folder)
         verification = verify_export(folder) if verify else None
         if verification is not None:
-            if verification.figures and not verification.ok:
-                wanted = "trained one" if manifest.exact else "trained one rounded for the format"
-                raise RuntimeError(f"the exported model is not the {wanted}, nothing was kept:\n{verification}")
             manifest.figures = [asdict(row) for row in verification.figures]
+            if verification.figures and not verification.ok:
+                _keep_unproven(folder, output, manifest, verification)
             manifest.save(folder)
         named = [datasets] if isinstance(datasets, str) else datasets
         write_card(folder, source, target, manifest, beside, repo_id, named)
@@ -122,6 +125,63 @@ def export_model(
         api.create_repo(repo_id, private=private, exist_ok=True)  # type: ignore[arg-type]
         api.upload_folder(repo_id=repo_id, folder_path=output)  # type: ignore[arg-type]
     return verification
+
+
+def _trained(source: Source, ids: torch.Tensor, notes: list[str]) -> torch.Tensor:
+    """Logits of the model as it trained, which a fresh model with the merged weights must have, too.
+
+    Raises:
+        RuntimeError: if that has others: a layer is not used as its weight alone says.
+    """
+    trained, merged = trained_logits(source, ids, notes), written_logits(source, ids)
+    difference = logit_difference(trained, merged)
+    if not agree(difference, trained, TRANSFORMERS.largest_kl, TRANSFORMERS.largest_difference):
+        raise RuntimeError(
+            f"the model with its adapter merged is not the model that trained ({difference}), so no file can be: it "
+            "uses a layer otherwise than by its weight (a hook, a parent that reads the weight, or a module that was "
+            "replaced); leave that layer out of target_modules, and train again."
+        )
+    return trained
+
+
+def _rounded_logits(
+    source: Source, target: Format, outline: Outline, ids: torch.Tensor, exact: bool
+) -> dict[str, torch.Tensor]:
+    """Logits of what is written, where it is rounded, and in each engine's own arithmetic, where it has one."""
+    read: Reader = partial(_as_written, source, target, outline, [])
+    logits = {} if exact else {WRITTEN: written_logits(source, ids, read)}
+    for engine in target.engines:
+        gelu = engine.gelu if gelus(source.model) else None
+        if gelu is not None or engine.dense_dtype not in (None, outline.dtype):
+            own = partial(_with_dense_dtype, read, engine.dense_dtype)
+            logits[engine.name] = written_logits(source, ids, own, gelu)
+    return logits
+
+
+def _with_dense_dtype(
+    read: Reader, dtype: torch.dtype | None, names: Iterable[str]
+) -> Iterator[tuple[TensorInfo, torch.Tensor | QuantizedWeight]]:
+    """What `read` gives, tensors without codes rounded to a dtype, if any."""
+    for tensor, value in read(names):
+        if dtype is not None and isinstance(value, torch.Tensor) and value.is_floating_point():
+            value = value.to(dtype)
+        yield tensor, value
+
+
+def _keep_unproven(folder: Path, output: Path, manifest: Manifest, verification: Verification) -> NoReturn:
+    """Put files that an engine does not run as it should beside `output`, with what it found.
+
+    Raises:
+        RuntimeError: always; says where they are.
+    """
+    (folder / REPORT).write_text(f"{verification}\n", encoding="utf-8")
+    manifest.save(folder)
+    kept = keep_unproven(folder, output)
+    wanted = "trained one" if manifest.exact else "trained one rounded for the format"
+    raise RuntimeError(
+        f"an engine does not find the {wanted} in the exported model:\n{verification}\nThe files are kept in {kept}, "
+        f"this report in its {REPORT}. verify=False exports without asking an engine."
+    )
 
 
 def _write(source: Source, target: Format, outline: Outline, folder: Path, notes: list[str]) -> list[str]:

@@ -71,6 +71,21 @@ def whole_or_nothing(out_dir: Path) -> Iterator[Path]:
             raise
 
 
+def keep_unproven(made: Path, out_dir: Path) -> Path:
+    """Put a finished folder beside `out_dir`, whose place it does not get; returns where, OUT_DIR.unproven.
+
+    It replaces one that an export has left there before, and no other.
+
+    Raises:
+        FileExistsError: if something else is in the way.
+    """
+    beside = out_dir.with_name(f"{out_dir.name}.unproven")
+    check_free(beside, overwrite=True)
+    shutil.rmtree(beside, ignore_errors=True)
+    os.rename(made, beside)
+    return beside
+
+
 def companion_folder(base: str, revision: str | None) -> Path | None:
     """The base model's folder, a hub id's files downloaded; None where there is neither."""
     if not base:

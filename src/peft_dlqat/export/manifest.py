@@ -18,6 +18,8 @@ from .folder import MANIFEST
 
 # In a folder of its own: engines read every safetensors file that lies beside config.json.
 REFERENCE = "dlqat_export/reference.safetensors"
+REPORT = "dlqat_export/report.txt"  # of an export with which an engine disagrees
+TRAINED, WRITTEN = "logits", "written"
 _PACKAGES = ("peft-dlqat", "torch", "transformers", "peft")
 
 
@@ -102,25 +104,23 @@ def load_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def save_reference(folder: Path, ids: torch.Tensor, trained: torch.Tensor, written: torch.Tensor | None) -> None:
-    """Write the reference prompts [prompts, tokens] and their logits [prompts, tokens, vocabulary].
+def save_reference(folder: Path, ids: torch.Tensor, logits: dict[str, torch.Tensor]) -> None:
+    """Write the reference prompts, and logits [prompts, tokens, vocabulary] by name.
 
     Args:
         folder: the exported folder.
-        ids: the prompts.
-        trained: logits of the trained model.
-        written: logits of what was written, where that is not the trained model.
+        ids: the prompts [prompts, tokens].
+        logits: TRAINED, the model as it trained; WRITTEN, what was written, where that has been rounded; and by an
+            engine's name, what was written in the arithmetic of that engine, where it has one of its own.
     """
     (folder / REFERENCE).parent.mkdir()
-    tensors = {"input_ids": ids, "logits": trained.contiguous()}
-    save_file(tensors if written is None else tensors | {"written": written.contiguous()}, folder / REFERENCE)
+    save_file({"input_ids": ids, **{name: rows.contiguous() for name, rows in logits.items()}}, folder / REFERENCE)
 
 
-def load_reference(folder: Path, written: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference prompts, and the trained model's logits or those that an engine must find in what was written."""
+def load_reference(folder: Path, *names: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference prompts, and the logits of the first of some names that are there, else of the trained model."""
     tensors = load_file(folder / REFERENCE)
-    logits = tensors["logits"]
-    return tensors["input_ids"], tensors.get("written", logits) if written else logits
+    return tensors["input_ids"], next(tensors[name] for name in (*names, TRAINED) if name in tensors)
 
 
 def sha256(path: Path) -> str:

@@ -135,6 +135,18 @@ class Source:
             if wanted is None or tensor.name in wanted:
                 yield tensor, self._value(tensor)
 
+    def on_disk(self, key: str, dtype: torch.dtype) -> torch.Tensor | None:
+        """A tensor that the model has on the meta device, from the base model's files; None for what it does not use.
+
+        Args:
+            key: the tensor's name in the model's state dict.
+            dtype: the one to have it in.
+        """
+        name = _plain_name(key, self.model, self.adapter_name)
+        if name is None or self._checkpoint is None:
+            return None
+        return self._checkpoint.read(name).to(dtype)
+
     @torch.no_grad()
     def _value(self, info: TensorInfo) -> torch.Tensor | QuantizedWeight:
         if info.grid is not None:

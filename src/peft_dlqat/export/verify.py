@@ -9,10 +9,7 @@ import torch
 
 from ..formats import FORMATS, Engine
 from ..train.divergence import kl
-from .manifest import REFERENCE, load_manifest, load_reference, sha256
-
-# Of the largest logit: what another machine's order of summing makes of the same weights in float32.
-_SAME_ARITHMETIC = 1e-5
+from .manifest import REFERENCE, WRITTEN, load_manifest, load_reference, sha256
 
 
 @dataclass(frozen=True)
@@ -46,26 +43,29 @@ def logit_difference(expected: torch.Tensor, found: torch.Tensor) -> LogitDiffer
 
 @dataclass(frozen=True)
 class EngineFigures(LogitDifference):
-    """What one engine makes of an artefact, against the model as it was written, in float32.
+    """What one engine makes of an artefact, against the model as it was written, in the engine's own arithmetic.
 
-    That is the merged model to the bit where the artefact is exact, else the merged model rounded as the format does;
-    how far that is from the trained one is `Verification.loss`.
+    What was written is the trained model, unmerged, where the artefact is exact, else the merged model rounded as the
+    format does; how far that is from the trained one is `Verification.loss`.
 
     Attributes:
         engine: its name.
-        agrees: whether the differences are no larger than the engine's own arithmetic makes them.
-        error: why the engine could not run files that have changed; the differences are NaN then.
+        agrees: whether the differences are no larger than the order of summing makes them.
+        error: why the engine could not run it; the differences are NaN then.
+        served: the differences as users run it, where the engine then computes with fewer digits; they are not judged.
     """
 
     engine: str
     agrees: bool
     error: str = ""
+    served: LogitDifference | None = None
 
     def __str__(self) -> str:
-        """One line."""
+        """One line, and one for what is served."""
         if self.error:
-            return f"{self.engine}: cannot run it ({self.error})  DIFFERS"
-        return f"{self.engine}: {super().__str__()}{'' if self.agrees else '  DIFFERS'}"
+            return f"{self.engine}: cannot run it ({self.error})"
+        line = f"{self.engine}: {super().__str__()}{'' if self.agrees else '  DIFFERS'}"
+        return line if self.served is None else f"{line}\n{self.engine} with its rounded activations: {self.served}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def verify_export(out_dir: str | Path, engines: list[str] | None = None) -> Veri
 
     Args:
         out_dir: a folder written by [`export_model`].
-        engines: which of the format's engines, by name ("transformers", "llama-cpp-python", "mlx-lm", "gptqmodel");
+        engines: which of the format's engines, by name ("transformers", "llama.cpp", "mlx-lm", "gptqmodel");
             by default all that are installed.
 
     Returns:
@@ -134,7 +134,7 @@ def verify_export(out_dir: str | Path, engines: list[str] | None = None) -> Veri
             raise ValueError(f"engines={wrong!r} are not installed or do not run {manifest.format!r}; use {names!r}.")
         found = [engine for engine in found if engine.name in engines]
     loss = None if manifest.loss is None else LogitDifference(**manifest.loss)
-    figures = [] if REFERENCE in changed else [_figures(engine, folder, changed) for engine in found]
+    figures = [] if REFERENCE in changed else [_figures(engine, folder) for engine in found]
     return Verification(tuple(figures), tuple(changed), loss)
 
 
@@ -147,25 +147,45 @@ def _knows(engine: Engine, folder: Path, changed: list[str]) -> bool:
         return True  # running it says what is wrong with the file that it wanted to know from
 
 
-def _figures(engine: Engine, folder: Path, changed: list[str]) -> EngineFigures:
-    """What an engine finds, or how it fails on files that have changed; any other failure is an error."""
+@torch.no_grad()
+def _figures(engine: Engine, folder: Path) -> EngineFigures:
+    """What an engine finds, or how it fails."""
+    ids, written = load_reference(folder, WRITTEN)
+    _, expected = load_reference(folder, engine.name, WRITTEN)
     try:
-        return _compare(engine, folder)
+        found = engine.logits(folder, ids)[..., : expected.shape[-1]]
+        served = None if engine.served is None else engine.served(folder, ids)[..., : expected.shape[-1]]
     except Exception as error:
-        if not changed:
-            raise
         nan = float("nan")
         first = f"{type(error).__name__}: {error}".splitlines()[0]
         return EngineFigures(nan, nan, nan, engine=engine.name, agrees=False, error=first)
-
-
-@torch.no_grad()
-def _compare(engine: Engine, folder: Path) -> EngineFigures:
-    ids, expected = load_reference(folder, written=True)
-    found = engine.logits(folder, ids)[..., : expected.shape[-1]]
     difference = logit_difference(expected, found)
-    if engine.largest_kl is not None:
-        agrees = difference.kl <= engine.largest_kl  # never of NaN
-    else:
-        agrees = difference.max_difference <= _SAME_ARITHMETIC * max(1.0, expected.abs().max().item())
-    return EngineFigures(**asdict(difference), engine=engine.name, agrees=agrees)
+    # A last digit decides which way a number is rounded, so as far as its own rounding goes, it may be off.
+    rounding = logit_difference(written, expected)
+    largest_kl, largest_difference = max(engine.largest_kl, rounding.kl), engine.largest_difference
+    return EngineFigures(
+        **asdict(difference),
+        engine=engine.name,
+        agrees=agree(difference, expected, largest_kl, largest_difference, rounding.max_difference),
+        served=None if served is None else logit_difference(written, served),
+    )
+
+
+def agree(
+    difference: LogitDifference,
+    expected: torch.Tensor,
+    largest_kl: float,
+    largest_difference: float,
+    rounding: float = 0.0,
+) -> bool:
+    """Whether a difference is no larger than it may be; never of NaN.
+
+    Args:
+        difference: of the logits.
+        expected: the logits.
+        largest_kl: in nats a token.
+        largest_difference: of a logit, as a part of the largest one.
+        rounding: a difference of a logit that may be, where that is more.
+    """
+    largest = largest_difference * max(1.0, expected.abs().max().item())
+    return difference.kl <= largest_kl and difference.max_difference <= max(largest, rounding)

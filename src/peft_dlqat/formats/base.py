@@ -203,6 +203,14 @@ class Format(ABC):
         remedy = f"use {' or '.join(remedies)}" if remedies else "choose another format, or leave the layer out"
         return f"{self.name} cannot hold {describe(grid)} exactly; {remedy}"
 
+    def check_model(self, outline: Outline) -> None:
+        """Refuse a model that the format cannot describe as it is, before anything is computed.
+
+        Raises:
+            ValueError: naming what it cannot say, and what to do.
+        """
+        return
+
     def grids(self, outline: Outline) -> dict[str, Grid]:
         """The grid on which each adapted weight is written, by the tensor's name: every value of its own is on it."""
         return outline.adapted

@@ -7,6 +7,7 @@ One file of metadata (`gguf_metadata`), tokenizer (`gguf_vocab`) and tensors, wh
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -19,12 +20,14 @@ import torch
 
 from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
+from . import llama_cpp
 from .base import IN_FLOAT16, Add, Format, Outline, TensorInfo
 from .engines import Engine, float32_logits
 from .gguf_blocks import BlockType, Signed, Ternary, Unsigned
+from .gguf_checks import check_config
 from .gguf_k_quants import K_QUANT_TYPES
 from .gguf_metadata import ARCHITECTURES, architecture, rope_factors, write_metadata
-from .gguf_vocab import write_vocab
+from .gguf_vocab import write_sampling, write_vocab
 
 FILE = "model.gguf"
 # A new type is one entry.
@@ -68,29 +71,6 @@ def _transformers_knows(folder: Path) -> bool:
     return ARCHITECTURES[kind].name in GGUF_SUPPORTED_ARCHITECTURES
 
 
-def _llama_cpp(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    from llama_cpp import GGML_TYPE_F32, Llama
-
-    length = ids.shape[1]
-    model = Llama(
-        str(folder / FILE),
-        n_ctx=length,
-        n_batch=length,
-        n_ubatch=length,
-        type_k=GGML_TYPE_F32,  # it is the weights that are compared, so the cache shall not round
-        type_v=GGML_TYPE_F32,
-        logits_all=True,
-        verbose=False,
-    )
-    rows = []
-    for prompt in ids.tolist():
-        model.reset()
-        model.eval(prompt)
-        rows.append(torch.tensor(model.scores[: len(prompt)].copy()))
-    model.close()
-    return torch.stack(rows)
-
-
 class GGUF(Format):
     """What a block type holds, with scales that fit float16 or are a K-quant's own."""
 
@@ -102,8 +82,16 @@ class GGUF(Format):
     files = "*.gguf"
     library = "gguf"
     engines = (
-        Engine("transformers", "transformers", _transformers, largest_kl=None, knows=_transformers_knows),
-        Engine("llama-cpp-python", "llama_cpp", _llama_cpp, largest_kl=1e-3),
+        Engine("transformers", "transformers", _transformers, knows=_transformers_knows),
+        Engine(
+            "llama.cpp",
+            "xllamacpp",
+            lambda folder, ids: llama_cpp.logits(folder / FILE, ids, as_float32=True),
+            largest_kl=1e-8,
+            largest_difference=1e-4,
+            gelu=llama_cpp.half_gelu,
+            served=lambda folder, ids: llama_cpp.logits(folder / FILE, ids, as_float32=False),
+        ),
     )
     usage = """\
 ```bash
@@ -135,6 +123,11 @@ llama-cli -hf THIS_REPOSITORY
         kind = self.dense_type(outline, tensor)
         return torch.from_numpy(gguf.dequantize(_float_bytes(value, kind), gguf.GGMLQuantizationType[kind]))
 
+    def check_model(self, outline: Outline) -> None:
+        """Refuse an architecture, tensors or settings that llama.cpp does not know."""
+        check_config(outline.config)
+        architecture(outline.config).tensor_names(outline.config, [tensor.name for tensor in outline.tensors])
+
     @contextmanager
     def writing(self, folder: Path, outline: Outline, notes: list[str]) -> Iterator[Add]:
         """One file, whose header names all tensors."""
@@ -144,10 +137,14 @@ llama-cli -hf THIS_REPOSITORY
         names = arch.tensor_names(config, [tensor.name for tensor in outline.tensors])
         types = {tensor.name: self._type(outline, tensor) for tensor in outline.tensors}
         with closing(gguf.GGUFWriter(path=None, arch=arch.name)) as writer:
+            weights = sum(math.prod(tensor.shape) for tensor in outline.tensors)
+            writer.add_type(gguf.GGUFType.MODEL)
+            writer.add_size_label(gguf.size_label(weights, weights, 0, 0))
             write_metadata(writer, config, arch, outline.name or arch.name)
+            write_sampling(writer, folder)
             writer.add_file_type(_file_type(types))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            notes += [*write_vocab(writer, folder, config), *arch.notes(config)]
+            notes += write_vocab(writer, folder, config)
             factors = rope_factors(config)
             if factors is not None:
                 writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)

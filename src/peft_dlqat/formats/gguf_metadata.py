@@ -1,13 +1,15 @@
 """What GGUF says about a model: its architecture's metadata, tensor names, and the order of rows.
 
-The keys are those of llama.cpp's loader; names come from the `gguf` package's own map.
+The keys are those of llama.cpp's loader; names come from the `gguf` package's own map. `gguf_checks` refuses what they
+cannot say.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +31,11 @@ class Architecture:
         permuted: whether rows of q and k go from transformers' halves (RoPE pairs i, i + n/2) to pairs side by side.
         norm_offset: added to the weights of norms: gemma's are stored less one.
         layer_norm: whether norms subtract the mean, and so have another key for epsilon.
+        assumed: by the config's field, the values that llama.cpp takes for granted.
+        partial_rotary: whether a part of each head may be left without RoPE.
+        any_head_dim: whether heads may be wider or narrower than hidden_size / num_attention_heads.
+        windows: of so many layers one has no sliding window; 0 where none has one.
+        rope_types: kinds of RoPE.
         extra: further metadata.
     """
 
@@ -36,6 +43,11 @@ class Architecture:
     permuted: bool = False
     norm_offset: float = 0.0
     layer_norm: bool = False
+    assumed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    partial_rotary: bool = False
+    any_head_dim: bool = False
+    windows: int = 0
+    rope_types: tuple[str, ...] = ("default", "linear", "yarn")
     extra: Callable[[Any, PretrainedConfig], None] | None = None
 
     def tensor_names(self, config: PretrainedConfig, tensors: list[str]) -> dict[str, str]:
@@ -69,22 +81,8 @@ class Architecture:
         """A dense tensor as the file has it."""
         return value.float() + self.norm_offset if self.norm_offset and name.endswith("norm.weight") else value
 
-    def notes(self, config: PretrainedConfig) -> list[str]:
-        """What the file cannot say."""
-        window = getattr(config, "sliding_window", None)
-        if self.name == "llama" and window:
-            return [f"llama.cpp has no sliding window for this architecture: the same logits up to {window} tokens"]
-        return []
-
-
-def _gemma(writer: Any, config: PretrainedConfig) -> None:
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-
 
 def _windows(writer: Any, config: PretrainedConfig) -> None:
-    if "sliding_attention" not in config.layer_types:
-        raise _cannot(config, "layer_types", "llama.cpp wants a layer with a window in this architecture")
     writer.add_sliding_window(config.sliding_window)
     writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
     if config.final_logit_softcapping:
@@ -92,60 +90,74 @@ def _windows(writer: Any, config: PretrainedConfig) -> None:
 
 
 def _gemma2(writer: Any, config: PretrainedConfig) -> None:
-    _refuse_other_queries(config, layers_of_27b=46)
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if not getattr(config, name):
-            raise _cannot(config, name, "llama.cpp always caps this architecture's logits")
-    _gemma(writer, config)
     _windows(writer, config)
     writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
 
 
 def _gemma3(writer: Any, config: PretrainedConfig) -> None:
-    _refuse_other_queries(config, layers_of_27b=62)
-    if config.attn_logit_softcapping:
-        raise _cannot(config, "attn_logit_softcapping", "llama.cpp has none for this architecture")
-    whole, window = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
-    if whole["rope_type"] not in ("default", "linear") or window["rope_type"] != "default":
-        raise _cannot(config, "rope_parameters", "only full attention can be scaled, and only by 'linear'")
-    _gemma(writer, config)
     _windows(writer, config)
-    writer.add_rope_freq_base_swa(window["rope_theta"])
-
-
-def _refuse_other_queries(config: PretrainedConfig, layers_of_27b: int) -> None:
-    """llama.cpp has no key for how queries are scaled and masked: it tells the 27B by its number of layers."""
-    heads = config.num_attention_heads
-    scalar = config.hidden_size // heads if config.num_hidden_layers == layers_of_27b else config.head_dim
-    if config.query_pre_attn_scalar != scalar:
-        raise _cannot(config, "query_pre_attn_scalar", f"llama.cpp takes {scalar} for a model of these sizes")
-    if config.use_bidirectional_attention:
-        raise _cannot(config, "use_bidirectional_attention", "llama.cpp's attention is causal")
-
-
-def _cannot(config: PretrainedConfig, name: str, rule: str) -> ValueError:
-    return ValueError(
-        f"{name}={getattr(config, name)!r} cannot be written as GGUF: {rule}; export the model as "
-        "'compressed-tensors' or 'dense'."
-    )
+    writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
 
 
 def _phi3(writer: Any, config: PretrainedConfig) -> None:
-    writer.add_sliding_window(config.sliding_window or 0)
+    writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    writer.add_sliding_window(0)  # so that no version takes one of its own
 
+
+_SILU = ("silu", "swish")
+_TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+_GEMMA = {"attention_bias": (False,), "use_bidirectional_attention": (False, None), "tie_word_embeddings": (True,)}
+_LLAMA = Architecture(
+    "llama",
+    permuted=True,
+    assumed={"hidden_act": _SILU},
+    any_head_dim=True,
+    rope_types=("default", "linear", "yarn", "llama3"),
+)
 
 # By transformers' model_type.
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", permuted=True),
-    "mistral": Architecture("llama", permuted=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3", extra=_gemma),
-    "gemma": Architecture("gemma", norm_offset=1.0, extra=_gemma),
-    "gemma2": Architecture("gemma2", norm_offset=1.0, extra=_gemma2),
-    "gemma3_text": Architecture("gemma3", norm_offset=1.0, extra=_gemma3),
-    "gpt2": Architecture("gpt2", layer_norm=True),
-    "phi": Architecture("phi2", layer_norm=True),
-    "phi3": Architecture("phi3", extra=_phi3),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Architecture("qwen2", assumed={"hidden_act": _SILU}),
+    "qwen3": Architecture("qwen3", assumed={"hidden_act": _SILU, "attention_bias": (False,)}, any_head_dim=True),
+    "gemma": Architecture("gemma", norm_offset=1.0, assumed={"hidden_act": _TANH_GELU, **_GEMMA}, any_head_dim=True),
+    "gemma2": Architecture(
+        "gemma2",
+        norm_offset=1.0,
+        assumed={"hidden_activation": _TANH_GELU, **_GEMMA},
+        any_head_dim=True,
+        windows=2,
+        extra=_gemma2,
+    ),
+    "gemma3_text": Architecture(
+        "gemma3",
+        norm_offset=1.0,
+        assumed={"hidden_activation": _TANH_GELU, "attn_logit_softcapping": (None,), **_GEMMA},
+        any_head_dim=True,
+        windows=6,
+        rope_types=("default", "linear"),
+        extra=_gemma3,
+    ),
+    "gpt2": Architecture(
+        "gpt2",
+        layer_norm=True,
+        assumed={
+            "activation_function": _TANH_GELU,
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+        },
+    ),
+    "phi": Architecture(
+        "phi2",
+        layer_norm=True,
+        assumed={"hidden_act": _TANH_GELU, "qk_layernorm": (False,), "tie_word_embeddings": (False,)},
+        partial_rotary=True,
+    ),
+    "phi3": Architecture(
+        "phi3", assumed={"hidden_act": _SILU}, partial_rotary=True, rope_types=("default",), extra=_phi3
+    ),
 }
 
 
@@ -165,7 +177,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
 
 
 def write_metadata(writer: Any, config: PretrainedConfig, arch: Architecture, name: str) -> None:
-    """Write the sizes and constants that llama.cpp's loader reads."""
+    """Write the sizes and constants that llama.cpp's loader reads, of a config that `gguf_checks` has passed."""
     heads, hidden = config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     writer.add_name(name)
@@ -182,37 +194,45 @@ def write_metadata(writer: Any, config: PretrainedConfig, arch: Architecture, na
         writer.add_layer_norm_eps(epsilon)
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if arch.name == "llama" and head_dim != hidden // heads:
+    if arch.any_head_dim:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)  # gemma3 has one base for each kind of layer
+    rope = rope_of(config)
     if rope:
         writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
         writer.add_rope_freq_base(rope["rope_theta"])
-        _write_rope_scaling(writer, rope)
+        _write_rope_scaling(writer, config, rope)
     if arch.extra is not None:
         arch.extra(writer, config)
 
 
-def _write_rope_scaling(writer: Any, rope: dict[str, Any]) -> None:
+def rope_of(config: PretrainedConfig) -> dict[str, Any]:
+    """RoPE's parameters, those of full attention where each kind of layer has its own; empty without RoPE."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("full_attention", rope)
+
+
+def _write_rope_scaling(writer: Any, config: PretrainedConfig, rope: dict[str, Any]) -> None:
+    """The scaling of all kinds but llama3, which is a tensor of factors."""
     import gguf
 
     kind = rope.get("rope_type", "default")
-    if kind in ("default", "llama3"):  # llama3 is a tensor of factors
-        return
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     elif kind == "yarn":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        original = rope["original_max_position_embeddings"]
+        factor = rope["factor"] or config.max_position_embeddings / original
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    else:
-        raise ValueError(
-            f"rope_type={kind!r} cannot be written as GGUF here, only 'default', 'linear', 'llama3' and 'yarn'; "
-            "export the model as 'compressed-tensors' or 'dense'."
-        )
+        writer.add_rope_scaling_factor(factor)
+        writer.add_rope_scaling_orig_ctx_len(original)
+        # llama.cpp multiplies its own attention factor, the paper's, by this one.
+        _, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+        of_paper = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        if attention_factor != of_paper:
+            writer.add_rope_scaling_attn_factors(attention_factor / of_paper)
 
 
 def rope_factors(config: PretrainedConfig) -> np.ndarray | None:

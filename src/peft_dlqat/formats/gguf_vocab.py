@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# What llama.cpp itself knows to end a text.
+_KNOWN_ENDS = {
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"),
+    *("<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<|return|>", "<|call|>"),
+}
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 # The text that llama.cpp's pre-tokenizers are told apart by is their regular expression; these are the starts or marks
 # of those that are in wide use.
@@ -44,8 +49,60 @@ def write_vocab(writer: Any, folder: Path, config: PretrainedConfig) -> list[str
         writer.add_tokenizer_model("none")
         return ["the model came without a BPE or SentencePiece tokenizer: the file has none, and takes token ids only"]
     special = gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=config.vocab_size)
+    notes += _add_special_tokens(special.special_token_ids, content, folder, config)
     special.add_to_gguf(writer, quiet=True)
     return notes
+
+
+def _add_special_tokens(
+    special: dict[str, int], content: dict[str, Any], folder: Path, config: PretrainedConfig
+) -> list[str]:
+    """Add what only the configs say: start, end and padding, and further tokens that end a text.
+
+    Args:
+        special: token ids by llama.cpp's kind of token, from the tokenizer's files.
+        content: of tokenizer.json.
+        folder: may hold generation_config.json.
+        config: the model's config.
+
+    Returns:
+        What the user should know.
+    """
+    file = folder / "generation_config.json"
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    ends: list[int] = []
+    for source in (generation, vars(config)):
+        for kind in ("bos", "eos", "pad"):
+            found = source.get(f"{kind}_token_id")
+            ids = [token for token in (found if isinstance(found, list) else [found]) if isinstance(token, int)]
+            ids = [token for token in ids if 0 <= token < config.vocab_size]
+            if ids:
+                special.setdefault(kind, ids[0])
+            if kind == "eos":
+                ends += ids
+    texts = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+    further = [t for t in dict.fromkeys(ends) if t not in special.values() and texts.get(t) not in _KNOWN_ENDS]
+    for kind in ("eot", "eom"):
+        if further and kind not in special:
+            special[kind] = further.pop(0)
+    if not further:
+        return []
+    return [f"GGUF has no place for more tokens that end a text: llama.cpp does not stop at {further}"]
+
+
+def write_sampling(writer: Any, folder: Path) -> None:
+    """Write how generation_config.json, if there is one, wants tokens to be drawn."""
+    file = folder / "generation_config.json"
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for key, kind, add in (
+        ("top_k", int, writer.add_sampling_top_k),
+        ("top_p", float, writer.add_sampling_top_p),
+        ("min_p", float, writer.add_sampling_min_p),
+        ("temperature", float, writer.add_sampling_temp),
+        ("repetition_penalty", float, writer.add_sampling_penalty_repeat),
+    ):
+        if isinstance(generation.get(key), int | float):
+            add(kind(generation[key]))
 
 
 def _write_sentencepiece(writer: Any, vocab: Any, config: PretrainedConfig) -> list[str]:

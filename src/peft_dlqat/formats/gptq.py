@@ -21,7 +21,8 @@ from .engines import Engine, float32_logits
 def _gptqmodel(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     from gptqmodel import BACKEND, GPTQModel
 
-    # float16 fits the scales as they are; its torch kernel then computes in the dtype of its input.
+    # It loads all dense tensors in float16, which the scales are anyway; its torch kernel computes in the dtype of its
+    # input.
     model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
     return float32_logits(model.model.float(), ids)
 
@@ -31,7 +32,7 @@ class GPTQ(Format):
 
     name = "gptq"
     multiple = 32
-    engines = (Engine("gptqmodel", "gptqmodel", _gptqmodel, largest_kl=1e-6),)
+    engines = (Engine("gptqmodel", "gptqmodel", _gptqmodel, 1e-9, largest_difference=1e-4, dense_dtype=torch.float16),)
     usage = """\
 ```python
 from gptqmodel import GPTQModel

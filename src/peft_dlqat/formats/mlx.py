@@ -32,7 +32,7 @@ class MLX(Format):
 
     name = "mlx"
     library = "mlx"
-    engines = (Engine("mlx-lm", "mlx_lm", _mlx_lm, largest_kl=1e-10),)
+    engines = (Engine("mlx-lm", "mlx_lm", _mlx_lm, largest_kl=1e-10, largest_difference=1e-4),)
     usage = """\
 ```bash
 mlx_lm.generate --model THIS_REPOSITORY --prompt ...
