@@ -54,7 +54,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     method.add_argument("--r", type=positive, default=8, help="rank, of DL-QAT and LoRA")
     method.add_argument("--steps", type=positive, help=f"optimiser steps of each method; {_defaults('steps')}")
     method.add_argument(
-        "--calibration_steps", type=int, default=RECIPE.calibration_steps, help="of these, steps on the grid"
+        "--calibration_steps", type=int, default=RECIPE.calibration_steps, help="of these, steps that calibrate"
     )
     method.add_argument("--batch_size", type=positive, default=4, help="blocks a step")
     method.add_argument("--length", type=positive, default=256, help="tokens a block")
@@ -62,7 +62,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     method.add_argument("--lr", type=float, help=f"of DL-QAT's A and B; {_defaults('lr')}")
     method.add_argument("--magnitude_lr", type=float, help=f"of DL-QAT's magnitude; {_defaults('magnitude_lr')}")
     method.add_argument(
-        "--calibration_lr", type=float, default=RECIPE.calibration_lr, help="of DL-QAT's grid, see `calibrate`"
+        "--calibration_lr", type=float, default=RECIPE.calibration_lr, help="of DL-QAT's calibration, see `calibrate`"
     )
     method.add_argument("--lora_lr", type=float, help=f"of LoRA; {_defaults('lora_lr')}")
     method.add_argument("--seed", type=int, default=0)

@@ -145,7 +145,7 @@ def compare_methods(
 def train_dlqat(
     args: argparse.Namespace, bits: int, train: datasets.Dataset, held_out: datasets.Dataset
 ) -> tuple[PeftModel, float, Curve]:
-    """DL-QAT: calibrate the grid for some of the steps, then train A, B and m through the quantizer for the others."""
+    """DL-QAT: calibrate for some of the steps, then train A, B and m through the quantizer for the others."""
     set_seed(args.seed)
     model = get_peft_model(load_model(args), dlqat_config(args, bits))
     arguments = training_arguments(args, model, args.lr, args.steps - args.calibration_steps)
@@ -193,7 +193,7 @@ def dlqat_config(args: argparse.Namespace, bits: int) -> DLQATConfig:
 
 
 def round_to_nearest(model: PreTrainedModel, bits: int, args: argparse.Namespace, init: str = "minmax") -> PeftModel:
-    """A fresh adapter is exactly round-to-nearest on its first grid: B is zero and m is one."""
+    """A fresh adapter is exactly round-to-nearest with its first scales and zeros: B is zero and m is one."""
     return get_peft_model(model, replace(dlqat_config(args, bits), init=init))
 
 

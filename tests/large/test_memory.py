@@ -129,7 +129,7 @@ def test_parts_are_what_they_say():
     )
     assert full.frozen == 2 * int8.frozen == 4 * int4.frozen
     assert full.adapter == full.gradients == full.optimizer / 2 == int4.adapter
-    assert (full.grid, full.rest) == (int4.grid, int4.rest)
+    assert (full.scales_and_zeros, full.rest) == (int4.scales_and_zeros, int4.rest)
     assert str(full).count("GiB") == 12
     # In double the batch, what depends on it doubles.
     two = estimate_memory(DLQATConfig(bits=3, task_type="CAUSAL_LM"), model_config, 2, 64)

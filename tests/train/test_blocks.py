@@ -93,7 +93,7 @@ def test_layers_that_return_a_tuple_or_a_list(base):
     assert heldout_kl(model) < divergence
 
 
-def test_the_first_error_is_the_layers_on_its_initial_grid():
+def test_the_first_error_is_the_layers_on_its_initial_scales():
     """Against the layers run by hand; the second layer's input comes from the calibrated first."""
     model = adapted()
     batches = lm_batches()
@@ -162,7 +162,7 @@ def test_the_frozen_grid_is_one_that_ships(zero_point):
             assert torch.equal(tensor, tensor.round())
 
 
-def test_a_layer_whose_error_does_not_fall_keeps_its_initial_grid():
+def test_a_layer_whose_error_does_not_fall_keeps_its_initial_scales():
     model = adapted(init="minmax")  # which does not look at the inputs
     before = state(model)
     errors = run(model, steps=2, lr=10.0, train_adapter=True)

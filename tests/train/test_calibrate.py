@@ -65,7 +65,7 @@ def test_calibration_lowers_the_loss_and_moves_only_the_grid(zero_point, objecti
 @pytest.mark.parametrize("by", ["model", "blocks"])
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 def test_the_lowrank_gradient_is_for_training_only(zero_point, by):
-    """The step has no gradient on the low-rank path: the grid is fitted as ever."""
+    """The step has no gradient on the low-rank path: scales and zeros are fitted as ever."""
     grids = []
     for gradient in ("exact", "lowrank"):
         model = adapted(zero_point=zero_point, magnitude="row", gradient=gradient, init="minmax")
@@ -74,7 +74,7 @@ def test_the_lowrank_gradient_is_for_training_only(zero_point, by):
     assert all(torch.equal(one, other) for one, other in zip(*grids, strict=True))
 
 
-def test_the_reported_loss_is_the_frozen_grids():
+def test_the_reported_loss_is_of_the_frozen_scales():
     """The figures are those of the model as it is afterwards, zero points rounded."""
     model = adapted()
     batches = lm_batches()
@@ -584,7 +584,7 @@ def test_a_grid_that_was_put_back_is_not_called_fitted(tmp_path, monkeypatch):
     model = adapted()
     calibrate(model, lm_batches(), progress=False)
     model.save_pretrained(tmp_path)
-    assert "nothing gained, and the initial grid was kept |" in (tmp_path / "README.md").read_text()
+    assert "nothing gained, and the initial scales and zeros were kept |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("steps", [0, 2])

@@ -30,7 +30,7 @@ class MemoryEstimate:
 
     Attributes:
         frozen: W0 of the adapted layers, as it is stored.
-        grid: s, z or b, and what they mean.
+        scales_and_zeros: s, z or b, and what they mean.
         rest: all else of the model: embeddings, norms, head, biases, buffers.
         adapter: A, B, m and other trained tensors.
         gradients: of the trained tensors.
@@ -44,7 +44,7 @@ class MemoryEstimate:
     """
 
     frozen: int
-    grid: int
+    scales_and_zeros: int
     rest: int
     adapter: int
     gradients: int
@@ -58,7 +58,7 @@ class MemoryEstimate:
     @property
     def static(self) -> int:
         """What is there before the step."""
-        return self.frozen + self.grid + self.rest + self.adapter + self.optimizer
+        return self.frozen + self.scales_and_zeros + self.rest + self.adapter + self.optimizer
 
     @property
     def total(self) -> int:
@@ -69,7 +69,7 @@ class MemoryEstimate:
     def __str__(self) -> str:
         """A line a part, in GiB."""
         parts = {**vars(self), "total": self.total}
-        return "\n".join(f"{name:12} {size / 2**30:8.2f} GiB" for name, size in parts.items())
+        return "\n".join(f"{name:16} {size / 2**30:8.2f} GiB" for name, size in parts.items())
 
 
 def estimate_memory(
@@ -171,7 +171,7 @@ def _static(model: PeftModel, storage: str) -> dict[str, int]:
     bits = STORAGES[storage].bits
     everything = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     sizes = {
-        "grid": sum(buffer.nbytes for name, buffer in model.named_buffers() if ".dlqat_" in name),
+        "scales_and_zeros": sum(buffer.nbytes for name, buffer in model.named_buffers() if ".dlqat_" in name),
         "adapter": sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
     }
     return {
