@@ -102,7 +102,9 @@ class DLQATModel(BaseTuner):
             config.check_export([spec.grid], f"{name}: ", _out_in(module), isinstance(module, Conv1D))
             if asked not in (-1, used):
                 smaller.setdefault(f"{asked} -> {used}", []).append(name)
-        for field in ("bits_pattern", "group_size_pattern"):
+        for field in config.patterns():
+            if field in ("rank_pattern", "alpha_pattern"):
+                continue  # PEFT itself says so of these
             unused = [
                 key for key in getattr(config, field) if all(get_pattern_key([key], name) != key for name in targets)
             ]
