@@ -60,7 +60,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     method.add_argument("--length", type=positive, default=256, help="tokens a block")
     method.add_argument("--schedule", help=f"transformers' name of the learning rate's; {_defaults('schedule')}")
     method.add_argument("--lr", type=float, help=f"of DL-QAT's A and B; {_defaults('lr')}")
-    method.add_argument("--magnitude_lr", type=float, help=f"of DL-QAT's magnitude; {_defaults('magnitude_lr')}")
+    method.add_argument("--magnitude_lr", type=float, help=f"of DL-QAT's m and shift; {_defaults('magnitude_lr')}")
     method.add_argument(
         "--calibration_lr", type=float, default=RECIPE.calibration_lr, help="of DL-QAT's calibration, see `calibrate`"
     )

@@ -219,6 +219,16 @@ def test_packing_under_an_adapter_that_was_trained_on_full_weights_warns():
         pack_weights(model)
 
 
+@pytest.mark.parametrize("method,settings", [("peqa", {}), ("qalora", {"zero_point": "float"})])
+def test_packing_under_a_method_that_keeps_the_codes_changes_nothing(method, settings):
+    """What it has trained on full weights is not in their place, so that there is nothing to warn of."""
+    model = trained(storage="full", method=method, **settings)
+    expected = logits(model)
+    model.peft_config["default"].storage = "int4"
+    pack_weights(model)  # a warning would be an error
+    assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 @pytest.mark.parametrize("into", ["packed", "full"])
 def test_a_state_dict_of_weights_in_another_storage_is_refused(storage, into):

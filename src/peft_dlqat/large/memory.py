@@ -219,11 +219,14 @@ def _largest_op(model: PeftModel, packed: bool, size: int, device: str) -> int:
     bits unpacked. Once w_hat is gone, backward makes dL/dw_hat and what leads from it to its tensors' gradients.
     """
     name, layers = adapter_layers(model)
+    quantizer = next(iter(layers.values())).quantizer(name)
+    choosing = (quantizer.A, quantizer.B, quantizer.step, quantizer.rounding_zero)
+    codes_move = any(tensor.requires_grad for tensor in choosing if tensor is not None)
     largest = 0
     for layer in layers.values():
         piece = min(layer.out_features, piece_rows(layer.in_features, device)) * layer.in_features
         in_float32 = 4 if size < 4 else 0
         forward = layer.out_features * layer.in_features * size + ((5 if packed else in_float32) + in_float32) * piece
-        backward = 0 if layer.specs[name].gradient == "lowrank" else (16 if name in layer.dlqat_A else 12) * piece
+        backward = 0 if layer.specs[name].gradient == "lowrank" else (16 if codes_move else 12) * piece
         largest = max(largest, forward, backward)
     return largest
