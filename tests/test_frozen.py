@@ -96,7 +96,8 @@ def test_value_and_gradients_are_those_of_the_decoded_weight(zero_point, in_step
 
 
 def config(storage="int8", **kwargs):
-    return DLQATConfig(**{"bits": 3, "group_size": 32, "task_type": "CAUSAL_LM", "storage": storage, **kwargs})
+    own = {"bits": 3, "group_size": 32, "init": "minmax", "storage": storage, "task_type": "CAUSAL_LM"}
+    return DLQATConfig(**{**own, **kwargs})
 
 
 def trained(kind="llama", storage="int8", **kwargs):

@@ -16,7 +16,7 @@ from peft_dlqat.train.recipe import Recipe
 
 
 def adapted():
-    return get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM"))
+    return get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, init="minmax", task_type="CAUSAL_LM"))
 
 
 def test_calibration_defaults():
@@ -58,7 +58,7 @@ def test_the_optimizer_has_the_recipes_rates():
     optimizer = create_dlqat_optimizer(adapted(), torch.optim.AdamW, lr=1e-3)
     assert optimizer.defaults["lr"] == 1e-3
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 6 * 1e-3}
-    l4q = get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, method="l4q"))
+    l4q = get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, init="minmax", method="l4q"))
     optimizer = create_dlqat_optimizer(l4q, torch.optim.AdamW, lr=1e-3)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 0.5e-3}
     optimizer = create_dlqat_optimizer(l4q, torch.optim.AdamW, lr=1e-3, magnitude_lr=2e-3)
