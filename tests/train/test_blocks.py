@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -349,10 +350,10 @@ def test_a_merged_or_inactive_adapter_is_refused():
         run(model)
 
 
-def test_steps_are_the_recipes_by_default():
-    one, other = adapted(init="minmax"), adapted(init="minmax")
-    assert calibrate(one, lm_batches(1), by="blocks", objective="output", progress=False).blocks == tuple(
-        run(other, steps=RECIPE.block_steps, batches=lm_batches(1))
+def test_steps_are_the_recipes_by_default(monkeypatch):
+    monkeypatch.setattr("peft_dlqat.train.calibrate.RECIPE", replace(RECIPE, block_steps=7))
+    assert calibrate(adapted(), lm_batches(1), by="blocks", objective="output", progress=False).blocks == tuple(
+        run(adapted(), steps=7, batches=lm_batches(1))
     )
 
 

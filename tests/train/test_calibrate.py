@@ -62,6 +62,7 @@ def test_calibration_lowers_the_loss_and_moves_only_the_grid(zero_point, objecti
     assert not any(tensor.requires_grad for name, tensor in model.named_buffers())
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("by", ["model", "blocks"])
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 def test_the_lowrank_gradient_is_for_training_only(zero_point, by):
