@@ -321,7 +321,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(changes, use_reentrant)
     assert all(torch.equal(found[name], grad) for name, grad in expected.items())
 
 
-@pytest.mark.product(every=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", PACKED)
 def test_torch_compile_gives_the_same_gradients_without_graph_breaks(changes):
     torch._dynamo.reset()
