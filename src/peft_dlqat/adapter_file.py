@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Set
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .layer import PREFIX, SAVED_BUFFERS, DLQATLayer
+from .layer import PREFIX, SAVED, DLQATLayer
 from .layer_spec import stored_as
 from .quant.fixed_point import STORAGES
 
@@ -43,6 +44,16 @@ def base_checksum(weights: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
+def tensor_key(layer: str, kind: str, adapter_name: str) -> str:
+    """The model's own key of a tensor of an adapter: Parameters lie in a module of their own."""
+    return f"{layer}.{kind}.{adapter_name}" + ("" if kind == "dlqat_spec" else ".weight")
+
+
+def with_current_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A file's tensors by the keys of today: Parameters had no ".weight" behind their names once."""
+    return {re.sub(rf"(\.{PREFIX}(?!spec)\w+)$", r"\1.weight", key): value for key, value in state_dict.items()}
+
+
 def check_state(
     model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], storage: str
 ) -> dict[str, torch.Tensor]:
@@ -64,19 +75,19 @@ def check_state(
     """
     layers = {
         name: layer
-        for name, layer in model.named_modules()
+        for name, layer in model.named_modules(remove_duplicate=False)  # a layer in two places is saved twice
         if isinstance(layer, DLQATLayer) and adapter_name in layer.specs
     }
     expected = {
-        f"{name}.{kind}.{adapter_name}": entries[adapter_name]
+        tensor_key(name, kind, adapter_name): entries[adapter_name]
         for name, layer in layers.items()
-        for kind in (*layer.adapter_layer_names, *SAVED_BUFFERS)
+        for kind in (*layer.adapter_layer_names, *SAVED)
         if adapter_name in (entries := getattr(layer, kind))
     }
     found = {key: value for key, value in state_dict.items() if f".{PREFIX}" in key}
     _check_names(model, adapter_name, expected.keys(), found.keys(), state_dict.keys() - found.keys())
     for name, layer in layers.items():
-        key = f"{name}.dlqat_spec.{adapter_name}"
+        key = tensor_key(name, "dlqat_spec", adapter_name)
         if found[key].dim() == 1:
             found[key] = layer.specs[adapter_name].completed(found[key])
             if len(found[key]) > len(expected[key]):
@@ -101,10 +112,10 @@ def check_state(
                 "point: the file is broken."
             )
         if not torch.isfinite(found[key]).all():
-            at = key.removesuffix(f".{adapter_name}")
+            at = key.removesuffix(".weight").removesuffix(f".{adapter_name}")
             raise ValueError(f"{at} of the saved adapter holds NaN or infinity: the file is broken.")
     for name, layer in layers.items():
-        own = {kind: found.get(f"{name}.{kind}.{adapter_name}") for kind in SAVED_BUFFERS}
+        own = {kind: found.get(tensor_key(name, kind, adapter_name)) for kind in SAVED}
         _check_settings(name, layer, adapter_name, own, storage)
         _check_scales_and_zeros(name, layer, adapter_name, own)
     return {**state_dict, **found}
