@@ -43,6 +43,11 @@ class Float32ParameterDict(nn.ModuleDict):
         """The adapter's Parameter."""
         return self._modules[adapter_name]._parameters["weight"]  # type: ignore[union-attr, return-value]
 
+    def get(self, adapter_name: str) -> nn.Parameter | None:
+        """The adapter's Parameter, or None where it has none."""
+        entry = self._modules.get(adapter_name)
+        return None if entry is None else entry._parameters["weight"]
+
     def __setitem__(self, adapter_name: str, parameter: nn.Parameter) -> None:  # type: ignore[override]
         """Add an adapter's, or put another in its place."""
         super().__setitem__(adapter_name, _Entry(parameter))

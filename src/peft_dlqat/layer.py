@@ -158,8 +158,9 @@ class DLQATLayer(BaseTunerLayer):
 
     def scales_and_zeros(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """s, and z or b, or None for a symmetric grid; both [out, n_groups]."""
-        zeros = self.dlqat_zero_point if adapter_name in self.dlqat_zero_point else self.dlqat_offset
-        return self.dlqat_scale[adapter_name], zeros[adapter_name] if adapter_name in zeros else None  # noqa: SIM401  has no get
+        s, z, b = (self._modules[name].get(adapter_name) for name in CALIBRATED)  # type: ignore[union-attr]
+        assert s is not None
+        return s, b if z is None else z
 
     def trained(self, adapter_name: str) -> dict[str, tuple[TrainedTensor, nn.Parameter]]:
         """The adapter's trained tensors by name, each with what must be known of it."""
@@ -179,11 +180,11 @@ class DLQATLayer(BaseTunerLayer):
         Raises:
             ValueError: for a trained tensor that is not float32.
         """
-        trained = {
-            name.removeprefix(PREFIX): getattr(self, name)[adapter_name]
-            for name in self.adapter_layer_names
-            if adapter_name in getattr(self, name)  # torch.compile cannot trace an assignment here
-        }
+        modules, trained = self._modules, {}  # past nn.Module's own lookup, which costs a microsecond each time
+        for name in self.adapter_layer_names:
+            parameter = modules[name].get(adapter_name)  # type: ignore[union-attr]
+            if parameter is not None:
+                trained[name.removeprefix(PREFIX)] = parameter
         spec, (s, zero) = self.specs[adapter_name], self.scales_and_zeros(adapter_name)
         for name, tensor in (*trained.items(), ("scale", s), ("zero", zero)):
             if tensor is not None and tensor.dtype != torch.float32:
@@ -355,20 +356,20 @@ class DLQATLayer(BaseTunerLayer):
         weight = self.get_base_layer().weight
         return fake_quantize(weight, self.quantizer(adapter_name), dtype, self.fan_in_fan_out)
 
-    def _quantized_output(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """The output with one adapter, of a base layer that does nothing but y = x @ W.T + bias."""
-        base_layer: Any = self.get_base_layer()
-        autocast, bias = torch.is_autocast_enabled(x.device.type), base_layer.bias
-        inputs = self._cast_input_dtype(x, torch.get_autocast_dtype(x.device.type) if autocast else self.frozen.dtype)
-        output = fake_quantize_linear(
+    def _quantized_output(
+        self, base_layer: Any, dtype: torch.dtype, x: torch.Tensor, adapter_name: str
+    ) -> torch.Tensor:
+        """x @ w_hat.T + bias with one adapter, computed in a dtype."""
+        bias = base_layer.bias
+        inputs = x if x.dtype == dtype else self._cast_input_dtype(x, dtype)
+        return fake_quantize_linear(
             inputs,
-            None if bias is None else bias.to(inputs.dtype),
+            bias if bias is None or bias.dtype == inputs.dtype else bias.to(inputs.dtype),
             base_layer.weight,
             self.quantizer(adapter_name),
             self.fan_in_fan_out,
             self.specs[adapter_name].gradient,
         )
-        return output if autocast else output.to(x.dtype)
 
     def _base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What the layer gives without adapters."""
@@ -408,23 +409,22 @@ class DLQATLinear(nn.Module, DLQATLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         base_layer: Any = self.get_base_layer()  # type: ignore[operator]
-        if is_partitioned(base_layer.weight):
+        weight = base_layer.weight
+        if is_partitioned(weight):
             gather_with(self)
         # device_map may have taken tensors away
-        with at_hand(self) if hasattr(base_layer, "_hf_hook") else nullcontext():
+        with at_hand(self) if "_hf_hook" in base_layer.__dict__ else nullcontext():
             names = self._computing()
             if not names:
                 return self._base_output(x, *args, **kwargs)
-            if len(names) == 1 and is_plain(base_layer) and self._rounds_once(x.device.type):
-                return self._quantized_output(x, names[0])
-            return self._output_with(self._weight_of(names), x, *args, **kwargs)
-
-    def _rounds_once(self, device_type: str) -> bool:
-        """Whether w_hat in the dtype of the product is a merged weight's: not where two 16-bit dtypes meet."""
-        if not torch.is_autocast_enabled(device_type):
-            return True
-        dtype = self.frozen.dtype
-        return dtype in (torch.float32, torch.get_autocast_dtype(device_type))
+            dtype = weight.dtype if weight.is_floating_point() else self.frozen.dtype
+            autocast = torch.is_autocast_enabled(x.device.type)
+            product = torch.get_autocast_dtype(x.device.type) if autocast else dtype
+            # Rounded to one 16-bit dtype w_hat is not what it is when it was rounded to another one first, as merged.
+            if len(names) > 1 or not is_plain(base_layer) or dtype not in (product, torch.float32):
+                return self._output_with(self._weight_of(names), x, *args, **kwargs)
+            output = self._quantized_output(base_layer, product, x, names[0])
+            return output if autocast or output.dtype == x.dtype else output.to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.frozen.check_same_kind(state_dict.get(f"{prefix}base_layer.weight"))
@@ -442,11 +442,12 @@ class DLQATLinear(nn.Module, DLQATLayer):
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a linear layer does nothing but y = x @ W.T + bias: no forward of its own, and no hooks."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    own = layer.__dict__
     return (
         type(layer).forward in (nn.Linear.forward, Conv1D.forward)
-        and ("forward" not in layer.__dict__ or hasattr(layer, "_hf_hook"))  # of accelerate; `at_hand` does its work
-        and not hooks
+        and ("forward" not in own or "_hf_hook" in own)  # the forward is accelerate's; `at_hand` does its work
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
+        and not own["_backward_pre_hooks"]
     )
 
 

@@ -62,6 +62,8 @@ def fake_quantize_linear(
         numbers = (grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, grid.k_quant)
         constants = (*numbers, q.scaling, q.update_in_steps, q.storage, fan_in_fan_out, gradient)
         return _compiled_forward(*tensors, *constants)
+    if not torch.is_grad_enabled():
+        return _forward(x, bias, weight, quantizer, fan_in_fan_out)
     return _FakeQuantizeLinear.apply(*tensors, quantizer, fan_in_fan_out, gradient)
 
 
