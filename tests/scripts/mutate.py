@@ -60,8 +60,8 @@ TESTS = {
 LEFT_OUT = {
     name: reason
     for reason, names in {
-        "so many at a time: the same bits in more or less time": "_PIECE _PIECE_ON_GPU _CHUNK _CHUNK_ON_GPU _WARPS",
-        "the shape of a tile: the same bits": "_ROWS _COLUMNS num_warps",
+        "so many at a time: the same bits in more or less time": "_PIECE _PIECE_ON_GPU _CHUNK _CHUNK_ON_GPU",
+        "the shape of a tile: the same bits": "_TILE num_warps",
         "how long the search for scales is: better or worse by little": "_REFINEMENTS _CLIP_SHARES",
         "found by measuring a model: what is best, not what is right": "_LR_FACTOR _UPDATE _block_step_of_a",
         "runs in an environment of its own only, see make test-engines": "_gptqmodel _llama_cpp",
