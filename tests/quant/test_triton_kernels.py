@@ -331,7 +331,7 @@ def test_what_the_kernels_do_not_do_is_left_to_the_reference():
     def chosen(group_size, n_in=128, dtype=torch.float32):
         grid = Grid(3, group_size, "integer", torch.bfloat16)
         args = problem(grid, n_in=n_in)
-        return dispatch.implementation(args["weight"].to(dtype), quantizer_of(args, grid))
+        return dispatch.implementation(args["weight"].to(DEVICE, dtype), quantizer_of(args, grid))
 
     assert chosen(32) is gpu and chosen(129, 129) is gpu
     assert chosen(43, 129) is reference and chosen(32, dtype=torch.float64) is reference

@@ -377,3 +377,12 @@ def test_the_adapter_is_fitted_by_every_way_that_steps_go():
 def test_what_only_blocks_have_is_refused_on_the_model(arguments, message):
     with pytest.raises(ValueError, match=message):
         calibrate(adapted(), lm_batches(1), progress=False, **arguments)
+
+
+def test_log_is_called_after_each_step():
+    """Steps count on over the decoder layers; the rate falls anew in each, and so does the loss."""
+    seen = []
+    calibrate(adapted(), lm_batches(), steps=3, by="blocks", lr=0.03, log=lambda *of: seen.append(of), progress=False)
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6]
+    assert [values["calibration/lr"] for _, values in seen] == pytest.approx(2 * [0.03, 0.02, 0.01])
+    assert all(values["calibration/loss"] > 0 for _, values in seen)

@@ -11,7 +11,15 @@ import pytest
 import torch
 from conftest import VOCAB, lm_batches, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerState, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 
 import peft_dlqat.quant.quantizer
 from peft_dlqat import (
@@ -343,18 +351,44 @@ def test_callback_names_the_layer_whose_magnitude_explodes(tmp_path):
 def test_callback_names_a_layer_when_the_loss_is_no_number(tmp_path):
     """Under the Trainer's defaults, which log a NaN loss as a number."""
     model = adapted()
-    _, layer = list(adapter_layers(model)[1].items())[3]
+    layers = list(adapter_layers(model)[1].values())
     calibrate(model, lm_batches(), steps=1, progress=False)
-    layer.dlqat_magnitude["default"].data[0, 0] = torch.nan
-    with pytest.warns(UserWarning, match="not finite, and this layer has the largest magnitude"):
+    layers[3].dlqat_magnitude["default"].data[0, 0] = torch.nan
+    with pytest.warns(
+        UserWarning, match=f"not finite, and its .* holds NaN or infinity, as .* of {len(layers)} layers"
+    ):
         trainer(model, tmp_path, DLQATCallback(report_steps=0)).train()
 
 
-def test_distilling_needs_logits_and_no_labels():
-    model = adapted()
-    model.config.is_encoder_decoder = True
-    with pytest.raises(ValueError, match="objective='task'"):
-        calibrate(model, lm_batches(), steps=1, progress=False)
+def test_distilling_an_encoder_decoder():
+    """Its decoder takes its inputs from the labels; the label at i belongs to the logits at i, and -100 to none."""
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    config = T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(T5ForConditionalGeneration(config).eval(), DLQATConfig(bits=3, group_size=16))
+    batch = {"input_ids": tokens(), "labels": tokens(length=9, seed=1)}
+    batch["labels"][:, 6:] = -100
+    with torch.no_grad():
+        teacher, logits = teacher_logits(model, batch)[:, :6], model(**batch).logits[:, :6]
+        divergence = (teacher.softmax(-1) * (teacher.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
+    assert calibrate(model, [batch], progress=False).loss_before == pytest.approx(divergence.item(), rel=1e-4) != 0
+
+
+@pytest.mark.parametrize("head", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}], ids=str)
+def test_distilling_a_head_without_a_distribution(head):
+    """A reward, a regression, several labels at once: the logits themselves are compared."""
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, pad_token_id=0)
+    config.update(head)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(LlamaForSequenceClassification(config).eval(), DLQATConfig(bits=3, group_size=32))
+    batch = {"input_ids": tokens(), "attention_mask": torch.ones(4, 16).long()}
+    with torch.no_grad():
+        error = (teacher_logits(model, batch) - model(**batch).logits).square().mean().item()
+    result = calibrate(model, [batch], progress=False)
+    assert result.loss_before == pytest.approx(error, rel=1e-4) != 0
+    assert result.objective == "logits" and "full-precision model's logits" in str(result)
 
 
 def test_callback_warns_about_weight_decay_on_the_magnitude(tmp_path):
@@ -369,51 +403,12 @@ def test_callback_warns_about_weight_decay_on_the_magnitude(tmp_path):
 def test_callback_warns_of_the_trainers_own_learning_rate(tmp_path, recwarn):
     def run(model, **args):
         trainer(model, tmp_path, DLQATCallback(), args={"max_steps": 1, **args}).train()
-        return [str(found.message) for found in recwarn if "learning rate of A and B" in str(found.message)]
+        return [str(found.message) for found in recwarn if "the adapter's learning rate" in str(found.message)]
 
     assert not run(adapted(), learning_rate=RECIPE.lr(adapted()) / 5, warmup_steps=1)
     assert not run(adapted(method="peqa"), learning_rate=5e-5)  # has no B
     (message,) = run(adapted(), learning_rate=5e-5, warmup_steps=1)
     assert "5e-05, is far below the recipe's 0.014" in message and "RECIPE.training_arguments" in message
-
-
-def test_sft_trainer(tmp_path):
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = [f"w{i}" for i in range(60)]
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    data = Dataset.from_dict({"text": [" ".join(random.Random(i).choices(words, k=12)) for i in range(32)]})
-    config = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-    )
-    run = trl.SFTTrainer(
-        tiny_model(),
-        config,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM"),
-        callbacks=[DLQATCallback(calibration_steps=4)],
-    )
-    run.train()
-    record = run.model.peft_config["default"].record
-    assert record["calibration"]["steps"] == 4
-    assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
 
 # The report and the optimiser

@@ -22,7 +22,7 @@ def adapted():
 def test_calibration_defaults():
     callback = inspect.signature(DLQATCallback).parameters
     names = ("calibration_steps", "calibration_lr")
-    assert [callback[name].default for name in names] == [RECIPE.calibration_steps, RECIPE.calibration_lr]
+    assert [callback[name].default for name in names] == [None, RECIPE.calibration_lr]
     for function in (calibrate, calibrate_from_disk):
         parameters = inspect.signature(function).parameters
         assert [parameters[name].default for name in ("steps", "lr")] == [None, RECIPE.calibration_lr]

@@ -28,6 +28,9 @@ from .scales_and_zeros import (
 # The three values that scales and zeros have in a calibration: initial, fitted to the inputs, after the steps.
 Stage = Literal["before", "fitted", "after"]
 
+# Called as log(step, loss, lr) after each step, which counts from 1.
+Log = Callable[[int, float, float], None]
+
 
 class Loss(Protocol):
     """What a calibration lowers."""
@@ -124,15 +127,13 @@ class Descent:
             )
         ]
 
-    def run(
-        self, loss: Loss, layers: Collection[DLQATLayer], log: Callable[[int, float, float], None] | None = None
-    ) -> None:
+    def run(self, loss: Loss, layers: Collection[DLQATLayer], log: Log | None = None) -> None:
         """Take the steps, then round scales and zeros as they ship.
 
         Args:
             loss: what to lower.
             layers: whose tensors move; they take gradients already.
-            log: called as log(step, loss, lr) after each step, which counts from 1.
+            log: called after each step.
 
         Raises:
             FloatingPointError: if the loss turns NaN or infinite.
