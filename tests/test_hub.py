@@ -585,3 +585,18 @@ def test_card_counts_what_trains(settings: dict[str, Any], tmp_path: Path) -> No
     for folder in ("first", "second"):
         row = table((tmp_path / folder / "README.md").read_text(encoding="utf-8"))["trained parameters"]
         assert row == f"{trained:,} of {total:,} ({trained / total:.2%})"
+
+
+def test_registering_again_changes_nothing_and_pefts_own_method_stays() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType
+
+    from peft_dlqat import DLQATConfig, DLQATModel
+    from peft_dlqat.hub import extend_peft_type, register
+
+    before = dict(PEFT_TYPE_TO_CONFIG_MAPPING), list(PeftType)
+    extend_peft_type()
+    register(DLQATConfig, DLQATModel)
+    with pytest.warns(UserWarning, match=r"PEFT already has a method named 'dlqat'.*from peft import DLQATConfig"):
+        register(object, object)
+    assert (dict(PEFT_TYPE_TO_CONFIG_MAPPING), list(PeftType)) == before

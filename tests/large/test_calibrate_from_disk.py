@@ -90,6 +90,15 @@ def test_from_disk_in_another_dtype(tmp_path):
     assert errors == run(get_peft_model(base, fitted), steps=4)
 
 
+def test_decoder_layers_without_the_adapter_are_passed(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    torch.manual_seed(3)
+    result = from_disk(tmp_path / "base", tmp_path / "out", adapter=config(layers_to_transform=[1]))
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert result == run(get_peft_model(base, config(layers_to_transform=[1])), steps=4) and len(result.blocks) == 1
+
+
 @pytest.mark.product(every=3)
 @each_kind
 def test_from_disk_writes_a_whole_folder_with_the_base_models_name(folder, tmp_path):

@@ -160,9 +160,15 @@ def test_bad_sizes(arguments, message):
         estimate_memory(DLQATConfig(task_type="CAUSAL_LM"), tiny_model().config, *arguments)
 
 
-def test_an_unknown_optimizer():
-    with pytest.raises(ValueError, match="optimizer='lion' must be one of"):
-        estimate_memory(DLQATConfig(task_type="CAUSAL_LM"), tiny_model().config, 1, 8, optimizer="lion")
+@pytest.mark.parametrize("argument,value", [("optimizer", "lion"), ("device", "tpu")])
+def test_an_unknown_choice(argument, value):
+    with pytest.raises(ValueError, match=f"{argument}='{value}' must be one of"):
+        estimate_memory(DLQATConfig(task_type="CAUSAL_LM"), tiny_model().config, 1, 8, **{argument: value})
+
+
+def test_another_task_is_refused():
+    with pytest.raises(ValueError, match="task_type='SEQ_CLS': only causal language models"):
+        estimate_memory(DLQATConfig(task_type="SEQ_CLS"), tiny_model().config, 1, 8)
 
 
 @pytest.mark.slow

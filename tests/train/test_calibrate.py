@@ -338,6 +338,14 @@ def test_checkpoints_carry_the_record(tmp_path):
     assert "import peft_dlqat" in card and "4 steps, distill" in card
 
 
+def test_packed_weights_are_not_resumed_from_a_checkpoint_of_full_ones(tmp_path):
+    """It would be another model from there on."""
+    trainer(adapted(), tmp_path, DLQATCallback(), args={"save_steps": 2}).train()
+    again = trainer(adapted(storage="int8"), tmp_path, DLQATCallback(), args={"max_steps": 6})
+    with pytest.raises(ValueError, match=r"checkpoint was trained on full weights.*resume with storage='full'"):
+        again.train(resume_from_checkpoint=True)
+
+
 def test_callback_names_the_layer_whose_magnitude_explodes(tmp_path):
     model = adapted()
     name, layer = list(adapter_layers(model)[1].items())[3]
