@@ -42,7 +42,7 @@ def entry(kind, value, position=0):
 
 
 def first(tensors, kind):
-    return min(name for name in tensors if name.endswith(kind))
+    return min(name for name in tensors if name.removesuffix(".weight").endswith(kind))
 
 
 def without(kind):

@@ -136,7 +136,7 @@ def test_a_storage(monkeypatch, tmp_path):
     codes = {name: layer.quantized_weight().codes for name, layer in adapter_layers(model)[1].items()}
     pack_weights(model)
     layers = adapter_layers(model)[1]
-    assert all(layer.weight.dtype == torch.int16 for layer in layers.values())
+    assert all(layer.get_base_layer().weight.dtype == torch.int16 for layer in layers.values())
     assert all(torch.equal(layer.quantized_weight().codes, codes[name]) for name, layer in layers.items())
     train(model)
     expected = logits(model)

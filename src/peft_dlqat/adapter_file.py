@@ -75,7 +75,7 @@ def check_state(
     """
     layers = {
         name: layer
-        for name, layer in model.named_modules(remove_duplicate=False)  # a layer in two places is saved twice
+        for name, layer in model.named_modules()
         if isinstance(layer, DLQATLayer) and adapter_name in layer.specs
     }
     expected = {
@@ -84,6 +84,8 @@ def check_state(
         for kind in (*layer.adapter_layer_names, *SAVED)
         if adapter_name in (entries := getattr(layer, kind))
     }
+    second_names = _second_names(model)
+    state_dict = {key: value for key, value in state_dict.items() if not key.startswith(tuple(second_names))}
     found = {key: value for key, value in state_dict.items() if f".{PREFIX}" in key}
     _check_names(model, adapter_name, expected.keys(), found.keys(), state_dict.keys() - found.keys())
     for name, layer in layers.items():
@@ -118,7 +120,23 @@ def check_state(
         own = {kind: found.get(tensor_key(name, kind, adapter_name)) for kind in SAVED}
         _check_settings(name, layer, adapter_name, own, storage)
         _check_scales_and_zeros(name, layer, adapter_name, own)
-    return {**state_dict, **found}
+    again = {
+        second + key.removeprefix(first): value
+        for second, first in second_names.items()
+        for key, value in found.items()
+        if key.startswith(first)
+    }
+    return {**state_dict, **found, **again}
+
+
+def _second_names(model: nn.Module) -> dict[str, str]:
+    """Further names of a layer that several modules hold, each with its first one; both with a dot. Files have one."""
+    first: dict[int, str] = {}
+    return {
+        f"{name}.": f"{known}."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, DLQATLayer) and (known := first.setdefault(id(module), name)) != name
+    }
 
 
 def _check_names(model: nn.Module, adapter_name: str, expected: Set[str], found: Set[str], others: Set[str]) -> None:

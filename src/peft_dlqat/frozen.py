@@ -83,7 +83,7 @@ class FrozenWeight:
         `quant.fixed_point`. Nothing happens the second time.
 
         Args:
-            adapter_name: the only adapter.
+            adapter_name: the adapter; others must have the same scales and zeros.
             storage: a key of `STORAGES`, of no fewer bits than the grid.
 
         Raises:
@@ -100,23 +100,25 @@ class FrozenWeight:
         )
         weight.requires_grad_(False)
         weight.data = packed
-        self._layer.set_storage(adapter_name, storage)
+        for name in self._layer.specs:
+            self._layer.set_storage(name, storage)
 
     def check_packable(self, adapter_name: str, storage: str) -> None:
         """Raise what `pack` would raise; changes nothing.
 
         Raises:
-            ValueError: if there are other adapters, or a merged one, or W0 is kept in another storage already, or the
-                adapter was trained on a W0 that was.
+            ValueError: if there are adapters of other scales, or a merged one, or W0 is kept in another storage
+                already, or the adapter was trained on a W0 that was.
         """
         layer = self._layer
         if self.packed and layer.specs[adapter_name].storage == storage:
             return
-        if layer.merged or list(layer.specs) != [adapter_name]:
-            what = "it is merged" if layer.merged else f"there are {sorted(layer.specs)}"
+        others = sorted(name for name in layer.specs if not layer.same_scales(name, adapter_name))
+        if layer.merged or others:
+            what = "it is merged" if layer.merged else f"{others} have scales and zeros of their own"
             raise ValueError(
-                f"the frozen weight can be packed for one adapter, unmerged, but {what}; unmerge it, and delete the "
-                "others."
+                f"the frozen weight can be packed by the scales and zeros of one adapter, unmerged, but {what}; "
+                "unmerge it, and delete the others."
             )
         known = layer.specs[adapter_name].storage
         if known not in ("full", storage):

@@ -156,6 +156,13 @@ class DLQATLayer(BaseTunerLayer):
         self.specs[adapter_name] = spec = replace(self.specs[adapter_name], storage=storage)
         self.dlqat_spec[adapter_name].copy_(spec.encode())
 
+    def same_scales(self, one: str, other: str) -> bool:
+        """Whether two adapters have the same grid, scales and zeros, to the bit: a weight can be packed for both."""
+        pairs = zip(self.scales_and_zeros(one), self.scales_and_zeros(other), strict=True)
+        return self.specs[one].grid == self.specs[other].grid and all(
+            a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
+        )
+
     def scales_and_zeros(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """s, and z or b, or None for a symmetric grid; both [out, n_groups]."""
         s, z, b = (self._modules[name].get(adapter_name) for name in CALIBRATED)  # type: ignore[union-attr]
@@ -320,9 +327,9 @@ class DLQATLayer(BaseTunerLayer):
         A parent module may compute with it instead of calling the layer; it gets the gradient of a call. Its shape,
         dtype and device cost nothing, see [`DeferredWeight`].
         """
-        names = self._computing()
-        if not names and not self.frozen.packed:
-            return self.get_base_layer().weight
+        names, base = self._computing(), self.get_base_layer().weight
+        if not names and base.is_floating_point():
+            return base
         if torch.compiler.is_compiling():
             return self._weight_of(names)
         shape = (self.out_features, self.in_features)
@@ -330,7 +337,7 @@ class DLQATLayer(BaseTunerLayer):
             lambda: self._weight_of(names),
             shape[::-1] if self.fan_in_fan_out else shape,
             self.frozen.dtype,
-            self.get_base_layer().weight.device,
+            base.device,
         )
 
     def _computing(self) -> list[str]:
@@ -372,12 +379,12 @@ class DLQATLayer(BaseTunerLayer):
         )
 
     def _base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What the layer gives without adapters."""
-        if self.frozen.packed:
-            if not torch.compiler.is_compiling():
-                _warn_that_the_base_is_decoded()
-            return self._output_with(self._weight_of([]), x, *args, **kwargs)
-        return self.base_layer(x, *args, **kwargs)
+        """What the layer gives without adapters, or with merged ones."""
+        if self.get_base_layer().weight.is_floating_point():
+            return self.base_layer(x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            _warn_that_the_base_is_decoded()
+        return self._output_with(self._weight_of([]), x, *args, **kwargs)
 
     def _output_with(self, weight: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What the base layer itself, whatever it does, gives with another weight in W0's dtype."""

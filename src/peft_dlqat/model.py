@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .adapter_file import base_record, check_state, tensor_key, weight_checksum, with_current_names
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .frozen import check_float_weight
-from .layer import PREFIX, DLQATLayer, DLQATLinear
+from .layer import CALIBRATED, PREFIX, DLQATLayer, DLQATLinear
 from .layer_spec import LayerSpec, setting, stored_as
 from .placement import at_hand, check_here, full_shape
 from .quant.fixed_point import STORAGES
@@ -384,10 +384,13 @@ def _warn_of_experts(model: nn.Module, targets: dict[str, nn.Module]) -> None:
 
 
 def _count_parameters(model: nn.Module, adapter_name: str, bias: str) -> dict[str, int]:
-    """Parameters of the adapter (modules_to_save and trained biases included), and all others of the base model."""
+    """What trains (modules_to_save and biases included), and all other parameters, scales and zeros among them."""
     trained_bias = {"none": (), "all": ("bias",), "dlqat_only": (".base_layer.bias",)}[bias]
     counts = {"adapter_parameters": 0, "base_parameters": 0}
     for name, parameter in model.named_parameters():
+        if any(f".{kind}.{adapter_name}." in name for kind in CALIBRATED):
+            counts["base_parameters"] += parameter.numel()
+            continue
         of_adapters = ".dlqat_" in name or ".modules_to_save." in name
         if f".{adapter_name}." in f"{name}." if of_adapters else name.endswith(trained_bias):
             counts["adapter_parameters"] += parameter.numel()

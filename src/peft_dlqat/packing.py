@@ -23,12 +23,12 @@ def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
     packed ones change what it computes.
 
     Args:
-        model: a model with one DL-QAT adapter, not merged.
+        model: a model with one DL-QAT adapter, not merged, or with several of the same scales and zeros.
         adapter_name: defaults to the active one.
 
     Raises:
-        ValueError: if there are several adapters, or it is merged, or was trained on weights in another storage. No
-            layer is packed then.
+        ValueError: if there are adapters of other scales, or it is merged, or was trained on weights in another
+            storage. No layer is packed then.
     """
     adapter_name, layers = adapter_layers(model, adapter_name)
     config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr,index]
@@ -38,7 +38,8 @@ def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
     warn_if_trained(layers.values(), adapter_name, config)
     for layer in layers.values():
         layer.frozen.pack(adapter_name, config.storage)
-    config.record["storage"] = config.storage
+    for name in {name for layer in layers.values() for name in layer.specs}:  # that share the packed weight
+        model.peft_config[name].record["storage"] = config.storage  # type: ignore[union-attr,index]
 
 
 def check_packable(layers: Collection[DLQATLayer], adapter_name: str, config: DLQATConfig) -> None:

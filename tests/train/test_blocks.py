@@ -56,7 +56,9 @@ def state(model):
 
 def moved(model, before):
     return {
-        name.split(".")[-2] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+        name.removesuffix(".weight").split(".")[-2]
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(tensor, before[name])
     }
 
 

@@ -23,7 +23,7 @@ from .descent import Descent, Log, Stage, check_steps, keep_lowest
 from .fit_to_inputs import fit_to_inputs, input_moments
 from .model_loss import ModelLoss, ModelObjective
 from .recipe import RECIPE
-from .reference import is_reference, renew_reference
+from .reference import REFERENCE, is_reference, renew_reference
 from .scales_and_zeros import check_movable, only_these_train
 
 By = Literal["model", "blocks"]
@@ -189,6 +189,12 @@ def calibrate(
     check_movable(layers.values(), adapter_name)
     check_packable(layers.values(), adapter_name, config)
     has_reference = is_reference(layers.values(), adapter_name)
+    others = {name for layer in layers.values() for name in layer.specs} - {adapter_name}
+    if config.storage != "full" and others - ({REFERENCE} if has_reference else set()):
+        raise ValueError(
+            f"storage={config.storage!r} packs the frozen weights by the scales of {adapter_name!r}, and there are "
+            f"adapters with others: {sorted(others)}; delete them, or use storage='full'."
+        )
 
     def report(step: int, value: float, lr: float) -> None:
         if log is not None:
