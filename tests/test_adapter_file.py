@@ -57,6 +57,11 @@ def integers(kind):
     return lambda tensors: tensors.update({first(tensors, kind): tensors[first(tensors, kind)].long()})
 
 
+def longer(kind):
+    """One number more, as a later version's."""
+    return lambda tensors: tensors.update({first(tensors, kind): torch.cat([tensors[first(tensors, kind)], ONE])})
+
+
 def settings(**changes):
     return lambda content: json.dumps({**json.loads(content), **changes}).encode()
 
@@ -93,6 +98,7 @@ class Bad:
         (folder / CONFIG).write_bytes((self.config or settings())(files[CONFIG]))
 
 
+ONE = torch.ones(1)
 BROKEN, BESIDE, HEADER = "broken", "adapter_config.json", ("header",)
 A, B, M, SCALE, ZERO, SPEC = (f"dlqat_{name}" for name in ("A", "B", "magnitude", "scale", "zero_point", "spec"))
 RANGE = f"down_proj.{ZERO}", "integers from -8 to 7", BROKEN
@@ -122,6 +128,8 @@ BAD = {
     "integers in A": Bad((f"down_proj.{A}", "int64", "float"), integers(A)),
     "spec of 3 bits": Bad(("bits: 3 in the file, 4 here", "beside it"), entry(SPEC, 3.0)),
     "an older format": Bad(("format: 1 in the file, 2 here",), entry(SPEC, 1.0, -1)),
+    "a setting that is not known": Bad((f"down_proj.{SPEC}", "9 settings", "knows 8", "update"), longer(SPEC)),
+    "a storage that is not known": Bad(("names storage 7", "none of ['full'", BROKEN), entry(SPEC, 7.0, 6)),
     "NaN in the spec": Bad((SPEC, "NaN"), entry(SPEC, NAN)),
     "bits": Bad(("bits: 4 in the file, 3 here", "beside it"), config=settings(bits=3)),
     "lora_alpha": Bad(("lora scaling", "2 in the file"), config=settings(lora_alpha=4)),

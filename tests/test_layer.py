@@ -23,7 +23,7 @@ SCALE_DTYPES = ("bfloat16", "float16", "float32")
 
 def adapted(kind="llama", dtype=torch.float32, **config):
     """A model with an adapter whose A, B and m have moved, as after training."""
-    config = {"bits": 3, "group_size": 32, "task_type": "CAUSAL_LM", **config}
+    config = {"bits": 3, "group_size": 32, "init": "minmax", "task_type": "CAUSAL_LM", **config}
     model = get_peft_model(tiny_model(kind, dtype), DLQATConfig(**config))
     perturb(model)
     return model.eval()
@@ -89,7 +89,7 @@ def check_merged_reloaded_and_unmerged(kind, config, tmp_path):
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_low_precision_base(kind, dtype, zero_point, autocast_adapter_dtype, tmp_path):
     """The quantizer's state is float32 in memory and on disk, whatever the base."""
-    config = DLQATConfig(bits=3, group_size=32, zero_point=zero_point, task_type="CAUSAL_LM")
+    config = DLQATConfig(bits=3, group_size=32, zero_point=zero_point, init="minmax", task_type="CAUSAL_LM")
     model = get_peft_model(tiny_model(kind, dtype), config, autocast_adapter_dtype=autocast_adapter_dtype).eval()
     perturb(model)
     _, layers = adapter_layers(model)
@@ -139,7 +139,7 @@ def test_every_way_of_loading_gives_the_same(dtype, zero_point, tmp_path):
     def load_base():
         return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
 
-    config = DLQATConfig(bits=3, group_size=32, zero_point=zero_point, task_type="CAUSAL_LM")
+    config = DLQATConfig(bits=3, group_size=32, zero_point=zero_point, init="minmax", task_type="CAUSAL_LM")
     model = get_peft_model(load_base(), config).eval()
     perturb(model)
     trained = logits(model)
@@ -153,7 +153,7 @@ def test_every_way_of_loading_gives_the_same(dtype, zero_point, tmp_path):
     injected = load_base()
     injected.load_adapter(str(adapter))
     assert torch.equal(logits(injected), trained)
-    second = get_peft_model(load_base(), DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM"))
+    second = get_peft_model(load_base(), DLQATConfig(bits=3, group_size=32, init="minmax", task_type="CAUSAL_LM"))
     second.load_adapter(adapter, "other")
     second.set_adapter("other")
     assert torch.equal(logits(second), trained)

@@ -20,7 +20,7 @@ from peft_dlqat.layer import DLQATLayer, adapter_layers
 
 
 def config(**kwargs):
-    return DLQATConfig(**{"bits": 3, "group_size": 32, "task_type": "CAUSAL_LM", **kwargs})
+    return DLQATConfig(**{"bits": 3, "group_size": 32, "init": "minmax", "task_type": "CAUSAL_LM", **kwargs})
 
 
 def adapted(kind="llama", **kwargs):

@@ -239,8 +239,8 @@ class DLQATLayer(BaseTunerLayer):
             finite = all(torch.isfinite(tensor).all() for tensor in chosen_by if tensor is not None)
         if not finite:
             raise ValueError(
-                f"NaNs detected in A, B or the grid, which choose the codes. The adapter {adapter_name} seems to be "
-                "broken; load its last good checkpoint."
+                f"NaNs detected in A, B, scales or zeros, which choose the codes. The adapter {adapter_name} seems to "
+                "be broken; load its last good checkpoint."
             )
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:

@@ -105,7 +105,9 @@ class DLQATModel(BaseTuner):
             config.check_export([spec.grid], f"{name}: ", _out_in(module), isinstance(module, Conv1D))
             if asked not in (-1, used):
                 smaller.setdefault(f"{asked} -> {used}", []).append(name)
-        for field in ("bits_pattern", "group_size_pattern"):
+        for field in config.patterns():
+            if field in ("rank_pattern", "alpha_pattern"):
+                continue  # PEFT itself says so of these
             unused = [
                 key for key in getattr(config, field) if all(get_pattern_key([key], name) != key for name in targets)
             ]
@@ -161,7 +163,7 @@ class DLQATModel(BaseTuner):
             given.modules_to_save = list(_HEADS[given.task_type])
         config = self.peft_config[adapter_name] = copy.copy(given)
         config.record = dict(config.record)
-        # A loaded adapter, which has a record, brings its grid along: no need to search for one.
+        # A loaded adapter, which has a record, brings its scales and zeros along: no need to search for them.
         self._first_init = "minmax" if config.record else config.init
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if "adapter_parameters" not in config.record:  # a loaded adapter was counted when it was made
@@ -219,8 +221,9 @@ class DLQATModel(BaseTuner):
                 continue
             self._warned.add(name)
             warnings.warn(
-                f"adapter {name!r} is being trained on its initial grid ({config.init}), never calibrated; call "
-                "`peft_dlqat.calibrate` first or add a `DLQATCallback` to the Trainer for better accuracy.",
+                f"adapter {name!r} is being trained on its initial scales and zeros (init={config.init!r}), never "
+                "calibrated; call `peft_dlqat.calibrate` first or add a `DLQATCallback` to the Trainer for better "
+                "accuracy.",
                 stacklevel=2,
             )
 

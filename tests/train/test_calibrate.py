@@ -41,7 +41,7 @@ ZERO_POINTS = ("none", "integer", "float")
 
 def adapted(**config):
     torch.manual_seed(0)
-    config = {"bits": 2, "group_size": 32, "task_type": "CAUSAL_LM", **config}
+    config = {"bits": 2, "group_size": 32, "init": "minmax", "task_type": "CAUSAL_LM", **config}
     return get_peft_model(tiny_model(), DLQATConfig(**config))
 
 
@@ -72,10 +72,11 @@ def test_calibration_lowers_the_loss_and_moves_only_the_grid(zero_point, objecti
     assert not any(tensor.requires_grad for name, tensor in model.named_buffers())
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("by", ["model", "blocks"])
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 def test_the_lowrank_gradient_is_for_training_only(zero_point, by):
-    """The step has no gradient on the low-rank path: the grid is fitted as ever."""
+    """The step has no gradient on the low-rank path: scales and zeros are fitted as ever."""
     grids = []
     for gradient in ("exact", "lowrank"):
         model = adapted(zero_point=zero_point, magnitude="row", gradient=gradient, init="minmax")
@@ -84,9 +85,9 @@ def test_the_lowrank_gradient_is_for_training_only(zero_point, by):
     assert all(torch.equal(one, other) for one, other in zip(*grids, strict=True))
 
 
-def test_the_reported_loss_is_the_frozen_grids():
+def test_the_reported_loss_is_of_the_frozen_scales():
     """The figures are those of the model as it is afterwards, zero points rounded."""
-    model = adapted()
+    model = adapted(init="mse")
     batches = lm_batches()
     result = calibrate(model, batches, steps=20, progress=False)
     model.eval()
@@ -119,7 +120,7 @@ def test_the_frozen_grid_is_one_that_ships(zero_point, scale_dtype):
 def test_calibration_is_repeatable_and_leaves_random_numbers_alone():
     states = []
     for _ in range(2):
-        model = adapted()
+        model = adapted(init="mse")
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
         before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
         loader = torch.utils.data.DataLoader(tokens(16), batch_size=4, shuffle=True, collate_fn=collate)
@@ -146,7 +147,7 @@ def test_steps_that_gain_nothing_are_undone():
 
 
 def test_a_fit_that_gains_nothing_is_undone(monkeypatch):
-    model = adapted()
+    model = adapted(init="mse")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     monkeypatch.setattr(
         "peft_dlqat.train.calibrate.fit_to_inputs",
@@ -160,7 +161,7 @@ def test_a_fit_that_gains_nothing_is_undone(monkeypatch):
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 def test_the_fit_to_the_inputs_minimises_the_weighted_error(zero_point):
-    model = adapted(zero_point=zero_point)
+    model = adapted(zero_point=zero_point, init="mse")
     _, layers = adapter_layers(model)
     batches = lm_batches()
     moments = input_moments(model, layers, batches, progress=False)
@@ -181,7 +182,7 @@ def test_the_fit_to_the_inputs_minimises_the_weighted_error(zero_point):
 
 @pytest.mark.parametrize("kind, layer", [("llama", "0.mlp.up_proj"), ("gpt2", "0.mlp.c_fc"), ("opt", "0.fc1")])
 def test_input_moments_are_those_of_the_unquantized_model_without_padding(kind, layer):
-    model = get_peft_model(tiny_model(kind), DLQATConfig(bits=2, group_size=32, task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny_model(kind), DLQATConfig(bits=2, group_size=32, init="minmax", task_type="CAUSAL_LM"))
     _, layers = adapter_layers(model)
     name = next(name for name in layers if name.endswith(layer))
     ids, mask = tokens(2), torch.ones(2, 16, dtype=torch.long)
@@ -203,24 +204,24 @@ def test_input_moments_are_those_of_the_unquantized_model_without_padding(kind, 
 
 def test_a_loader_may_be_short_where_there_are_no_steps():
     """Without steps the loader is read once, up to eight batches."""
-    model = adapted()
+    model = adapted(init="mse")
     result = calibrate(model, iter(lm_batches(3)), progress=False)
     assert result.steps == 0 and result.loss_after < result.loss_before
     read = []
-    calibrate(adapted(), (read.append(1) or batch for batch in lm_batches(20)), progress=False)
+    calibrate(adapted(init="mse"), (read.append(1) or batch for batch in lm_batches(20)), progress=False)
     assert len(read) == 8
 
 
 def test_calibrate_works_on_a_model_with_an_injected_adapter():
     model = tiny_model()
-    model.add_adapter(DLQATConfig(bits=2, group_size=32))
+    model.add_adapter(DLQATConfig(bits=2, group_size=32, init="minmax"))
     result = calibrate(model, lm_batches(), steps=20, progress=False)
     assert result.loss_after < result.loss_before
 
 
 def test_calibrate_one_of_two_adapters():
     model = adapted()
-    model.add_adapter("other", DLQATConfig(bits=2, group_size=32, task_type="CAUSAL_LM"))
+    model.add_adapter("other", DLQATConfig(bits=2, group_size=32, init="minmax", task_type="CAUSAL_LM"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.set_adapter("other")
     calibrate(model, lm_batches(), steps=10, progress=False)
@@ -275,7 +276,7 @@ def trainer(model, folder, callback=None, **kwargs):
 
 def test_callback_calibrates_before_the_first_step_and_logs(tmp_path, capsys):
     """All figures go to the log's history; gain and grid are printed, a line each."""
-    model = adapted()
+    model = adapted(init="mse")
     run = trainer(model, tmp_path, DLQATCallback(calibration_steps=8, report_steps=2))
     run.train()
     log = run.state.log_history
@@ -308,7 +309,7 @@ def test_calibration_does_not_change_the_order_of_training_data(tmp_path):
     orders = []
     for steps in (0, 5):
         seen = []
-        model = adapted()
+        model = adapted(init="mse")
         model.register_forward_pre_hook(
             lambda module, args, kwargs, seen=seen: seen.append(kwargs["input_ids"].clone()), with_kwargs=True
         )
@@ -337,6 +338,14 @@ def test_checkpoints_carry_the_record(tmp_path):
     assert record["calibration"]["steps"] == 4
     card = (tmp_path / "checkpoint-2" / "README.md").read_text()
     assert "import peft_dlqat" in card and "4 steps, distill" in card
+
+
+def test_packed_weights_are_not_resumed_from_a_checkpoint_of_full_ones(tmp_path):
+    """It would be another model from there on."""
+    trainer(adapted(), tmp_path, DLQATCallback(), args={"save_steps": 2}).train()
+    again = trainer(adapted(storage="int8"), tmp_path, DLQATCallback(), args={"max_steps": 6})
+    with pytest.raises(ValueError, match=r"checkpoint was trained on full weights.*resume with storage='full'"):
+        again.train(resume_from_checkpoint=True)
 
 
 def test_callback_names_the_layer_whose_magnitude_explodes(tmp_path):
@@ -534,7 +543,7 @@ def test_by_blocks_measures_the_inputs_once(monkeypatch):
     for module in ("calibrate", "blocks"):
         name = f"peft_dlqat.train.{module}.fit_to_inputs"
         monkeypatch.setattr(name, lambda layers, *_: fits.extend(layers))
-    model = adapted()
+    model = adapted(init="mse")
     calibrate(model, lm_batches(), steps=2, by="blocks", progress=False)
     assert sorted(fits) == sorted(adapter_layers(model)[1])
 
@@ -551,7 +560,7 @@ def test_every_way_leaves_a_record_of_one_shape(tmp_path):
     }
     shapes = []
     for index, (said, way) in enumerate(ways.items()):
-        model = adapted()
+        model = adapted(init="mse")
         way(model)
         record = model.peft_config["default"].record["calibration"]
         shapes.append({name: type(value) for name, value in record.items()})
@@ -581,17 +590,17 @@ def test_a_grid_that_was_put_back_is_not_called_fitted(tmp_path, monkeypatch):
         "peft_dlqat.train.calibrate.fit_to_inputs",
         lambda layers, *_: [layer.dlqat_scale["default"].data.mul_(3) for layer in layers.values()],
     )
-    model = adapted()
+    model = adapted(init="mse")
     calibrate(model, lm_batches(), progress=False)
     model.save_pretrained(tmp_path)
-    assert "nothing gained, and the initial grid was kept |" in (tmp_path / "README.md").read_text()
+    assert "nothing gained, and the initial scales and zeros were kept |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_an_adapter_that_is_not_active_is_refused(steps):
     """Its grid would get no gradient, and the record would claim a calibration that never was."""
     model = adapted()
-    model.add_adapter("other", DLQATConfig(bits=2, group_size=32, task_type="CAUSAL_LM"))
+    model.add_adapter("other", DLQATConfig(bits=2, group_size=32, init="minmax", task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=r"'other' must be the active one.*set_adapter\('other'\)"):
         calibrate(model, lm_batches(), steps=steps, adapter_name="other", progress=False)
     with model.disable_adapter(), pytest.raises(ValueError, match="switched on"):

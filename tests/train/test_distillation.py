@@ -41,7 +41,7 @@ from peft_dlqat.train.model_loss import batch_loss as calibration_loss
 from peft_dlqat.train.teacher_cache import TeacherCache
 from peft_dlqat.train.teacher_store import EntryFolder, base_fingerprint
 
-# Training on the first grid, to keep the tests short.
+# Training on the initial scales and zeros, to keep the tests short.
 pytestmark = pytest.mark.filterwarnings("ignore:.*never calibrated")
 
 

@@ -102,7 +102,10 @@ class Calibration:
         path += "" if self.loss_fitted is None else f" -> {self.loss_fitted:.4f} (fitted to inputs)"
         path += f" -> {self.loss_after:.4f} ({self.steps} steps)" if self.steps else ""
         last: Stage = "after" if self.steps else "before" if self.loss_fitted is None else "fitted"
-        earlier = {"fitted": "; the steps gained nothing and were undone", "before": "; the initial grid was put back"}
+        earlier = {
+            "fitted": "; the steps gained nothing and were undone",
+            "before": "; the initial scales and zeros were put back",
+        }
         return f"calibrated: {_WHAT_IT_IS[self.objective]} {path}{'' if self.kept == last else earlier[self.kept]}"
 
 

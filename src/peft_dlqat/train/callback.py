@@ -100,7 +100,7 @@ class DLQATCallback(TrainerCallback):
         _warn_if_magnitude_decays(model, optimizer)
         _warn_if_learning_rate_is_low(model, optimizer)
         if state.global_step > 0:
-            # The Trainer has loaded the grid from the checkpoint; its log remembers how it came about.
+            # The Trainer has loaded scales and zeros from the checkpoint; its log remembers how they came about.
             for entry in state.log_history:
                 if _RECORD in entry:
                     config.record["calibration"] = entry[_RECORD]

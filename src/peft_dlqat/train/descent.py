@@ -192,9 +192,7 @@ def _units_of_trained(layer: DLQATLayer, adapter_name: str) -> dict[torch.Tensor
 def check_steps(steps: int, lr: float, prefix: str = "") -> None:
     """Raises a ValueError for what no calibration could do; `prefix` begins the names of the arguments."""
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise ValueError(
-            f"{prefix}steps={steps!r} must be a non-negative integer; 0 only fits the grid to the inputs."
-        )
+        raise ValueError(f"{prefix}steps={steps!r} must be a non-negative integer; 0 only fits to the layers' inputs.")
     if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < math.inf:
         raise ValueError(f"{prefix}lr={lr!r} must be a positive number; the default is {RECIPE.calibration_lr:g}.")
 
@@ -202,7 +200,7 @@ def check_steps(steps: int, lr: float, prefix: str = "") -> None:
 def check_finite(loss: float, when: str, remedy: str) -> None:
     """Raises a FloatingPointError for a loss that is no finite number."""
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} {when}; the grid was put back. {remedy}.")
+        raise FloatingPointError(f"the loss is {loss} {when}; scales and zeros were put back. {remedy}.")
 
 
 def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
