@@ -33,12 +33,13 @@ CHECK_OURS = if [ -e "$(VENV)" ] && [ ! -e "$(VENV)/.made-by-make" ]; then \
 .DELETE_ON_ERROR:
 # The targets share one environment, and two pips must not write to it at once.
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-engines quality bench-quality clean
+.PHONY: help demo test test-all coverage test-engines quality bench-quality clean
 
 help:
 	@echo "make demo     fine-tune a small model with DL-QAT on this machine (ARGS= goes to examples/finetune.py)"
 	@echo "make test     run the tests, minutes (TESTS= chooses which, ARGS= goes to pytest, WORKERS= sets the processes)"
 	@echo "make test-all  the same with those marked slow: every combination of settings, runs of several processes"
+	@echo "make coverage  make test-all, and which branches of src it never takes; twice as long, fails below 95 %"
 	@echo "make test-engines  exported models in gptqmodel, built into an environment of its own"
 	@echo "make quality  ruff, mypy and the tests of the code's structure and documentation"
 	@echo "make bench-quality  every method and peer on the same work; hours (EXPERIMENTS=all for all of them, ARGS= goes to benchmarks/run.py)"
@@ -53,6 +54,13 @@ demo: $(VENV)/.stamp-demo
 test: MARKS = -m "not slow"
 test test-all: $(VENV)/.stamp-test
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(MARKS) $(TESTS) $(ARGS)
+
+# Not a part of test-all: a trace of every call doubles the time.
+coverage: $(VENV)/.stamp-coverage
+	$(BIN)/python -m coverage erase
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m coverage run -m pytest -n $(WORKERS) --dist loadgroup $(TESTS) $(ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 # gptqmodel takes minutes to build, and wants another torch: not part of `make test`.
 ENGINES ?= gptq

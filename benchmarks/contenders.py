@@ -69,7 +69,7 @@ def prepare(name: str, model: PreTrainedModel, setting: dict[str, Any], calibrat
         model: taken over.
         setting: arguments of `DLQATConfig`.
         calibration: batches to calibrate a method of the package on.
-        steps: how many optimiser steps of these; 0 only fits the grid to the inputs.
+        steps: how many optimiser steps of these; 0 only fits to the layers' inputs.
     """
     if name in TRAINED:
         return importlib.import_module(f"peers.{TRAINED[name]}").prepare(model, DLQATConfig(**setting))

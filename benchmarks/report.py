@@ -52,7 +52,7 @@ QUESTIONS = {
     "nothing": "3bit-row",
     "100 of the 800 steps calibrate s and b": "calibration-100",
     "1000 steps calibrate s and b before 800 train": "calibration-1000-before-800",
-    "the grid is fitted on random tokens": "calibration-on-random-tokens",
+    "scales are fitted on random tokens": "calibration-on-random-tokens",
     "4 bits": "4bit-row",
     "2 bits": "2bit-row",
     "groups of 32": "3bit-g32",

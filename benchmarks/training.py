@@ -21,7 +21,7 @@ from peft_dlqat import RECIPE, DLQATConfig, distillation_loss, evaluate_tasks
 from peft_dlqat.evaluate import resolve_tasks
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
-# Batches on which grids are fitted and post-training contenders calibrate.
+# Batches on which scales are fitted and post-training contenders calibrate.
 _CALIBRATION_BATCHES = 8
 # The teacher's logits are kept for every sequence where that takes no more than this many bytes.
 _MOST_CACHED = 2**31

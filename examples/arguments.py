@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from data import InputError
 
-from peft_dlqat import RECIPE
+from peft_dlqat import RECIPE, DLQATConfig
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
 
@@ -52,17 +54,24 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     method.add_argument("--zero_point", choices=["integer", "none", "float"], default="integer")
     method.add_argument("--r", type=positive, default=8, help="rank, of DL-QAT and LoRA")
+    method.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="""other settings of DLQATConfig, such as scale_dtype=float16 storage=int8 'export=["gguf"]'""",
+    )
     method.add_argument("--steps", type=positive, help=f"optimiser steps of each method; {_defaults('steps')}")
     method.add_argument(
-        "--calibration_steps", type=int, default=RECIPE.calibration_steps, help="of these, steps on the grid"
+        "--calibration_steps", type=int, default=RECIPE.calibration_steps, help="of these, steps that calibrate"
     )
     method.add_argument("--batch_size", type=positive, default=4, help="blocks a step")
     method.add_argument("--length", type=positive, default=256, help="tokens a block")
     method.add_argument("--schedule", help=f"transformers' name of the learning rate's; {_defaults('schedule')}")
     method.add_argument("--lr", type=float, help=f"of DL-QAT's A and B; {_defaults('lr')}")
-    method.add_argument("--magnitude_lr", type=float, help=f"of DL-QAT's magnitude; {_defaults('magnitude_lr')}")
+    method.add_argument("--magnitude_lr", type=float, help=f"of DL-QAT's m and shift; {_defaults('magnitude_lr')}")
     method.add_argument(
-        "--calibration_lr", type=float, default=RECIPE.calibration_lr, help="of DL-QAT's grid, see `calibrate`"
+        "--calibration_lr", type=float, default=RECIPE.calibration_lr, help="of DL-QAT's calibration, see `calibrate`"
     )
     method.add_argument("--lora_lr", type=float, help=f"of LoRA; {_defaults('lora_lr')}")
     method.add_argument("--seed", type=int, default=0)
@@ -89,6 +98,22 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def _setting(entry: str, args: argparse.Namespace) -> tuple[str, Any]:
+    """A field of the config and its value: JSON, or else a word."""
+    name, equals, value = entry.partition("=")
+    known = set(DLQATConfig.__annotations__) - {"record"}
+    if name in vars(args):
+        raise InputError(f"--set {entry}: {name} has an argument of its own, --{name}.")
+    if not equals or name not in known:
+        raise InputError(
+            f"--set {entry} must be NAME=VALUE, with a name among {', '.join(sorted(known - {*vars(args)}))}."
+        )
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def complete(args: argparse.Namespace) -> None:
     """Fill in what depends on other arguments, and refuse what does not go together."""
     embedded = args.model is None and args.dataset is None
@@ -107,6 +132,7 @@ def complete(args: argparse.Namespace) -> None:
             f"fewer; {RECIPE.calibration_steps} is the default."
         )
     args.bits = list(dict.fromkeys(args.bits))
+    args.set = dict(_setting(entry, args) for entry in args.set)
     args.compare = embedded if args.compare is None else args.compare
     args.model_name = "the embedded model" if args.model is None else Path(args.model).name
     args.model = str(EMBEDDED_MODEL) if args.model is None else args.model

@@ -9,7 +9,8 @@ never seen, and fine-tunes the one on the other, without a download and in some 
 * with DL-QAT at 3 and at 2 bits, one scale a row, where the low-rank update is trained inside the quantizer. The
   steps, batches, rank and learning-rate schedule are LoRA's; the calibration steps are taken out of the same number.
 
-Your own model and text, from the Hub or from a disk (`--compare` adds the LoRA rows):
+Your own model and text, from the Hub or from a disk (`--compare` adds the LoRA rows, `--set NAME=VALUE` other settings
+of the config):
 
     python examples/finetune.py --model Qwen/Qwen3-0.6B --dtype bfloat16 --bits 3 --steps 2000 \\
         --dataset Salesforce/wikitext --dataset_config wikitext-2-raw-v1 --output_dir outputs/qwen3-3bit
@@ -145,7 +146,7 @@ def compare_methods(
 def train_dlqat(
     args: argparse.Namespace, bits: int, train: datasets.Dataset, held_out: datasets.Dataset
 ) -> tuple[PeftModel, float, Curve]:
-    """DL-QAT: calibrate the grid for some of the steps, then train A, B and m through the quantizer for the others."""
+    """DL-QAT: calibrate for some of the steps, then train A, B and m through the quantizer for the others."""
     set_seed(args.seed)
     model = get_peft_model(load_model(args), dlqat_config(args, bits))
     arguments = training_arguments(args, model, args.lr, args.steps - args.calibration_steps)
@@ -182,18 +183,12 @@ def train_lora(
 
 
 def dlqat_config(args: argparse.Namespace, bits: int) -> DLQATConfig:
-    return DLQATConfig(
-        bits=bits,
-        group_size=args.group_size,
-        zero_point=args.zero_point,
-        r=args.r,
-        lora_alpha=args.r,
-        task_type="CAUSAL_LM",
-    )
+    own = {"bits": bits, "group_size": args.group_size, "zero_point": args.zero_point, "r": args.r}
+    return DLQATConfig(**{**own, "lora_alpha": args.r, "task_type": "CAUSAL_LM", **args.set})
 
 
 def round_to_nearest(model: PreTrainedModel, bits: int, args: argparse.Namespace, init: str = "minmax") -> PeftModel:
-    """A fresh adapter is exactly round-to-nearest on its first grid: B is zero and m is one."""
+    """A fresh adapter is exactly round-to-nearest with its first scales and zeros: B is zero and m is one."""
     return get_peft_model(model, replace(dlqat_config(args, bits), init=init))
 
 

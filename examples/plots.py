@@ -21,7 +21,7 @@ BARS = {RTN: ("0.75", ""), LORA_RTN: (ORANGE, "//"), LORA_CLIPPED: (SKY, ".."), 
 
 
 def draw_curves(curves: dict[str, list[dict[str, Any]]], calibration_steps: int, path: Path) -> None:
-    """Left: the grid's calibration, if any. Right: training and held-out loss, against all steps taken."""
+    """Left: the calibration, if any. Right: training and held-out loss, against all steps taken."""
     ratios = [1, 2.2] if calibration_steps else [1]
     figure, axes = plt.subplots(
         1,
@@ -50,7 +50,7 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], calibration_steps: int,
         if held_out:
             right.plot(*zip(*held_out, strict=True), color=color, marker=marker, linewidth=2, label=name)
     if calibration_steps:
-        _label(left, "Calibration: the grid is fitted", "optimiser step", "KL to full precision (nats a token)")
+        _label(left, "Calibration of scales and zeros", "optimiser step", "KL to full precision (nats a token)")
         left.set_xlim(0, 1.03 * calibration_steps)
         left.set_ylim(bottom=0)
         right.axvspan(0, calibration_steps, color="0.92", zorder=0)

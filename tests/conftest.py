@@ -111,7 +111,7 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
     """Move all that trains of every adapter away from its start, as training would; B counts in steps of the grid."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if ".dlqat_" in name:
+        if ".dlqat_" in name and not name.split(".dlqat_")[1].startswith(("scale", "zero_point", "offset")):
             size = 0.2 if "magnitude" in name else 1.0 if "dlqat_B" in name else 0.1
             parameter.data += size * torch.randn(parameter.shape, generator=generator).to(parameter)
 

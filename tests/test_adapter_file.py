@@ -42,7 +42,7 @@ def entry(kind, value, position=0):
 
 
 def first(tensors, kind):
-    return min(name for name in tensors if name.endswith(kind))
+    return min(name for name in tensors if name.removesuffix(".weight").endswith(kind))
 
 
 def without(kind):
@@ -55,6 +55,11 @@ def added(name):
 
 def integers(kind):
     return lambda tensors: tensors.update({first(tensors, kind): tensors[first(tensors, kind)].long()})
+
+
+def longer(kind):
+    """One number more, as a later version's."""
+    return lambda tensors: tensors.update({first(tensors, kind): torch.cat([tensors[first(tensors, kind)], ONE])})
 
 
 def settings(**changes):
@@ -93,6 +98,7 @@ class Bad:
         (folder / CONFIG).write_bytes((self.config or settings())(files[CONFIG]))
 
 
+ONE = torch.ones(1)
 BROKEN, BESIDE, HEADER = "broken", "adapter_config.json", ("header",)
 A, B, M, SCALE, ZERO, SPEC = (f"dlqat_{name}" for name in ("A", "B", "magnitude", "scale", "zero_point", "spec"))
 RANGE = f"down_proj.{ZERO}", "integers from -8 to 7", BROKEN
@@ -117,9 +123,13 @@ BAD = {
     "a layer not adapted": Bad(("unexpected", f"k_proj.{A}", BESIDE), added(f"0.self_attn.k_proj.{A}")),
     "a tensor of no layer": Bad(("unexpected", "layers.9"), added("9.mlp.weight")),
     "a base weight": Bad(("unexpected", "q_proj.base_layer.weight"), added("0.self_attn.q_proj.base_layer.weight")),
+    "a norm": Bad(("unexpected", "norm.weight"), added("0.input_layernorm.weight")),
+    "an unadapted weight": Bad(("unexpected", "k_proj.weight"), added("0.self_attn.k_proj.weight")),
     "integers in A": Bad((f"down_proj.{A}", "int64", "float"), integers(A)),
     "spec of 3 bits": Bad(("bits: 3 in the file, 4 here", "beside it"), entry(SPEC, 3.0)),
     "an older format": Bad(("format: 1 in the file, 2 here",), entry(SPEC, 1.0, -1)),
+    "a setting that is not known": Bad((f"down_proj.{SPEC}", "9 settings", "knows 8", "update"), longer(SPEC)),
+    "a storage that is not known": Bad(("names storage 7", "none of ['full'", BROKEN), entry(SPEC, 7.0, 6)),
     "NaN in the spec": Bad((SPEC, "NaN"), entry(SPEC, NAN)),
     "bits": Bad(("bits: 4 in the file, 3 here", "beside it"), config=settings(bits=3)),
     "lora_alpha": Bad(("lora scaling", "2 in the file"), config=settings(lora_alpha=4)),

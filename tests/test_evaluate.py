@@ -32,7 +32,7 @@ needs_harness = pytest.mark.skipif(
 
 def adapted(kind="llama", bits=3):
     torch.manual_seed(0)
-    model = get_peft_model(tiny_model(kind), DLQATConfig(bits=bits, group_size=32))
+    model = get_peft_model(tiny_model(kind), DLQATConfig(bits=bits, group_size=32, init="minmax"))
     perturb(model)
     return model
 
@@ -307,7 +307,7 @@ def test_task_without_a_download(monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     base, tokenizer = embedded()
     tokenizer.pad_token = None
-    model = get_peft_model(base, DLQATConfig(bits=2, group_size=32)).train()
+    model = get_peft_model(base, DLQATConfig(bits=2, group_size=32, init="minmax")).train()
     perturb_codes(model)
     before, states = everything(model), (random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy())
     results = evaluate_tasks(model, tokenizer, "small_facts", include_path=TASKS, batch_size=16)

@@ -96,7 +96,8 @@ def test_value_and_gradients_are_those_of_the_decoded_weight(zero_point, in_step
 
 
 def config(storage="int8", **kwargs):
-    return DLQATConfig(**{"bits": 3, "group_size": 32, "task_type": "CAUSAL_LM", "storage": storage, **kwargs})
+    own = {"bits": 3, "group_size": 32, "init": "minmax", "storage": storage, "task_type": "CAUSAL_LM"}
+    return DLQATConfig(**{**own, **kwargs})
 
 
 def trained(kind="llama", storage="int8", **kwargs):
@@ -119,9 +120,10 @@ def logits(model):
 def test_packed_trained_merged_reloaded_are_equal(kind, storage, bits, tmp_path):
     model = trained(kind, storage, bits=bits)
     layers = adapter_layers(model)[1]
-    assert all(layer.frozen.packed and layer.weight.dtype == torch.uint8 for layer in layers.values())
-    assert all(layer.weight.numel() * 8 == layer.in_features * layer.out_features * STORAGES[storage].bits
-               for layer in layers.values())  # fmt: skip
+    for layer in layers.values():
+        packed = layer.get_base_layer().weight
+        weights = layer.in_features * layer.out_features
+        assert packed.dtype == torch.uint8 and packed.numel() * 8 == weights * STORAGES[storage].bits
     expected = logits(model)
     model.merge_adapter()
     assert torch.equal(logits(model), expected)
@@ -148,9 +150,10 @@ def test_packed_trained_merged_reloaded_are_equal(kind, storage, bits, tmp_path)
 def test_a_packed_model_follows_device_and_dtype():
     model = trained()
     layer = next(iter(adapter_layers(model)[1].values()))
-    packed = layer.weight.data.clone()
+    packed = layer.get_base_layer().weight.data.clone()
     model.to(torch.bfloat16)
-    assert torch.equal(layer.weight, packed) and layer.frozen.dtype == torch.bfloat16
+    assert torch.equal(layer.get_base_layer().weight, packed)
+    assert layer.frozen.dtype == layer.weight.dtype == torch.bfloat16
     assert logits(model).dtype == torch.bfloat16
     assert layer.frozen.original().dtype == torch.bfloat16
 
@@ -176,13 +179,13 @@ def test_the_base_is_nearly_itself_with_eight_bits():
 
 
 def test_what_a_packed_weight_refuses(tmp_path):
-    model = trained()
-    with pytest.raises(ValueError, match="load the base model again for a second"):
-        model.add_adapter("other", config())
+    model = trained(init="mse")  # whose scales follow what it was calibrated on
+    with pytest.raises(ValueError, match="can only share them, and this one has storage='full'"):
+        model.add_adapter("other", config("full"))
     with pytest.raises(ValueError, match="calibrate anew"):
         calibrate(model, lm_batches(1), progress=False)
     torch.manual_seed(1)
-    other = get_peft_model(tiny_model(), config())
+    other = get_peft_model(tiny_model(), config(init="mse"))
     calibrate(other, lm_batches(1, batch=2), progress=False)
     perturb(other)
     other.save_pretrained(tmp_path)
@@ -219,6 +222,16 @@ def test_packing_under_an_adapter_that_was_trained_on_full_weights_warns():
         pack_weights(model)
 
 
+@pytest.mark.parametrize("method,settings", [("peqa", {}), ("qalora", {"zero_point": "float"})])
+def test_packing_under_a_method_that_keeps_the_codes_changes_nothing(method, settings):
+    """What it has trained on full weights is not in their place, so that there is nothing to warn of."""
+    model = trained(storage="full", method=method, **settings)
+    expected = logits(model)
+    model.peft_config["default"].storage = "int4"
+    pack_weights(model)  # a warning would be an error
+    assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 @pytest.mark.parametrize("into", ["packed", "full"])
 def test_a_state_dict_of_weights_in_another_storage_is_refused(storage, into):
@@ -244,15 +257,45 @@ def test_a_merged_model_takes_its_own_state_dict_and_no_packed_one():
 
 def test_all_layers_are_packed_or_none():
     model = get_peft_model(tiny_model(), config("int8"))
-    model.add_adapter("other", config("full", target_modules=["v_proj"]))
+    model.add_adapter("other", config("full", target_modules=["v_proj"], init="minmax"))
     layers = adapter_layers(model, "default")[1].values()
-    with pytest.raises(ValueError, match="there are"):
+    with pytest.raises(ValueError, match="have scales and zeros of their own"):
         pack_weights(model, "default")
     assert not any(layer.frozen.packed for layer in layers)
     before = [layer.dlqat_scale["default"].clone() for layer in layers]
-    with pytest.raises(ValueError, match="there are"):  # before anything is measured
+    with pytest.raises(ValueError, match="scales and zeros of their own"):  # before anything is measured
         calibrate(model, [], adapter_name="default", progress=False)
     assert all(torch.equal(s, layer.dlqat_scale["default"]) for s, layer in zip(before, layers, strict=True))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_two_adapters_share_a_packed_weight(when, tmp_path):
+    """Their scales and zeros are the same, so one W0 in these units serves both, alone and after loading."""
+    model = get_peft_model(tiny_model(), config("int8"))
+    expected = logits(model.eval())
+    if when == "before":
+        model.add_adapter("other", config("int8"))
+    pack_weights(model, "default")
+    if when == "after":
+        model.add_adapter("other", config("int8"))
+    model.set_adapter("other")
+    assert torch.equal(logits(model), expected)
+    perturb(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "other").eval()
+    assert torch.equal(logits(reloaded), expected)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match="calibrate anew"):
+        calibrate(model, lm_batches(1), progress=False)
+
+
+def test_calibration_does_not_take_other_adapters_along():
+    model = get_peft_model(tiny_model(), config("int8"))
+    model.add_adapter("other", config("int8"))
+    with pytest.raises(ValueError, match=r"there are adapters with others: \['other'\]"):
+        calibrate(model, lm_batches(1), adapter_name="default", progress=False)
 
 
 @pytest.mark.slow
@@ -310,7 +353,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(changes, use_reentrant)
     assert all(torch.equal(found[name], grad) for name, grad in expected.items())
 
 
-@pytest.mark.product(every=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", PACKED)
 def test_torch_compile_gives_the_same_gradients_without_graph_breaks(changes):
     torch._dynamo.reset()

@@ -477,7 +477,7 @@ def test_saving_again_replaces_the_section_and_nothing_else(tmp_path: Path) -> N
     model.save_pretrained(tmp_path)
     card = tmp_path / "README.md"
     first = card.read_text(encoding="utf-8")
-    assert table(first)["calibration"] == "none: trained on the initial grid"
+    assert table(first)["calibration"] == "none: trained on the initial scales and zeros"
     written = first.replace("<!-- peft_dlqat -->", "Before: \\1 café\n\n<!-- peft_dlqat -->")
     written = written.replace(
         "<!-- /peft_dlqat -->", "<!-- /peft_dlqat -->\n\nBeside, with a line:\n\n---\n\nof dashes"
@@ -557,7 +557,7 @@ def test_card_of_a_second_model_from_the_same_config_tells_nothing_of_the_first(
     for name, model in (("first", first), ("second", second), ("third", third)):
         model.save_pretrained(tmp_path / name)
         rows.append(table((tmp_path / name / "README.md").read_text(encoding="utf-8"))["calibration"])
-    untold = "none: trained on the initial grid"
+    untold = "none: trained on the initial scales and zeros"
     assert rows == [calibration_row(calibration), untold, untold]
 
 
@@ -585,3 +585,18 @@ def test_card_counts_what_trains(settings: dict[str, Any], tmp_path: Path) -> No
     for folder in ("first", "second"):
         row = table((tmp_path / folder / "README.md").read_text(encoding="utf-8"))["trained parameters"]
         assert row == f"{trained:,} of {total:,} ({trained / total:.2%})"
+
+
+def test_registering_again_changes_nothing_and_pefts_own_method_stays() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType
+
+    from peft_dlqat import DLQATConfig, DLQATModel
+    from peft_dlqat.hub import extend_peft_type, register
+
+    before = dict(PEFT_TYPE_TO_CONFIG_MAPPING), list(PeftType)
+    extend_peft_type()
+    register(DLQATConfig, DLQATModel)
+    with pytest.warns(UserWarning, match=r"PEFT already has a method named 'dlqat'.*from peft import DLQATConfig"):
+        register(object, object)
+    assert (dict(PEFT_TYPE_TO_CONFIG_MAPPING), list(PeftType)) == before

@@ -5,7 +5,7 @@ For a format see tests/formats/test_new_format.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -60,6 +60,7 @@ class DampedConfig(DLQATConfig):
     """A config with one more setting of its layers."""
 
     damping: float = layer_setting(0.0, "How much of m - 1 is left out.", check_half)
+    damping_pattern: dict[str, float] = field(default_factory=dict)
 
 
 class Damped(DLQAT):
@@ -135,7 +136,7 @@ def test_a_storage(monkeypatch, tmp_path):
     codes = {name: layer.quantized_weight().codes for name, layer in adapter_layers(model)[1].items()}
     pack_weights(model)
     layers = adapter_layers(model)[1]
-    assert all(layer.weight.dtype == torch.int16 for layer in layers.values())
+    assert all(layer.get_base_layer().weight.dtype == torch.int16 for layer in layers.values())
     assert all(torch.equal(layer.quantized_weight().codes, codes[name]) for name, layer in layers.items())
     train(model)
     expected = logits(model)
@@ -195,6 +196,32 @@ def test_a_layer_setting(monkeypatch, tmp_path):
     config = DampedConfig.from_pretrained(tmp_path)
     config.damping = 0.5
     with pytest.raises(ValueError, match=r"damping: 0\.25 in the file, 0\.5 here"):
+        PeftModel.from_pretrained(tiny_model(), tmp_path, config=config)
+
+
+def test_a_layer_setting_by_module(monkeypatch, tmp_path):
+    monkeypatch.setitem(METHODS, "damped", Damped)
+    (peft_type,) = (key for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if cls is DLQATConfig)
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type, DampedConfig)
+    own = {"method": "damped", "group_size": 32, "task_type": "CAUSAL_LM"}
+    with pytest.raises(ValueError, match=r"damping_pattern\['q_proj'\]=0\.6 must be from 0 to 0.5"):
+        DampedConfig(damping_pattern={"q_proj": 0.6})
+    with pytest.raises(ValueError, match=r"damping_pattern=0\.5 must be a dict"):
+        DampedConfig(damping_pattern=0.5)
+    with pytest.warns(UserWarning, match=r"damping_pattern keys did not match any targeted module: \['nowhere'\]"):
+        get_peft_model(tiny_model(), DampedConfig(damping_pattern={"nowhere": 0.25}, **own))
+    model = get_peft_model(tiny_model(), DampedConfig(damping=0.125, damping_pattern={"q_proj": 0.25}, **own))
+    perturb(model)
+    expected = logits(model)
+    found = {name.rpartition(".")[2]: layer.specs["default"] for name, layer in adapter_layers(model)[1].items()}
+    assert {name: spec.others["damping"] for name, spec in found.items()} == {
+        name: 0.25 if name == "q_proj" else 0.125 for name in found
+    }
+    assert torch.equal(logits(reloaded(model, tmp_path)), expected)
+    config = DampedConfig.from_pretrained(tmp_path)
+    assert config.damping_pattern == {"q_proj": 0.25}
+    config.damping_pattern = {}
+    with pytest.raises(ValueError, match=r"damping: 0\.25 in the file, 0\.125 here"):
         PeftModel.from_pretrained(tiny_model(), tmp_path, config=config)
 
 

@@ -343,7 +343,8 @@ def run(command: list[str], limit: float, record: Record, part: str) -> None:
             problem = f"not done in {limit:.0f} s"
         output.seek(0)
         if problem:
-            record(part, error=problem, tail=output.read().decode(errors="replace")[-2000:])
+            said = output.read().decode(errors="replace")[-2000:]
+            record(part, error=problem, tail=said.replace(f"{ROOT}/", ""))
 
 
 def main() -> None:

@@ -71,9 +71,12 @@ def largest_batch(steps: list[int], room: float) -> int:
 
 def parts_table(models: list[str]) -> list[str]:
     """What a step with one sequence takes, in Markdown, one row a storage."""
-    parts = ["frozen", "grid", "rest", "adapter", "gradients", "optimizer", "update"]
+    parts = ["frozen", "scales_and_zeros", "rest", "adapter", "gradients", "optimizer", "update"]
     parts += ["activations", "head", "temporaries"]
-    lines = [f"| model | storage | {' | '.join(parts)} | total |", f"|---|---|{'---:|' * (len(parts) + 1)}"]
+    lines = [
+        f"| model | storage | {' | '.join(parts).replace('_', ' ')} | total |",
+        f"|---|---|{'---:|' * (len(parts) + 1)}",
+    ]
     for model in models:
         for storage in STORAGES:
             found = estimate(model, storage, 1, LENGTHS[0])

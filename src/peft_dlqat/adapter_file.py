@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
-from .layer import PREFIX, SAVED_BUFFERS, DLQATLayer
+from .layer import PREFIX, SAVED, DLQATLayer
 from .layer_spec import stored_as
 from .quant.fixed_point import STORAGES
 
@@ -43,8 +46,18 @@ def base_checksum(weights: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
+def tensor_key(layer: str, kind: str, adapter_name: str) -> str:
+    """The model's own key of a tensor of an adapter: Parameters lie in a module of their own."""
+    return f"{layer}.{kind}.{adapter_name}" + ("" if kind == "dlqat_spec" else ".weight")
+
+
+def with_current_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A file's tensors by the keys of today: Parameters had no ".weight" behind their names once."""
+    return {re.sub(rf"(\.{PREFIX}(?!spec)\w+)$", r"\1.weight", key): value for key, value in state_dict.items()}
+
+
 def check_state(
-    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], storage: str
+    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], storage: str, biases: bool
 ) -> dict[str, torch.Tensor]:
     """Refuse tensors that do not belong to this adapter.
 
@@ -53,6 +66,7 @@ def check_state(
         adapter_name: the adapter to be loaded into.
         state_dict: tensors by the model's own keys.
         storage: of the adapter's config.
+        biases: whether the config has biases trained.
 
     Returns:
         What is to be loaded: the same, with the settings added that were not there when the file was written.
@@ -68,15 +82,20 @@ def check_state(
         if isinstance(layer, DLQATLayer) and adapter_name in layer.specs
     }
     expected = {
-        f"{name}.{kind}.{adapter_name}": entries[adapter_name]
+        tensor_key(name, kind, adapter_name): entries[adapter_name]
         for name, layer in layers.items()
-        for kind in (*layer.adapter_layer_names, *SAVED_BUFFERS)
+        for kind in (*layer.adapter_layer_names, *SAVED)
         if adapter_name in (entries := getattr(layer, kind))
     }
+    second_names = _second_names(model)
+    state_dict = {key: value for key, value in state_dict.items() if not key.startswith(tuple(second_names))}
     found = {key: value for key, value in state_dict.items() if f".{PREFIX}" in key}
-    _check_names(model, adapter_name, expected.keys(), found.keys(), state_dict.keys() - found.keys())
+    _check_names(model, adapter_name, expected.keys(), found.keys(), state_dict.keys() - found.keys(), biases)
+    for key in state_dict.keys() - found.keys():
+        if state_dict[key].is_floating_point() and not torch.isfinite(state_dict[key]).all():
+            raise ValueError(f"{key} of the saved adapter holds NaN or infinity: the file is broken.")
     for name, layer in layers.items():
-        key = f"{name}.dlqat_spec.{adapter_name}"
+        key = tensor_key(name, "dlqat_spec", adapter_name)
         if found[key].dim() == 1:
             found[key] = layer.specs[adapter_name].completed(found[key])
             if len(found[key]) > len(expected[key]):
@@ -101,19 +120,54 @@ def check_state(
                 "point: the file is broken."
             )
         if not torch.isfinite(found[key]).all():
-            at = key.removesuffix(f".{adapter_name}")
+            at = key.removesuffix(".weight").removesuffix(f".{adapter_name}")
             raise ValueError(f"{at} of the saved adapter holds NaN or infinity: the file is broken.")
     for name, layer in layers.items():
-        own = {kind: found.get(f"{name}.{kind}.{adapter_name}") for kind in SAVED_BUFFERS}
+        own = {kind: found.get(tensor_key(name, kind, adapter_name)) for kind in SAVED}
         _check_settings(name, layer, adapter_name, own, storage)
         _check_scales_and_zeros(name, layer, adapter_name, own)
-    return {**state_dict, **found}
+    again = {
+        second + key.removeprefix(first): value
+        for second, first in second_names.items()
+        for key, value in found.items()
+        if key.startswith(first)
+    }
+    return {**state_dict, **found, **again}
 
 
-def _check_names(model: nn.Module, adapter_name: str, expected: Set[str], found: Set[str], others: Set[str]) -> None:
-    """Refuse a file that lacks a tensor of the adapter, or has one that is none of it."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, DLQATLayer)]
-    allowed = model.state_dict().keys() - {f"{name}.base_layer.weight" for name in layers}
+def _embeddings(model: nn.Module) -> list[str]:
+    """Names of the input and output embeddings; of an adapted one, of its base layer."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not isinstance(base, PreTrainedModel):
+        return []
+    embeddings = {
+        id(layer.get_base_layer() if isinstance(layer, DLQATLayer) else layer)
+        for layer in (base.get_input_embeddings(), base.get_output_embeddings())
+    }
+    return [name for name, module in model.named_modules(remove_duplicate=False) if id(module) in embeddings]
+
+
+def _second_names(model: nn.Module) -> dict[str, str]:
+    """Further names of a layer that several modules hold, each with its first one; both with a dot. Files have one."""
+    first: dict[int, str] = {}
+    return {
+        f"{name}.": f"{known}."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, DLQATLayer) and (known := first.setdefault(id(module), name)) != name
+    }
+
+
+def _check_names(
+    model: nn.Module,
+    adapter_name: str,
+    expected: Set[str],
+    found: Set[str],
+    others: Set[str],
+    biases: bool,
+) -> None:
+    """Refuse a file that lacks a tensor of the adapter, or has one that its config says nothing of."""
+    allowed = {f"{name}.{key}weight" for name in _embeddings(model) for key in ("", "original_module.")}
+    allowed |= {key for key in model.state_dict() if biases and key.endswith("bias")}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save
             allowed |= {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name)}
@@ -123,7 +177,8 @@ def _check_names(model: nn.Module, adapter_name: str, expected: Set[str], found:
         # modules_to_save twice, once by a name that it does not load.
         return ".modules_to_save." in key or key in allowed or key.removeprefix("base_model.model.") in allowed
 
-    # Beside the adapter's own tensors, a file may hold biases, modules_to_save and resized embeddings; never W0.
+    # Beside the adapter's own tensors, a file may hold biases, modules_to_save, and embeddings: PEFT saves these where
+    # the vocabulary has changed or the head is adapted. Never another base weight.
     strangers = {key for key in others if not known(key)}
     missing, extra = sorted(expected - found), sorted((found - expected) | strangers)
     if missing or extra:

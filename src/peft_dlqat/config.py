@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from .formats import FORMATS
 from .hub import write_section
+from .layer_spec import pattern_of
 from .methods import MAGNITUDES, METHODS, Method
 from .quant.fit import INITIALISATIONS
 from .quant.fixed_point import STORAGES
@@ -94,15 +95,12 @@ def _check_indices(name: str, value: Any) -> None:
             raise ValueError(f"{name}={value!r} must be an index or a list of indices, from 0.")
 
 
-def _pattern_of(check: Check) -> Check:
-    def check_pattern(name: str, value: Any) -> None:
-        if not isinstance(value, dict):
-            raise ValueError(f"{name}={value!r} must be a dict from module names to values.")
-        for key, own in value.items():
-            _check_regex(f"a key of {name}", key)
-            check(f"{name}[{key!r}]", own)
-
-    return check_pattern
+def _check_pattern(name: str, value: Any, check: Check) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} must be a dict from module names to values.")
+    for key, own in value.items():
+        _check_regex(f"a key of {name}", key)
+        check(f"{name}[{key!r}]", own)
 
 
 def _setting(default: Any, help: str, check: Check | None = None) -> Any:
@@ -147,7 +145,7 @@ class DLQATConfig(PeftConfig):
             that many bits a weight, in units of the grid (`peft_dlqat.quant.fixed_point`), and the full one is let go.
         gradient: "exact"; "bf16", whose one product that only feeds sums is in bfloat16; or "lowrank": at LoRA's own
             cost, without the clip's mask, for magnitude="row" or False (see `peft_dlqat.quant.lowrank`).
-        init: first grid of a layer: "mse" (least squared error over clipped ranges) or "minmax".
+        init: how the first scales and zeros are found: "mse" (least squared error over clipped ranges) or "minmax".
         export: formats that the model is to be exported to ("gguf", "compressed-tensors", "mlx", "gptq", "dense"): a
             grid that one of them cannot hold exactly is refused now rather than after training.
         init_weights: True starts B at zero, so that a fresh adapter is exactly round-to-nearest; False starts it
@@ -191,10 +189,10 @@ class DLQATConfig(PeftConfig):
         None, "Index or indices of the layers to adapt.", _check_indices
     )
     layers_pattern: list[str] | str | None = _setting(None, "Name of the list of layers.")
-    rank_pattern: dict[str, int] = _setting({}, "r by module name.", _pattern_of(_check_rank))
-    alpha_pattern: dict[str, float] = _setting({}, "lora_alpha by module name.", _pattern_of(_check_alpha))
-    bits_pattern: dict[str, int] = _setting({}, "bits by module name.", _pattern_of(_check_bits))
-    group_size_pattern: dict[str, int] = _setting({}, "group_size by module name.", _pattern_of(_check_group_size))
+    rank_pattern: dict[str, int] = _setting({}, "r by module name.")
+    alpha_pattern: dict[str, float] = _setting({}, "lora_alpha by module name.")
+    bits_pattern: dict[str, int] = _setting({}, "bits by module name.")
+    group_size_pattern: dict[str, int] = _setting({}, "group_size by module name.")
     bias: Literal["none", "all", "dlqat_only"] = _setting("none", "Which biases train.", _one_of(_BIAS))
     storage: Literal["full", "int8", "int4", "int2"] = _setting(
         "full", "How the frozen weight is kept once scales and zeros are frozen.", _one_of(STORAGES)
@@ -211,10 +209,12 @@ class DLQATConfig(PeftConfig):
         """Refuse what no layer could take."""
         super().__post_init__()
         self.peft_type = PeftType.DLQAT  # type: ignore[attr-defined]
-        for entry in fields(self):
-            if entry.name.endswith("_pattern") and "check" in entry.metadata:
-                setattr(self, entry.name, getattr(self, entry.name) or {})
-            entry.metadata.get("check", lambda *_: None)(entry.name, getattr(self, entry.name))
+        checks = {entry.name: entry.metadata["check"] for entry in fields(self) if "check" in entry.metadata}
+        for name, check in checks.items():
+            check(name, getattr(self, name))
+        for pattern, name in self.patterns().items():
+            setattr(self, pattern, getattr(self, pattern) or {})
+            _check_pattern(pattern, getattr(self, pattern), checks[name])
         if self.scale_dtype == "k_quant":
             check_k_quant(self.bits, self.zero_point, self.group_size)
         self._check_method()
@@ -283,6 +283,12 @@ class DLQATConfig(PeftConfig):
             )
         if problem := STORAGES[self.storage].problem(max(self.bits, *self.bits_pattern.values(), 0), 8):
             raise ValueError(f"storage={self.storage!r} {problem}.")
+
+    def patterns(self) -> dict[str, str]:
+        """Fields that set another module by module, and the names of those, which have a check."""
+        names = {entry.name for entry in fields(self)}
+        known = {pattern_of(entry.name): entry.name for entry in fields(self) if "check" in entry.metadata}
+        return {pattern: name for pattern, name in known.items() if pattern in names}
 
     def resolve_method(self) -> Method:
         """The method, with its magnitude."""

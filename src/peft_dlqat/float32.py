@@ -11,7 +11,7 @@ from torch import nn
 
 
 class _Float32Mixin:
-    """A dict of tensors that follows a module's device but stays float32.
+    """A module whose own tensors follow the model's device but stay float32.
 
     Rounded to bf16 or fp16 they would be other numbers, and the weight another weight.
     """
@@ -24,8 +24,33 @@ class _Float32Mixin:
         return super()._apply(keep_float32, recurse)  # type: ignore[misc]
 
 
-class Float32ParameterDict(_Float32Mixin, nn.ParameterDict):
-    """An `nn.ParameterDict` whose entries stay float32."""
+class _Entry(_Float32Mixin, nn.Module):
+    """One adapter's tensor."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class Float32ParameterDict(nn.ModuleDict):
+    """One Parameter an adapter, which stays float32: `parameters[adapter_name]`.
+
+    In the model its name is `NAME.ADAPTER.weight`, as that of LoRA's are: TRL and others find an adapter's parameters
+    by ".ADAPTER." in their names. As PEFT expects of a ModuleDict, `items()` and `values()` are modules.
+    """
+
+    def __getitem__(self, adapter_name: str) -> nn.Parameter:  # type: ignore[override]
+        """The adapter's Parameter."""
+        return self._modules[adapter_name]._parameters["weight"]  # type: ignore[union-attr, return-value]
+
+    def get(self, adapter_name: str) -> nn.Parameter | None:
+        """The adapter's Parameter, or None where it has none."""
+        entry = self._modules.get(adapter_name)
+        return None if entry is None else entry._parameters["weight"]
+
+    def __setitem__(self, adapter_name: str, parameter: nn.Parameter) -> None:  # type: ignore[override]
+        """Add an adapter's, or put another in its place."""
+        super().__setitem__(adapter_name, _Entry(parameter))
 
 
 class Float32BufferDict(_Float32Mixin, BufferDict):

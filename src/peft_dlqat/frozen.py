@@ -22,8 +22,8 @@ class FrozenWeight:
     """W0 of one adapter layer.
 
     Args:
-        layer: the adapter layer. Its base layer holds W0 or, while an adapter is merged, what stands in its place; W0
-            is the layer's `_replaced_weight` then.
+        layer: the adapter layer. Its base layer holds W0 or, while an adapter is merged, what stands in its place; the
+            layer's `_set_aside` holds W0's Parameter then.
     """
 
     __slots__ = ("_layer",)
@@ -37,12 +37,18 @@ class FrozenWeight:
         return self._layer.fan_in_fan_out
 
     @property
-    def _parameter(self) -> torch.Tensor:
+    def _parameter(self) -> nn.Parameter:
+        """What the base layer computes with."""
         return self._layer.get_base_layer().weight
 
+    @_parameter.setter
+    def _parameter(self, parameter: nn.Parameter) -> None:
+        self._layer.get_base_layer().weight = parameter
+
     @property
-    def _kept(self) -> torch.Tensor:
-        return self._parameter if self._layer._replaced_weight is None else self._layer._replaced_weight
+    def _kept(self) -> nn.Parameter:
+        """W0's own Parameter, wherever it is."""
+        return self._layer._set_aside[0] if self._layer._set_aside else self._parameter
 
     @property
     def packed(self) -> bool:
@@ -59,10 +65,8 @@ class FrozenWeight:
         """W0 [out, in] as it is kept: in full (a view where the base layer has it transposed), or packed in uint8."""
         base_layer = self._layer.get_base_layer()
         with at_hand(base_layer):
-            weight = base_layer.weight.data
-            if self._layer._replaced_weight is not None:
-                weight = self._layer._replaced_weight.to(weight.device)  # the model may have moved meanwhile
-            return as_rows(weight, self.fan_in_fan_out)
+            # The model may have moved since W0 was set aside.
+            return as_rows(self._kept.data.to(base_layer.weight.device), self.fan_in_fan_out)
 
     def original(self) -> torch.Tensor:
         """W0 [out, in], merged or not; of a packed one what is left of it."""
@@ -79,7 +83,7 @@ class FrozenWeight:
         `quant.fixed_point`. Nothing happens the second time.
 
         Args:
-            adapter_name: the only adapter.
+            adapter_name: the adapter; others must have the same scales and zeros.
             storage: a key of `STORAGES`, of no fewer bits than the grid.
 
         Raises:
@@ -96,21 +100,25 @@ class FrozenWeight:
         )
         weight.requires_grad_(False)
         weight.data = packed
-        self._layer.set_storage(adapter_name, storage)
+        for name in self._layer.specs:
+            self._layer.set_storage(name, storage)
 
     def check_packable(self, adapter_name: str, storage: str) -> None:
         """Raise what `pack` would raise; changes nothing.
 
         Raises:
-            ValueError: if there are other adapters, or a merged one, or W0 is kept in another storage already, or the
-                adapter was trained on a W0 that was.
+            ValueError: if there are adapters of other scales, or a merged one, or W0 is kept in another storage
+                already, or the adapter was trained on a W0 that was.
         """
         layer = self._layer
-        if layer.merged or list(layer.specs) != [adapter_name]:
-            what = "it is merged" if layer.merged else f"there are {sorted(layer.specs)}"
+        if self.packed and layer.specs[adapter_name].storage == storage:
+            return
+        others = sorted(name for name in layer.specs if not layer.same_scales(name, adapter_name))
+        if layer.merged or others:
+            what = "it is merged" if layer.merged else f"{others} have scales and zeros of their own"
             raise ValueError(
-                f"the frozen weight can be packed for one adapter, unmerged, but {what}; unmerge it, and delete the "
-                "others."
+                f"the frozen weight can be packed by the scales and zeros of one adapter, unmerged, but {what}; "
+                "unmerge it, and delete the others."
             )
         known = layer.specs[adapter_name].storage
         if known not in ("full", storage):
@@ -130,11 +138,7 @@ class FrozenWeight:
         """Put what is left of W0 back in the place of a packed one, in its dtype; nothing where it is not packed."""
         if not self.packed:
             return
-        weight = self._as_base_layer_has_it(self.original())
-        if self._layer._replaced_weight is not None:
-            self._layer._replaced_weight = weight
-        else:
-            self._parameter.data = weight
+        self._kept.data = self._as_base_layer_has_it(self.original())
 
     def check_same_kind(self, weight: torch.Tensor | None) -> None:
         """Refuse a weight from a state dict that is packed where the base layer's is not, or the other way round.
@@ -158,29 +162,37 @@ class FrozenWeight:
             check_float_weight(self._layer.get_base_layer(), "merge into")
 
     def replace(self, replacement: torch.Tensor) -> None:
-        """Put another weight [out, in] into the base layer, and keep W0 for `restore`."""
-        weight = self._parameter
-        if self._layer._replaced_weight is None:
-            self._layer._replaced_weight = weight.data
-        weight.data = self._as_base_layer_has_it(replacement)
+        """Put another weight [out, in] into the base layer, and set W0 aside for `restore`.
+
+        It is a Parameter of its own: another module may share W0's, a tied embedding for one, and keeps that.
+        """
+        weight = self._as_base_layer_has_it(replacement)
+        if self._layer._set_aside:
+            self._parameter.data = weight
+            return
+        self._layer._set_aside.append(self._parameter)
+        self._parameter = nn.Parameter(weight, requires_grad=self._kept.requires_grad)
 
     def restore(self) -> None:
-        """Put the very tensor back that `replace` replaced; nothing where none was."""
-        weight, original = self._parameter, self._layer._replaced_weight
-        if original is not None:
-            # The model may have moved meanwhile.
-            weight.data = original.to(weight) if original.is_floating_point() else original.to(weight.device)
-            self._layer._replaced_weight = None
+        """Put the very Parameter back that `replace` replaced; nothing where none was."""
+        if not self._layer._set_aside:
+            return
+        replacement, original = self._parameter, self._layer._set_aside.pop()
+        # The model may have moved or changed its dtype meanwhile.
+        dtype = replacement.dtype if original.is_floating_point() else original.dtype
+        original.data = original.data.to(replacement.device, dtype)
+        self._parameter = original
 
     @contextmanager
     def in_its_place(self) -> Iterator[None]:
-        """Inside the block W0 stands in the base layer again, and after it the very tensor that replaced it."""
-        weight = self._parameter
-        replacement, weight.data = weight.data, self._as_base_layer_has_it(self.original()).to(weight)
+        """Inside the block W0 stands in the base layer again, and after it the very Parameter that replaced it."""
+        replacement = self._parameter
+        self.restore()
         try:
             yield
         finally:
-            weight.data = replacement
+            self._layer._set_aside.append(self._parameter)
+            self._parameter = replacement
 
     def _as_base_layer_has_it(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.t().contiguous() if self.fan_in_fan_out else weight

@@ -82,11 +82,11 @@ def _section(config: DLQATConfig) -> str:
 def _calibration(record: dict[str, Any] | None) -> str:
     """What calibration did, from the record that it left."""
     if record is None:
-        return "none: trained on the initial grid"
+        return "none: trained on the initial scales and zeros"
     fitted = "fitted to the layers' inputs, " if record["loss_fitted"] is not None else ""
     steps = f"{record['steps']} steps{' by blocks' if record['by'] == 'blocks' else ''}, {record['objective']}"
     loss = f"loss {record['loss_before']:.4f} -> {record['loss_after']:.4f}"
-    kept = {"before": "; nothing gained, and the initial grid was kept", "fitted": "", "after": ""}[record["kept"]]
+    kept = "; nothing gained, and the initial scales and zeros were kept" if record["kept"] == "before" else ""
     return f"{fitted}{steps}: {loss}{kept}"
 
 

@@ -16,11 +16,13 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
+from .deferred import DeferredWeight
 from .float32 import Float32BufferDict, Float32ParameterDict
 from .frozen import FrozenWeight
 from .layer_spec import LayerSpec
@@ -28,12 +30,14 @@ from .methods import AdapterTensors, TrainedTensor
 from .placement import at_hand, check_here, full_shape, gather_with, is_partitioned
 from .quant.dispatch import harden
 from .quant.fit import initialise
-from .quant.op import fake_quantize_linear
+from .quant.op import fake_quantize, fake_quantize_linear
 from .quant.quantizer import QuantizedWeight, Quantizer
 
 PREFIX = "dlqat_"
-# What is saved of an adapter beside its trained tensors.
-SAVED_BUFFERS = ("dlqat_scale", "dlqat_zero_point", "dlqat_offset", "dlqat_spec")
+# What is saved of an adapter beside its trained tensors. Scales and zeros are Parameters that take no gradient: so
+# whoever copies, gathers or broadcasts an adapter by its parameters has all of it.
+CALIBRATED = ("dlqat_scale", "dlqat_zero_point", "dlqat_offset")
+SAVED = (*CALIBRATED, "dlqat_spec")
 
 
 class DLQATLayer(BaseTunerLayer):
@@ -47,18 +51,19 @@ class DLQATLayer(BaseTunerLayer):
     | `dlqat_B`            | [out, r]        | trained; starts at zero                                          |
     | `dlqat_magnitude`    | [out, n_groups] | m, trained; starts at one; `magnitude="row"`: [out, 1]           |
     | `dlqat_shift`        | [out, n_groups] | trained move of the zero in codes; L4Q, DL-QAT with an offset    |
-    | `dlqat_scale`        | [out, n_groups] | s, float32 buffer; calibrated, then frozen                       |
-    | `dlqat_zero_point`   | [out, n_groups] | z, float32 buffer of integers; only `zero_point="integer"`       |
-    | `dlqat_offset`       | [out, n_groups] | b, float32 buffer; only `zero_point="float"`                     |
+    | `dlqat_scale`        | [out, n_groups] | s; calibrated, then frozen                                       |
+    | `dlqat_zero_point`   | [out, n_groups] | z, integers, frozen as s is; only `zero_point="integer"`         |
+    | `dlqat_offset`       | [out, n_groups] | b, frozen as s is; only `zero_point="float"`                     |
     | `dlqat_spec`         | [8 or more]     | buffer: `specs` as numbers, see [`LayerSpec.encode`]             |
     | `specs`              |                 | the settings, a [`LayerSpec`]                                    |
 
-    All tensors are float32. Which of the trained ones there are is the method's choice; one that is not in this table
-    gets a dict of its own when the adapter is added. `frozen` is W0, a [`FrozenWeight`].
+    All tensors are float32. But for the buffer they are Parameters; the frozen ones take no gradient. Which of the
+    trained ones there are is the method's choice; one that is not in this table gets a dict of its own when the
+    adapter is added. `frozen` is W0, a [`FrozenWeight`].
     """
 
     adapter_layer_names: tuple[str, ...] = ("dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_shift")
-    other_param_names: tuple[str, ...] = (*SAVED_BUFFERS, "specs")
+    other_param_names: tuple[str, ...] = (*SAVED, "specs")
     active_adapters: list[str]
     merged_adapters: list[str]
 
@@ -66,11 +71,12 @@ class DLQATLayer(BaseTunerLayer):
         self.base_layer = base_layer
         for name in self.adapter_layer_names:
             setattr(self, name, Float32ParameterDict())
-        for name in SAVED_BUFFERS:
-            setattr(self, name, Float32BufferDict())
+        for name in CALIBRATED:
+            setattr(self, name, Float32ParameterDict())
+        self.dlqat_spec = Float32BufferDict()
         self.specs: dict[str, LayerSpec] = {}
         self.fan_in_fan_out = fan_in_fan_out
-        self._replaced_weight: torch.Tensor | None = None
+        self._set_aside: list[nn.Parameter] = []  # in a list: as an attribute it would be registered
         self._disable_adapters = False
         self.merged_adapters = []
         shape = full_shape(self.get_base_layer().weight)
@@ -89,19 +95,28 @@ class DLQATLayer(BaseTunerLayer):
         init_weights: bool = True,
         inference_mode: bool = False,
     ) -> None:
-        """Add an adapter, its scales and zeros fitted to W0 by `init` (skipped for a weight on the meta device)."""
-        weight, grid = self.frozen.original(), spec.grid
+        """Add an adapter, its scales and zeros fitted to W0 by `init` (skipped for a weight on the meta device).
+
+        On a packed W0 they are those that it is packed by: it is known in their units only.
+        """
+        weight, grid = self.frozen.as_kept(), spec.grid
         # Adapters are initialised where the weight is; under `low_cpu_mem_usage` both are on the meta device.
         device = torch.empty(0).device if torch.empty(0).is_meta else weight.device
         if device.type == "meta" or weight.is_meta:
             scale = torch.empty(self.out_features, self.in_features // grid.group_size, device=device)
             zero = None if grid.zero_point == "none" else torch.empty_like(scale)
+        elif self.frozen.packed:
+            owner, own = next(iter(self.specs.items()))
+            spec = replace(spec, storage=own.storage)
+            scale, zero = self.scales_and_zeros(owner)
+            scale, zero = scale.detach().clone(), None if zero is None else zero.detach().clone()
         else:
             scale, zero = initialise(weight, grid, init)
         self.specs[adapter_name] = spec
-        self.dlqat_scale[adapter_name] = scale
+        self.dlqat_scale[adapter_name] = nn.Parameter(scale, requires_grad=False)
         if zero is not None:
-            (self.dlqat_zero_point if grid.zero_point == "integer" else self.dlqat_offset)[adapter_name] = zero
+            zeros = self.dlqat_zero_point if grid.zero_point == "integer" else self.dlqat_offset
+            zeros[adapter_name] = nn.Parameter(zero, requires_grad=False)
         self.dlqat_spec[adapter_name] = spec.encode().to(device)
         for name, tensor in spec.trained(self.out_features, self.in_features).items():
             # All state is float32 whatever the base and `autocast_adapter_dtype`: an A rounded on loading moves codes.
@@ -112,7 +127,7 @@ class DLQATLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _tensors_named(self, name: str) -> nn.ParameterDict:
+    def _tensors_named(self, name: str) -> Float32ParameterDict:
         """The dict, by adapter, of the trained tensors of one name."""
         attribute = f"{PREFIX}{name}"
         if attribute not in self.adapter_layer_names:
@@ -125,14 +140,14 @@ class DLQATLayer(BaseTunerLayer):
         device = self.get_base_layer().weight.device if device is None else device
         for name in self.adapter_layer_names + self.other_param_names:
             entries = getattr(self, name)
-            if not isinstance(entries, nn.ParameterDict | BufferDict) or adapter_name not in entries:
-                continue
-            if device.type != "meta" and not entries[adapter_name].is_meta:
-                entries[adapter_name] = entries[adapter_name].to(device)
+            if isinstance(entries, Float32ParameterDict | BufferDict) and adapter_name in entries:
+                tensor = entries[adapter_name]
+                if device.type != "meta" and not tensor.is_meta:
+                    tensor.data = tensor.data.to(device)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; a weight that is packed by this adapter's scales is unpacked, as far as it goes."""
-        if adapter_name in self.specs:
+        """As PEFT's; with the last adapter a packed weight is unpacked, as far as it goes."""
+        if list(self.specs) == [adapter_name]:
             self.frozen.unpack()
         super().delete_adapter(adapter_name)
 
@@ -141,10 +156,18 @@ class DLQATLayer(BaseTunerLayer):
         self.specs[adapter_name] = spec = replace(self.specs[adapter_name], storage=storage)
         self.dlqat_spec[adapter_name].copy_(spec.encode())
 
+    def same_scales(self, one: str, other: str) -> bool:
+        """Whether two adapters have the same grid, scales and zeros, to the bit: a weight can be packed for both."""
+        pairs = zip(self.scales_and_zeros(one), self.scales_and_zeros(other), strict=True)
+        return self.specs[one].grid == self.specs[other].grid and all(
+            a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
+        )
+
     def scales_and_zeros(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """s, and z or b, or None for a symmetric grid; both [out, n_groups]."""
-        zeros = self.dlqat_zero_point if adapter_name in self.dlqat_zero_point else self.dlqat_offset
-        return self.dlqat_scale[adapter_name], zeros[adapter_name] if adapter_name in zeros else None  # noqa: SIM401  has no get
+        s, z, b = (self._modules[name].get(adapter_name) for name in CALIBRATED)  # type: ignore[union-attr]
+        assert s is not None
+        return s, b if z is None else z
 
     def trained(self, adapter_name: str) -> dict[str, tuple[TrainedTensor, nn.Parameter]]:
         """The adapter's trained tensors by name, each with what must be known of it."""
@@ -164,20 +187,20 @@ class DLQATLayer(BaseTunerLayer):
         Raises:
             ValueError: for a trained tensor that is not float32.
         """
-        trained = {
-            name.removeprefix(PREFIX): getattr(self, name)[adapter_name]
-            for name in self.adapter_layer_names
-            if adapter_name in getattr(self, name)  # torch.compile cannot trace an assignment here
-        }
-        for name, tensor in trained.items():
-            if tensor.dtype != torch.float32:
+        modules, trained = self._modules, {}  # past nn.Module's own lookup, which costs a microsecond each time
+        for name in self.adapter_layer_names:
+            parameter = modules[name].get(adapter_name)  # type: ignore[union-attr]
+            if parameter is not None:
+                trained[name.removeprefix(PREFIX)] = parameter
+        spec, (s, zero) = self.specs[adapter_name], self.scales_and_zeros(adapter_name)
+        for name, tensor in (*trained.items(), ("scale", s), ("zero", zero)):
+            if tensor is not None and tensor.dtype != torch.float32:
                 raise ValueError(
                     f"{name} arrives in {str(tensor.dtype).removeprefix('torch.')}, but codes are chosen in float32: "
                     "FSDP2's mixed precision has rounded it; leave param_dtype (fsdp mixed precision, bf16=True) out, "
                     "and load the base model in bfloat16."
                 )
-        spec = self.specs[adapter_name]
-        return AdapterTensors(spec.grid, spec.scaling, *self.scales_and_zeros(adapter_name), trained, spec.others)
+        return AdapterTensors(spec.grid, spec.scaling, s, zero, trained, spec.others)
 
     def quantizer(self, adapter_name: str) -> Quantizer:
         """The way of the weight into the grid and out of it, differentiable in what the adapter's method trains."""
@@ -216,8 +239,8 @@ class DLQATLayer(BaseTunerLayer):
             finite = all(torch.isfinite(tensor).all() for tensor in chosen_by if tensor is not None)
         if not finite:
             raise ValueError(
-                f"NaNs detected in A, B or the grid, which choose the codes. The adapter {adapter_name} seems to be "
-                "broken; load its last good checkpoint."
+                f"NaNs detected in A, B, scales or zeros, which choose the codes. The adapter {adapter_name} seems to "
+                "be broken; load its last good checkpoint."
             )
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
@@ -297,29 +320,77 @@ class DLQATLayer(BaseTunerLayer):
         finally:
             self.merged_adapters = names
 
-    def _quantized_output(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """The output with one adapter: in the autocast dtype, else computed in W0's and returned in x's."""
-        autocast, frozen = torch.is_autocast_enabled(x.device.type), self.frozen
-        inputs = self._cast_input_dtype(x, torch.get_autocast_dtype(x.device.type) if autocast else frozen.dtype)
-        bias = self.bias
-        output = fake_quantize_linear(
+    @property
+    def weight(self) -> torch.Tensor:
+        """What the layer multiplies with, [out, in] as the base layer has it: w_hat while an adapter is active.
+
+        A parent module may compute with it instead of calling the layer; it gets the gradient of a call. Its shape,
+        dtype and device cost nothing, see [`DeferredWeight`].
+        """
+        names, base = self._computing(), self.get_base_layer().weight
+        if not names and base.is_floating_point():
+            return base
+        if torch.compiler.is_compiling():
+            return self._weight_of(names)
+        shape = (self.out_features, self.in_features)
+        return DeferredWeight(
+            lambda: self._weight_of(names),
+            shape[::-1] if self.fan_in_fan_out else shape,
+            self.frozen.dtype,
+            base.device,
+        )
+
+    def _computing(self) -> list[str]:
+        """The adapters that a forward pass goes through."""
+        return [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
+
+    def _weight_of(self, adapter_names: list[str]) -> torch.Tensor:
+        """w_hat, or for several adapters W0 plus the sum of their differences to it, differentiable; in W0's dtype.
+
+        As the base layer has it. Merging gives the same to the bit.
+        """
+        self._was_read = True
+        with at_hand(self):
+            dtype = self.frozen.dtype
+            if len(adapter_names) == 1:
+                return self._fake_quantized(adapter_names[0], dtype)
+            weight = original = self.frozen._as_base_layer_has_it(self.frozen.original()).float()
+            if adapter_names:
+                weight = original + sum(self._fake_quantized(name, torch.float32) - original for name in adapter_names)
+            return weight.to(dtype)
+
+    def _fake_quantized(self, adapter_name: str, dtype: torch.dtype) -> torch.Tensor:
+        weight = self.get_base_layer().weight
+        return fake_quantize(weight, self.quantizer(adapter_name), dtype, self.fan_in_fan_out)
+
+    def _quantized_output(
+        self, base_layer: Any, dtype: torch.dtype, x: torch.Tensor, adapter_name: str
+    ) -> torch.Tensor:
+        """x @ w_hat.T + bias with one adapter, computed in a dtype."""
+        bias = base_layer.bias
+        inputs = x if x.dtype == dtype else self._cast_input_dtype(x, dtype)
+        return fake_quantize_linear(
             inputs,
-            None if bias is None else bias.to(inputs.dtype),
-            self.weight,
+            bias if bias is None or bias.dtype == inputs.dtype else bias.to(inputs.dtype),
+            base_layer.weight,
             self.quantizer(adapter_name),
             self.fan_in_fan_out,
             self.specs[adapter_name].gradient,
         )
-        return output if autocast else output.to(x.dtype)
 
     def _base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What the layer gives without adapters."""
+        """What the layer gives without adapters, or with merged ones."""
         if self.get_base_layer().weight.is_floating_point():
             return self.base_layer(x, *args, **kwargs)
         if not torch.compiler.is_compiling():
             _warn_that_the_base_is_decoded()
-        weight = self.frozen.original()
-        return F.linear(self._cast_input_dtype(x, weight.dtype), weight, self.bias).to(x.dtype)
+        return self._output_with(self._weight_of([]), x, *args, **kwargs)
+
+    def _output_with(self, weight: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the base layer itself, whatever it does, gives with another weight in W0's dtype."""
+        inputs = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, weight.dtype)
+        output = functional_call(self.get_base_layer(), {"weight": weight}, (inputs, *args), kwargs)
+        return output.to(x.dtype) if isinstance(output, torch.Tensor) and inputs is not x else output
 
 
 @cache
@@ -345,18 +416,22 @@ class DLQATLinear(nn.Module, DLQATLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         base_layer: Any = self.get_base_layer()  # type: ignore[operator]
-        if is_partitioned(base_layer.weight):
+        weight = base_layer.weight
+        if is_partitioned(weight):
             gather_with(self)
         # device_map may have taken tensors away
-        with at_hand(self) if hasattr(base_layer, "_hf_hook") else nullcontext():
-            names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
+        with at_hand(self) if "_hf_hook" in base_layer.__dict__ else nullcontext():
+            names = self._computing()
             if not names:
                 return self._base_output(x, *args, **kwargs)
-            result = self._quantized_output(x, names[0])
-            if len(names) > 1:
-                base = self._base_output(x, *args, **kwargs)
-                result = result + sum(self._quantized_output(x, name) - base for name in names[1:])
-            return result
+            dtype = weight.dtype if weight.is_floating_point() else self.frozen.dtype
+            autocast = torch.is_autocast_enabled(x.device.type)
+            product = torch.get_autocast_dtype(x.device.type) if autocast else dtype
+            # Rounded to one 16-bit dtype w_hat is not what it is when it was rounded to another one first, as merged.
+            if len(names) > 1 or not is_plain(base_layer) or dtype not in (product, torch.float32):
+                return self._output_with(self._weight_of(names), x, *args, **kwargs)
+            output = self._quantized_output(base_layer, product, x, names[0])
+            return output if autocast or output.dtype == x.dtype else output.to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.frozen.check_same_kind(state_dict.get(f"{prefix}base_layer.weight"))
@@ -370,6 +445,17 @@ class DLQATLinear(nn.Module, DLQATLayer):
         """The grids, by adapter."""
         grids = {name: spec.grid for name, spec in self.specs.items()}
         return f"in_features={self.in_features}, out_features={self.out_features}, grids={grids}"
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a linear layer does nothing but y = x @ W.T + bias: no forward of its own, and no hooks."""
+    own = layer.__dict__
+    return (
+        type(layer).forward in (nn.Linear.forward, Conv1D.forward)
+        and ("forward" not in own or "_hf_hook" in own)  # the forward is accelerate's; `at_hand` does its work
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
+        and not own["_backward_pre_hooks"]
+    )
 
 
 def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, DLQATLayer]]:

@@ -1,7 +1,8 @@
 """The settings of one adapter in one layer, as one record. It is saved as numbers beside the tensors that it explains.
 
 To add a setting, add one field to the config, a `layer_setting` with its check. It is read for each layer by its name
-(and by `NAME_pattern`, module by module, where there is one), and saved; loading compares it.
+(and by `NAME_pattern`, module by module, where the config has such a field: a dict, of which each value must pass the
+setting's check), and saved; loading compares it.
 """
 
 from __future__ import annotations
@@ -142,9 +143,14 @@ class LayerSpec:
         return round(number, 6) if number != int(number) else int(number)
 
 
+def pattern_of(key: str) -> str:
+    """Name of the field that sets the field `key` module by module, where the config has it."""
+    return _PATTERNS.get(key, f"{key}_pattern")
+
+
 def setting(config: Any, key: str, name: str) -> Any:
     """A config's value for the module `name`: of the pattern that matches, or of all."""
-    pattern = getattr(config, _PATTERNS.get(key, f"{key}_pattern"), None) or {}
+    pattern = getattr(config, pattern_of(key), None) or {}
     return pattern.get(get_pattern_key(pattern.keys(), name), getattr(config, key))
 
 

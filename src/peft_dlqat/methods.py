@@ -278,7 +278,8 @@ def _low_rank_in_steps(tensors: AdapterTensors) -> tuple[torch.Tensor, torch.Ten
     Adam moves every number by about the learning rate. In units of the step, one rate moves the codes of all rows and
     layers alike, whatever the size of their weights.
     """
-    return tensors.trained["A"], tensors.s.detach().abs().mean(1, keepdim=True) * tensors.trained["B"]
+    s = tensors.s.detach() if tensors.s.requires_grad else tensors.s
+    return tensors.trained["A"], s.abs().mean(1, keepdim=True) * tensors.trained["B"]
 
 
 def _no_update(tensors: AdapterTensors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,14 +17,14 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapter_file import base_record, check_state, weight_checksum
+from .adapter_file import base_record, check_state, tensor_key, weight_checksum, with_current_names
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .frozen import check_float_weight
-from .layer import PREFIX, DLQATLayer, DLQATLinear
+from .layer import CALIBRATED, PREFIX, DLQATLayer, DLQATLinear
 from .layer_spec import LayerSpec, setting, stored_as
 from .placement import at_hand, check_here, full_shape
 from .quant.fixed_point import STORAGES
-from .quant.grid import largest_group
+from .quant.grid import Grid, largest_group
 from .quant.super_blocks import check_k_quant
 
 # Names of the heads that PEFT trains in full for these tasks.
@@ -57,9 +57,11 @@ class DLQATModel(BaseTuner):
         self._hook = self.model.register_forward_pre_hook(self._warn_if_never_calibrated)
 
     def _prepare_model(self, peft_config: DLQATConfig, model: nn.Module) -> None:
-        """Resolve "all-linear" where layers_to_transform selects from it, then check every target."""
+        """Resolve "all-linear", then check every target."""
+        self._places = _places(model)
         if peft_config.target_modules == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
+            _leave_out_special_layers(peft_config, model)
             if peft_config.layers_to_transform is not None:
                 # PEFT does not look at the layer of a module that is named in full.
                 peft_config.target_modules = {  # type: ignore[assignment]
@@ -99,10 +101,13 @@ class DLQATModel(BaseTuner):
             if problem := STORAGES[config.storage].problem(bits, in_features):
                 raise ValueError(f"{name}: storage={config.storage!r} {problem}.")
             spec = LayerSpec.from_config(config, name, in_features)
+            _check_packed_alike(name, module, spec.grid, config.storage)
             config.check_export([spec.grid], f"{name}: ", _out_in(module), isinstance(module, Conv1D))
             if asked not in (-1, used):
                 smaller.setdefault(f"{asked} -> {used}", []).append(name)
-        for field in ("bits_pattern", "group_size_pattern"):
+        for field in config.patterns():
+            if field in ("rank_pattern", "alpha_pattern"):
+                continue  # PEFT itself says so of these
             unused = [
                 key for key in getattr(config, field) if all(get_pattern_key([key], name) != key for name in targets)
             ]
@@ -142,6 +147,13 @@ class DLQATModel(BaseTuner):
                 new_module.requires_grad_(False)
             self._replace_module(parent, target_name, new_module, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module into the place of another, wherever that one is used."""
+        places = self._places.get(id(child), [(parent, child_name)])
+        for user, name in places:
+            setattr(user, name, new_module)
+        self._places[id(new_module)] = places
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, on a copy of the config; then counts the parameters and notes which base this is."""
         # The caller's config may make another model too, and must not tell that one that it was calibrated.
@@ -151,7 +163,7 @@ class DLQATModel(BaseTuner):
             given.modules_to_save = list(_HEADS[given.task_type])
         config = self.peft_config[adapter_name] = copy.copy(given)
         config.record = dict(config.record)
-        # A loaded adapter, which has a record, brings its grid along: no need to search for one.
+        # A loaded adapter, which has a record, brings its scales and zeros along: no need to search for them.
         self._first_init = "minmax" if config.record else config.init
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if "adapter_parameters" not in config.record:  # a loaded adapter was counted when it was made
@@ -167,6 +179,9 @@ class DLQATModel(BaseTuner):
                 "to it, which lies on no grid and cannot be exported; activate one of them for a quantized model.",
                 stacklevel=2,
             )
+
+    def _check_merge_allowed(self) -> None:
+        """PEFT warns of merging a head that is tied to the embedding; here the embedding keeps its own weight."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, but all layers or none."""
@@ -188,6 +203,7 @@ class DLQATModel(BaseTuner):
                 if isinstance(layer, DLQATLayer):
                     layer.frozen.unpack()
         self._hook.remove()
+        self._places = _places(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -205,8 +221,9 @@ class DLQATModel(BaseTuner):
                 continue
             self._warned.add(name)
             warnings.warn(
-                f"adapter {name!r} is being trained on its initial grid ({config.init}), never calibrated; call "
-                "`peft_dlqat.calibrate` first or add a `DLQATCallback` to the Trainer for better accuracy.",
+                f"adapter {name!r} is being trained on its initial scales and zeros (init={config.init!r}), never "
+                "calibrated; call `peft_dlqat.calibrate` first or add a `DLQATCallback` to the Trainer for better "
+                "accuracy.",
                 stacklevel=2,
             )
 
@@ -236,14 +253,51 @@ class DLQATModel(BaseTuner):
         cls, model: nn.Module, config: DLQATConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """As PEFT's, then checks the tensors before any of them reaches the model."""
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        checked = check_state(model, adapter_name, remapped, config.storage)
+        named = with_current_names(state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
+        checked = check_state(model, adapter_name, remapped, config.storage, biases=config.bias != "none")
         for name, layer in model.named_modules():
             if isinstance(layer, DLQATLayer) and adapter_name in layer.specs:
-                kept = stored_as(checked[f"{name}.dlqat_spec.{adapter_name}"])
+                kept = stored_as(checked[tensor_key(name, "dlqat_spec", adapter_name)])
                 assert kept is not None
                 layer.set_storage(adapter_name, kept)
         return checked
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """By id of a module: the modules that hold it, and its name in each. Some are used in several places."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                places.setdefault(id(child), []).append((module, name))
+    return places
+
+
+def _leave_out_special_layers(config: DLQATConfig, model: nn.Module) -> None:
+    """Take layers that are no ordinary linear ones out of "all-linear", and say so in one line."""
+    left_out: dict[str, list[str]] = {}
+    for name in sorted(config.target_modules or ()):
+        module = model.get_submodule(name)
+        layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
+        if reason := _special(layer):
+            left_out.setdefault(reason, []).append(name)
+    if left_out:
+        names = {name for found in left_out.values() for name in found}
+        config.target_modules = set(config.target_modules or ()) - names  # type: ignore[assignment]
+        listing = "; ".join(f"{len(found)} with {reason}, such as {found[0]}" for reason, found in left_out.items())
+        warnings.warn(f'"all-linear" leaves out linear layers: {listing}. Name them in target_modules to adapt them.')
+
+
+def _special(layer: Any) -> str:
+    """What sets a linear layer apart from others, in words; empty for an ordinary one."""
+    if not isinstance(layer, nn.Linear | Conv1D):
+        return ""
+    if "weight" not in layer._parameters:
+        return "a parametrized weight"
+    if type(layer).forward not in (nn.Linear.forward, Conv1D.forward):
+        return f"a forward of their own ({type(layer).__name__})"
+    return "a single output" if _out_in(layer)[0] == 1 else ""
 
 
 def _is_target(config: DLQATConfig, name: str) -> bool:
@@ -255,11 +309,14 @@ def _is_target(config: DLQATConfig, name: str) -> bool:
 def check_target(name: str, module: nn.Module) -> None:
     """Refuse a module that is no linear layer, holds a quantized weight, or one that is not finite."""
     if isinstance(module, DLQATLayer) and module.frozen.packed:
-        raise ValueError(
-            f"the frozen weight of {name} is packed by the scales of adapter {next(iter(module.specs))!r}, and "
-            "serves no other; load the base model again for a second adapter."
-        )
+        return  # it was looked at when its first adapter came
     layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
+    if isinstance(layer, nn.Linear | Conv1D) and "weight" not in layer._parameters:
+        raise ValueError(
+            f"the weight of {name} is computed in each forward (weight norm, spectral norm, pruning, another "
+            "parametrization), so that nothing stays to be quantized; remove the parametrization, or leave the module "
+            "out by exclude_modules."
+        )
     quantized = any(hasattr(layer, attribute) for attribute in ("qweight", "W_q"))  # GPTQ and AWQ; HQQ
     if isinstance(layer, nn.Linear | Conv1D) or quantized:
         check_float_weight(layer, f"adapt {name},")
@@ -275,6 +332,19 @@ def check_target(name: str, module: nn.Module) -> None:
                 f"the weight of {name} holds NaN or infinity, which no grid can hold; repair the base model "
                 "or leave the module out by exclude_modules."
             )
+
+
+def _check_packed_alike(name: str, module: nn.Module, grid: Grid, storage: str) -> None:
+    """Refuse a further adapter on a weight that is packed in units of other scales: it can only share these."""
+    if not isinstance(module, DLQATLayer) or not module.frozen.packed:
+        return
+    owner, own = next(iter(module.specs.items()))
+    if (grid, storage) != (own.grid, own.storage):
+        raise ValueError(
+            f"the frozen weight of {name} is packed as {own.storage!r} by the scales of adapter {owner!r}, on "
+            f"{own.grid}; a further adapter can only share them, and this one has storage={storage!r} and {grid}: "
+            f"give it the config of {owner!r}, or load the base model again."
+        )
 
 
 def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
@@ -317,10 +387,13 @@ def _warn_of_experts(model: nn.Module, targets: dict[str, nn.Module]) -> None:
 
 
 def _count_parameters(model: nn.Module, adapter_name: str, bias: str) -> dict[str, int]:
-    """Parameters of the adapter (modules_to_save and trained biases included), and all others of the base model."""
+    """What trains (modules_to_save and biases included), and all other parameters, scales and zeros among them."""
     trained_bias = {"none": (), "all": ("bias",), "dlqat_only": (".base_layer.bias",)}[bias]
     counts = {"adapter_parameters": 0, "base_parameters": 0}
     for name, parameter in model.named_parameters():
+        if any(f".{kind}.{adapter_name}." in name for kind in CALIBRATED):
+            counts["base_parameters"] += parameter.numel()
+            continue
         of_adapters = ".dlqat_" in name or ".modules_to_save." in name
         if f".{adapter_name}." in f"{name}." if of_adapters else name.endswith(trained_bias):
             counts["adapter_parameters"] += parameter.numel()

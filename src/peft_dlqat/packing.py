@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config import DLQATConfig
@@ -22,12 +23,12 @@ def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
     packed ones change what it computes.
 
     Args:
-        model: a model with one DL-QAT adapter, not merged.
+        model: a model with one DL-QAT adapter, not merged, or with several of the same scales and zeros.
         adapter_name: defaults to the active one.
 
     Raises:
-        ValueError: if there are several adapters, or it is merged, or was trained on weights in another storage. No
-            layer is packed then.
+        ValueError: if there are adapters of other scales, or it is merged, or was trained on weights in another
+            storage. No layer is packed then.
     """
     adapter_name, layers = adapter_layers(model, adapter_name)
     config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr,index]
@@ -37,7 +38,8 @@ def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
     warn_if_trained(layers.values(), adapter_name, config)
     for layer in layers.values():
         layer.frozen.pack(adapter_name, config.storage)
-    config.record["storage"] = config.storage
+    for name in {name for layer in layers.values() for name in layer.specs}:  # that share the packed weight
+        model.peft_config[name].record["storage"] = config.storage  # type: ignore[union-attr,index]
 
 
 def check_packable(layers: Collection[DLQATLayer], adapter_name: str, config: DLQATConfig) -> None:
@@ -48,14 +50,19 @@ def check_packable(layers: Collection[DLQATLayer], adapter_name: str, config: DL
 
 
 def warn_if_trained(layers: Collection[DLQATLayer], adapter_name: str, config: DLQATConfig) -> None:
-    """Warn where weights are about to be packed under an adapter that was trained on full ones: its B is not zero."""
+    """Warn where weights are about to be packed that an adapter has moved, as it was trained on full ones."""
     if config.init_weights and any(
-        layer.specs[adapter_name].storage == "full" and bool(layer.dlqat_B[adapter_name].any())
-        for layer in layers
-        if adapter_name in layer.dlqat_B and not layer.dlqat_B[adapter_name].is_meta
+        layer.specs[adapter_name].storage == "full" and _moves_codes(layer, adapter_name) for layer in layers
     ):
         warnings.warn(
             f"adapter {adapter_name!r} was trained on full weights, and storage={config.storage!r} changes what it "
             "computes: evaluate it again, or train on.",
             stacklevel=3,
         )
+
+
+@torch.no_grad()
+def _moves_codes(layer: DLQATLayer, adapter_name: str) -> bool:
+    """Whether BA is not zero; without it the codes are those of W0, which every storage keeps."""
+    B = layer.quantizer(adapter_name).B
+    return not B.is_meta and bool(B.any())

@@ -36,7 +36,8 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def predicts_next(model: nn.Module) -> bool:
     """Whether its labels [batch, length] are of the next position, as a causal language model's, or of its own."""
-    return not type(base_model(unwrapped(model))).__name__.endswith(("ForTokenClassification", "ForMaskedLM"))
+    of_its_own = type(base_model(unwrapped(model))).__name__.endswith(("ForTokenClassification", "ForMaskedLM"))
+    return not of_its_own and not is_encoder_decoder(model)  # whose decoder gets the labels shifted
 
 
 def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
@@ -94,37 +95,37 @@ def teacher_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
     Args:
         model: a model with adapters, merged or not; it is left as it was.
-        batch: keyword arguments of its forward; `labels` are left out.
+        batch: keyword arguments of its forward; `labels` are left out, except where a decoder takes its inputs from
+            them.
 
     Returns:
         Logits, [batch, length, vocabulary] for a language model.
 
     Raises:
-        ValueError: for an encoder-decoder, whose decoder takes its inputs from the labels, a head for regression or
-            for several labels at once, or a model without logits.
+        ValueError: for a model without logits.
     """
-    check_classes(model)
-    if is_encoder_decoder(model):
-        raise ValueError("an encoder-decoder cannot be run without labels; use objective='task' for it.")
     with evaluating(model), adapters_disabled(model):
-        output = forward(model, {key: value for key, value in batch.items() if key != "labels"})
+        return logits_of(model, batch)
+
+
+def logits_of(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The model's own logits, as `teacher_logits` gives the base model's."""
+    left_out = () if is_encoder_decoder(model) else ("labels",)
+    output = forward(model, {key: value for key, value in batch.items() if key not in left_out})
     if getattr(output, "logits", None) is None:
         raise ValueError(f"the model returns a {type(output).__name__} without logits; use objective='task' for it.")
     return output.logits
 
 
-def check_classes(model: nn.Module) -> None:
-    """Raises a ValueError if the model's head gives no distribution over classes, which the divergence compares."""
+def gives_distribution(model: nn.Module) -> bool:
+    """Whether its logits are those of one of several classes or tokens: no regression, not several labels at once."""
     base = base_model(unwrapped(model))
     config = getattr(base, "config", None)
-    problem, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
-    of_classes = labels != 1 and problem not in ("regression", "multi_label_classification")
-    if type(base).__name__.endswith("Classification") and not of_classes:
-        raise ValueError(
-            f"a {type(base).__name__} with num_labels={labels} and problem_type={problem!r} gives no distribution "
-            "over classes, and so there is no divergence between two; use objective='task', or train without "
-            "compute_loss_func."
-        )
+    of_classes = getattr(config, "num_labels", None) != 1 and getattr(config, "problem_type", None) not in (
+        "regression",
+        "multi_label_classification",
+    )
+    return of_classes or not type(base).__name__.endswith("Classification")
 
 
 def trained_base_parameters(model: nn.Module) -> list[str]:

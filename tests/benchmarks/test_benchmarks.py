@@ -62,6 +62,7 @@ def experiment(tmp_path, main):
     return run
 
 
+@pytest.mark.slow
 def test_an_experiment_of_two_steps(experiment, capsys):
     from runs import that_count
 
@@ -173,6 +174,7 @@ def test_a_layer_that_is_off_is_not_timed(monkeypatch):
         layer.check("DL-QAT", model, work)
 
 
+@pytest.mark.slow
 def test_the_cards_check_in_short(tmp_path, main):
     import report
 

@@ -76,7 +76,7 @@ def test_trainer_in_two_processes_gives_one_adapter(two_processes: Path) -> None
     assert not torch.equal(first["initial"][A], second["initial"][A]), "the ranks should begin apart"
     assert_same(first, second)
     assert first["record"]["steps"] == CALIBRATION_STEPS
-    assert first["record"]["kept"] == "after", "the calibrated grid was thrown away, so that nothing is shown"
+    assert first["record"]["kept"] == "after", "the calibrated scales were thrown away, so that nothing is shown"
 
 
 def test_trainer_in_two_processes_equals_one_with_twice_the_batch(two_processes: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_calibrate_in_two_processes_equals_one_with_all_data(two_processes: Path
     ranks, single = load_ranks(two_processes, f"calibrate-{case}"), run_calibrate(case)
     assert_same(*ranks)
     assert_same_data(ranks, single)
-    assert single["record"]["kept"] == "after", "the calibrated grid was thrown away, so that nothing is shown"
+    assert single["record"]["kept"] == "after", "the calibrated scales were thrown away, so that nothing is shown"
     moved = differences(single["adapter"], single["initial"])
     _, zero_point, scale_dtype, _ = CALIBRATIONS[case]
     moving = {"dlqat_scale", {"integer": "dlqat_zero_point", "float": "dlqat_offset"}.get(zero_point)}
@@ -130,7 +130,7 @@ def test_calibrate_in_two_processes_equals_one_with_all_data(two_processes: Path
 
 
 def assert_nearly_all_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """Equal but for the rare value that lay between two of bfloat16, or two integers, when the grid was frozen."""
+    """Equal but for the rare value that lay between two of bfloat16, or two integers, when they were frozen."""
     unequal = sum((tensor != other[name]).sum().item() for name, tensor in one.items())
     total = sum(tensor.numel() for tensor in one.values())
     print(f"{unequal} of {total} values differ")

@@ -204,8 +204,12 @@ def test_an_adapter_that_comes_back_changed_is_found(
 
     monkeypatch.setattr(finetune.PeftModel, "from_pretrained", load_changed)
     own = ["--model", str(given / "model"), "--dataset", str(given / "text.txt"), "--output_dir", "out"]
-    assert finetune.main([*own, *SHORT, "--bits", "3", "--group_size", "32"]) == 1
+    settings = ["--set", "scale_dtype=float16", "storage=int4", 'export=["compressed-tensors"]', "lora_alpha=16"]
+    assert finetune.main([*own, *SHORT, "--bits", "3", "--group_size", "32", *settings]) == 1
     assert "DIFFER" in capsys.readouterr().out
+    saved = json.loads(Path("out/dlqat-3bit/adapter_config.json").read_text())
+    found = [saved[name] for name in ("scale_dtype", "storage", "export", "lora_alpha", "r")]
+    assert found == ["float16", "int4", ["compressed-tensors"], 16, 8] and saved["record"]["storage"] == "int4"
 
 
 @pytest.mark.parametrize(
@@ -246,6 +250,17 @@ def test_every_kind_of_local_dataset_gives_the_same_blocks(finetune: ModuleType,
             "shorter than one block of 64 tokens",
         ),
         (["OWN", "--group_size", "48"], "group_size=48 is larger than in_features=32"),
+        (["OWN", "--set", "bits=3"], "bits has an argument of its own, --bits"),
+        (
+            ["OWN", "--set", "scales=float16"],
+            "must be NAME=VALUE, with a name among alpha_pattern, bias, bits_pattern",
+        ),
+        (["OWN", "--set", "storage"], "--set storage must be NAME=VALUE"),
+        (["OWN", "--set", 'export=["mlx"]', "storage=int3"], "storage='int3' must be one of"),
+        (
+            ["OWN", "--zero_point", "float", "--set", 'export=["gptq"]'],
+            "gptq cannot hold bits=3",
+        ),
         (["OWN", "--metric", "nowhere"], "cannot load the metric 'nowhere'"),
         (["OWN", "--metric", "GIVEN/of_text.py"], "but is given the predicted and the true next tokens"),
     ],

@@ -53,6 +53,23 @@ def test_a_full_disk_keeps_the_folder_to_be_replaced(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "dlqat_export.json").write_text("mine")
+    rename = folder.os.rename
+
+    def busy(source, target):
+        if source.name == "new":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rename(source, target)
+
+    monkeypatch.setattr(folder.os, "rename", busy)
+    with pytest.raises(OSError, match="busy"):
+        export_model(adapted(bits=4), tmp_path / "out", "dense", overwrite=True, verify=False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "dlqat_export.json"]
+    assert (tmp_path / "out" / "dlqat_export.json").read_text() == "mine"
+
+
 def test_only_an_export_is_overwritten(tmp_path):
     """The adapter itself, say, is not."""
     model = adapted(bits=4)

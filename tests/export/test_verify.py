@@ -242,3 +242,13 @@ def test_a_format_that_is_no_longer_there_is_named(tmp_path, monkeypatch):
     monkeypatch.delitem(FORMATS, "dense")
     with pytest.raises(ValueError, match=r"format='dense', which must be one of .*; add it to peft_dlqat.formats"):
         verify_export(tmp_path / "out")
+
+
+def test_engines_are_chosen_by_name(tmp_path, monkeypatch):
+    export_model(adapted(bits=4), tmp_path / "out", "dense")
+    other = replace(TRANSFORMERS, name="other", logits=lambda *_: 1 / 0)
+    monkeypatch.setattr(FORMATS["dense"], "engines", (TRANSFORMERS, other))
+    found = verify_export(tmp_path / "out", engines=["transformers"])
+    assert found.ok and len(found.figures) == 1
+    with pytest.raises(ValueError, match=r"engines=\['vllm'\] are not installed.*use \['transformers', 'other'\]"):
+        verify_export(tmp_path / "out", engines=["vllm"])

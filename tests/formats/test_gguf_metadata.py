@@ -114,3 +114,8 @@ def llama_as(kind):
     config = llama()
     config.model_type = kind
     return config
+
+
+def test_a_tensor_without_a_place_is_named():
+    with pytest.raises(ValueError, match=r"no place for 1 of the model's tensors: model\.gate\.weight; export it as"):
+        ARCHITECTURES["llama"].tensor_names(llama(), ["model.norm.weight", "model.gate.weight"])

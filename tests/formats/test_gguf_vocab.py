@@ -55,6 +55,19 @@ def test_a_model_without_tokenizer_says_so(tmp_path, capsys):
     assert "pass tokenizer=" in capsys.readouterr().out
 
 
+def test_a_way_of_splitting_that_has_no_name_is_said(tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(EMBEDDED, base)
+    content = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"String": "q"}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    (base / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    adapted("embedded", bits=4).save_pretrained(tmp_path / "adapter")
+    export_model(tmp_path / "adapter", tmp_path / "out", "gguf", base=base, verify=False)
+    assert fields(tmp_path / "out")["tokenizer.ggml.pre"] == "default"
+    assert "splits text in a way that has no name here" in capsys.readouterr().out
+
+
 def test_a_padded_vocabulary(tmp_path):
     """Models have rows for tokens that the tokenizer does not know."""
     base = tmp_path / "base"

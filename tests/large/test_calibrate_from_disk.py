@@ -17,11 +17,11 @@ import peft_dlqat.large.calibrate_from_disk as from_disk_module
 import peft_dlqat.large.checkpoint
 from peft_dlqat import DLQATConfig, calibrate, calibrate_from_disk
 
-KINDS = ("llama", "gpt2", "opt")
+each_kind = pytest.mark.parametrize("folder", ("llama", "gpt2", "opt"), indirect=True)
 
 
 def config(**changes):
-    return DLQATConfig(**{"bits": 2, "group_size": 32, "task_type": "CAUSAL_LM", **changes})
+    return DLQATConfig(**{"bits": 2, "group_size": 32, "init": "minmax", "task_type": "CAUSAL_LM", **changes})
 
 
 def run(model, steps, **arguments):
@@ -29,7 +29,7 @@ def run(model, steps, **arguments):
     return calibrate(model, lm_batches(), steps, by="blocks", objective="output", progress=False, **arguments)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture
 def folder(request, tmp_path):
     tiny_model(request.param).save_pretrained(tmp_path / "base", max_shard_size="60KB")
     assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
@@ -42,15 +42,18 @@ def from_disk(folder, output, steps=4, adapter=None, batches=None, **arguments):
     )
 
 
+@pytest.mark.product
+@each_kind
 @pytest.mark.parametrize("train_adapter", [False, True])
 def test_from_disk_equals_in_memory_to_the_bit(folder, tmp_path, train_adapter):
     """All of the adapter, the random A too, which follows the seed; and the random numbers drawn after it."""
     torch.manual_seed(3)
-    errors = from_disk(folder, tmp_path / "out", train_adapter=train_adapter, cache_dir=tmp_path)
+    fitted = config(init="mse")  # to the layers' inputs, too
+    errors = from_disk(folder, tmp_path / "out", adapter=fitted, train_adapter=train_adapter, cache_dir=tmp_path)
     drawn = torch.rand(1)
 
     torch.manual_seed(3)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config())
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), fitted)
     assert errors == run(model, steps=4, train_adapter=train_adapter)
     assert torch.equal(drawn, torch.rand(1))
 
@@ -80,12 +83,24 @@ def test_from_disk_for_packed_weights_says_so_as_in_memory(tmp_path):
 def test_from_disk_in_another_dtype(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")  # one file
     torch.manual_seed(3)
-    errors = from_disk(tmp_path / "base", tmp_path / "out", dtype=torch.bfloat16)
+    fitted = config(init="mse")
+    errors = from_disk(tmp_path / "base", tmp_path / "out", adapter=fitted, dtype=torch.bfloat16)
     torch.manual_seed(3)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
-    assert errors == run(get_peft_model(base, config()), steps=4)
+    assert errors == run(get_peft_model(base, fitted), steps=4)
 
 
+def test_decoder_layers_without_the_adapter_are_passed(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    torch.manual_seed(3)
+    result = from_disk(tmp_path / "base", tmp_path / "out", adapter=config(layers_to_transform=[1]))
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert result == run(get_peft_model(base, config(layers_to_transform=[1])), steps=4) and len(result.blocks) == 1
+
+
+@pytest.mark.product(every=3)
+@each_kind
 def test_from_disk_writes_a_whole_folder_with_the_base_models_name(folder, tmp_path):
     given = config()
     from_disk(folder, tmp_path / "deep" / "out", adapter=given)
@@ -219,6 +234,8 @@ def test_a_checkpoint_of_the_bare_model_is_found_by_its_prefix(tmp_path):
     assert from_disk(tmp_path / "base", tmp_path / "second") == expected
 
 
+@pytest.mark.product(every=3)
+@each_kind
 def test_one_layers_weights_are_in_memory_at_a_time(folder, tmp_path, monkeypatch):
     held, models = [], []
     get_peft_model, calibrate_block = from_disk_module.get_peft_model, from_disk_module.calibrate_block

@@ -129,7 +129,7 @@ def test_parts_are_what_they_say():
     )
     assert full.frozen == 2 * int8.frozen == 4 * int4.frozen
     assert full.adapter == full.gradients == full.optimizer / 2 == int4.adapter
-    assert (full.grid, full.rest) == (int4.grid, int4.rest)
+    assert (full.scales_and_zeros, full.rest) == (int4.scales_and_zeros, int4.rest)
     assert str(full).count("GiB") == 12
     # In double the batch, what depends on it doubles.
     two = estimate_memory(DLQATConfig(bits=3, task_type="CAUSAL_LM"), model_config, 2, 64)
@@ -160,9 +160,15 @@ def test_bad_sizes(arguments, message):
         estimate_memory(DLQATConfig(task_type="CAUSAL_LM"), tiny_model().config, *arguments)
 
 
-def test_an_unknown_optimizer():
-    with pytest.raises(ValueError, match="optimizer='lion' must be one of"):
-        estimate_memory(DLQATConfig(task_type="CAUSAL_LM"), tiny_model().config, 1, 8, optimizer="lion")
+@pytest.mark.parametrize("argument,value", [("optimizer", "lion"), ("device", "tpu")])
+def test_an_unknown_choice(argument, value):
+    with pytest.raises(ValueError, match=f"{argument}='{value}' must be one of"):
+        estimate_memory(DLQATConfig(task_type="CAUSAL_LM"), tiny_model().config, 1, 8, **{argument: value})
+
+
+def test_another_task_is_refused():
+    with pytest.raises(ValueError, match="task_type='SEQ_CLS': only causal language models"):
+        estimate_memory(DLQATConfig(task_type="SEQ_CLS"), tiny_model().config, 1, 8)
 
 
 @pytest.mark.slow

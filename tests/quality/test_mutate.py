@@ -1,9 +1,10 @@
 """What tests/scripts/mutate.py makes of a module."""
 
 import ast
+from types import SimpleNamespace
 
 import pytest
-from scripts.mutate import EQUIVALENT, LEFT_OUT, MODULES, SOURCE, mutants, own_tests, sample
+from scripts.mutate import EQUIVALENT, LEFT_OUT, MODULES, SOURCE, in_turns, mutants, own_tests, sample
 
 MODULE = '''"""One + two."""
 _PIECE = 2**21
@@ -39,6 +40,12 @@ def test_the_sample_is_the_same_each_time_and_takes_functions_in_turns():
     found = sample(text, len(functions), seed=1)
     assert found == sample(text, len(functions), seed=1) != sample(text, len(functions), seed=2)
     assert {scope for scope, *_ in found} == set(functions)
+
+
+def test_every_test_function_has_its_turn():
+    seconds = {"a[1]": 1, "a[2]": 2, "a[3]": 3, "b": 5, "c[1]": 9, "c[2]": 4}
+    found = in_turns([SimpleNamespace(nodeid=name) for name in seconds], lambda item: seconds[item.nodeid])
+    assert [item.nodeid for item in found] == ["a[1]", "c[2]", "b", "a[2]", "c[1]", "a[3]"]
 
 
 @pytest.mark.parametrize("module", MODULES)

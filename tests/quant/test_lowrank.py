@@ -26,3 +26,18 @@ def test_one_group_a_row(zero_point):
         found.append([tensor.grad for tensor in own])
     for exact, lowrank in zip(*found, strict=True):
         assert (exact - lowrank).norm() < 1e-5 * exact.norm()
+
+
+def test_without_a_magnitude_the_scale_asks_for_nothing():
+    """At m = 1, the others' gradients are those beside one."""
+    grid = Grid(4, 32, "integer", torch.float32)
+    args = {name: None if value is None else value.detach() for name, value in problem(grid).items()}
+    found = []
+    for trains in (True, False):
+        A, B = (args[name].clone().requires_grad_(True) for name in "AB")
+        scale = args["step"].clone().requires_grad_(trains)
+        quantizer = Quantizer(grid, 0.7, A, B, args["step"], args["zero"], scale, args["zero"])
+        fake_quantize_linear(args["x"], None, args["weight"], quantizer, gradient="lowrank").square().sum().backward()
+        found.append((A.grad, B.grad))
+        assert (scale.grad is not None) == trains
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

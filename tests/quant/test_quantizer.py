@@ -1,4 +1,4 @@
-"""Codes, scales and zeros as they ship, and the initial grids."""
+"""Codes, scales and zeros as they ship, and the initial ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scales that are small integers times one float16 a super-block: rounding, the first grid, and training on it."""
+"""Scales that are small integers times one float16 a super-block: rounding, the first of them, and training on it."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_bits_per_weight():
 
 
 def error(weight, grid, method="mse"):
-    """Mean squared error of the first grid."""
+    """Mean squared error of the first scales and zeros."""
     return (round_to_nearest(weight, *initialise(weight, grid, method), grid)[1] - weight).square().mean()
 
 

@@ -37,6 +37,23 @@ TYPES = {
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
+def in_order(ptx: str) -> bool:
+    """Whether every chain of fused multiply-adds takes its row of B, which shared memory has, in ascending order."""
+    addresses = {
+        register.strip(): (base, int(offset or 0) + 4 * i)
+        for registers, base, offset in re.findall(r"ld\.shared\.v4\.b32\s+{(.*?)}, \[(%r\d+)(?:\+(\d+))?\]", ptx)
+        for i, register in enumerate(registers.split(","))
+    }
+    chains: dict[str, list[tuple[str, int]]] = {}  # by the register of their sum
+    for total, a, b, before in re.findall(r"fma\.rn\.f32\s+(\S+), (\S+), (\S+), (\S+);", ptx):
+        if a in addresses and b in addresses:
+            chains[total] = [*chains.pop(before, []), addresses[a]]
+    ranks = [
+        [(base, start + 4 * k) for k in range(len(chain))] for chain in chains.values() for base, start in chain[:1]
+    ]
+    return bool(ranks) and list(chains.values()) == ranks
+
+
 class Compiled:
     """Takes the place of a kernel: where that would be launched, it is compiled."""
 
@@ -53,8 +70,8 @@ class Compiled:
         attributes = {}
         for parameter in self.kernel.params:
             name, value = parameter.name, arguments.pop(parameter.name)
-            # As Triton specializes: a 1 is a constant, and what can be divided by 16 is known to.
-            if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            # As Triton specializes: a 1 is a constant, None another, and what can be divided by 16 is known to.
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[name] = f"*{TYPES[value.dtype]}"
@@ -74,9 +91,11 @@ class Compiled:
             ).stdout
         registers, stack = (re.search(rf"{what}:(\d+)", usage)[1] for what in ("REG", "STACK"))
         ptx = found.asm["ptx"]
-        # Of a thread: the low-rank update has one for each of its weights.
-        fused = len(re.findall(r"fma\.rn(\.ftz)?\.f32", ptx))
-        expected = tile["ROWS"] * tile["COLUMNS"] // (32 * num_warps)
+        # Of a thread, for each of its weights: the low-rank update has one a rank, of a block; a division has two.
+        fused = len(re.findall(r"fma\.rn\.f32", ptx))
+        expected = tile["ROWS"] * tile["COLUMNS"] // (32 * num_warps) * (16 + 2)
+        if not in_order(ptx):
+            raise SystemExit(f"{self.kernel.__name__} does not add the ranks in their order")
         if re.search(r"div\.(full|approx)", ptx) or re.search(r"cvt\.rz\.b?f16", ptx):
             raise SystemExit(f"{self.kernel.__name__} divides or rounds otherwise than torch")
         print(
@@ -106,7 +125,10 @@ def compile_all(dtypes: list[torch.dtype], bits: int, group_size: int, r: int, n
             print(f"{zero_point}, {weight.dtype}, {storage}:")
             gpu.quantized(weight, own, dtype)
             gpu.codes(weight, own)
-            gpu.weight_grads(torch.ones(n_out, n_in, dtype=dtype), {"A", "B", "scale"}, weight, own)
+            g = torch.ones(n_out, n_in, dtype=dtype)
+            gpu.weight_grads(g, {"A", "B", "scale"}, weight, own)
+            calibrated = {"step", "scale"} | (set() if zero_point == "none" else {"rounding_zero", "zero"})
+            gpu.weight_grads(g, {"A", "B"} | calibrated, weight, own)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def run_calibrate(case: str) -> dict[str, Any]:
     ]
     moments = input_moments(model, adapter_layers(model)[1], own, progress=False)
     batches.clear()
-    # The fit to the inputs takes the best of many grids. Where two are almost as good, the last bits of the moments
+    # The fit to the inputs takes the best of many scales. Where two are almost as good, the last bits of the moments
     # decide, and these differ between a sum over two processes and one: so the moments are compared, not what is
     # taken. The gradient steps are compared on the same start.
     with mock.patch("peft_dlqat.train.calibrate.fit_to_inputs"):

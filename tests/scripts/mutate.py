@@ -24,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from itertools import zip_longest
 from pathlib import Path
 
@@ -59,9 +60,9 @@ TESTS = {
 LEFT_OUT = {
     name: reason
     for reason, names in {
-        "so many at a time: the same bits in more or less time": "_PIECE _PIECE_ON_GPU _CHUNK _CHUNK_ON_GPU _WARPS",
-        "the shape of a tile: the same bits": "_ROWS _COLUMNS num_warps",
-        "how long the search for a grid is: better or worse by little": "_REFINEMENTS _CLIP_SHARES",
+        "so many at a time: the same bits in more or less time": "_PIECE _PIECE_ON_GPU _CHUNK _CHUNK_ON_GPU",
+        "the shape of a tile: the same bits": "_TILE num_warps",
+        "how long the search for scales is: better or worse by little": "_REFINEMENTS _CLIP_SHARES",
         "found by measuring a model: what is best, not what is right": "_LR_FACTOR _UPDATE _block_step_of_a",
         "runs in an environment of its own only, see make test-engines": "_gptqmodel",
         "on a GPU only": "enable_fp_fusion",
@@ -175,10 +176,22 @@ def own_tests(module):
     return [str(ROOT / "tests" / file) for file in files]
 
 
+def in_turns(items, seconds):
+    """Tests, the quickest case of each function first, then the second of each and so on."""
+    turn = Counter()
+    turns = []
+    for item in sorted(items, key=seconds):
+        function = item.nodeid.split("[")[0]
+        turns.append((turn[function], item))
+        turn[function] += 1
+    return [item for _, item in sorted(turns, key=lambda pair: pair[0])]
+
+
 class Tests:
     """A plugin of pytest. A run without a mutant tells which functions a test reaches, its time, if it passes.
 
-    Runs with one are of those that reach the changed function (or of all, where it works on import), quick ones first.
+    Runs with one are of those that reach the changed function (or of all, where it works on import): the quickest case
+    of each first, then the second of each and so on, so that every kind has its turn before the time is up.
     """
 
     def __init__(self, folder, known, function):
@@ -189,9 +202,9 @@ class Tests:
             passing = {test: functions for test, (functions, _, passes) in self.known.items() if passes}
             reaching = {test for test in passing if self.function in passing[test]} or passing.keys()
             # A mutant may bring others, where a test's parameters are what a module says of itself.
-            session.items[:] = sorted(
+            session.items[:] = in_turns(
                 (item for item in session.items if item.nodeid in reaching or item.nodeid not in self.known),
-                key=lambda item: self.known.get(item.nodeid, ([], 0))[1],
+                lambda item: self.known.get(item.nodeid, ([], 0))[1],
             )
 
     def pytest_runtest_logstart(self, nodeid):

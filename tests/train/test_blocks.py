@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ ADAPTER = {"dlqat_A", "dlqat_B", "dlqat_magnitude"}
 
 
 def config(**changes):
-    return DLQATConfig(**{"bits": 2, "group_size": 32, "task_type": "CAUSAL_LM", **changes})
+    return DLQATConfig(**{"bits": 2, "group_size": 32, "init": "minmax", "task_type": "CAUSAL_LM", **changes})
 
 
 def adapted(kind="llama", **changes):
@@ -55,7 +56,9 @@ def state(model):
 
 def moved(model, before):
     return {
-        name.split(".")[-2] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+        name.removesuffix(".weight").split(".")[-2]
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(tensor, before[name])
     }
 
 
@@ -93,7 +96,7 @@ def test_layers_that_return_a_tuple_or_a_list(base):
     assert heldout_kl(model) < divergence
 
 
-def test_the_first_error_is_the_layers_on_its_initial_grid():
+def test_the_first_error_is_the_layers_on_its_initial_scales():
     """Against the layers run by hand; the second layer's input comes from the calibrated first."""
     model = adapted()
     batches = lm_batches()
@@ -123,7 +126,7 @@ def test_the_first_error_is_the_layers_on_its_initial_grid():
 def test_the_adapter_is_fitted_on_request_and_gains_more(zero_point, also):
     alone, both = adapted(zero_point=zero_point), adapted(zero_point=zero_point)
     before = state(both)
-    without, with_adapter = run(alone, steps=40), run(both, steps=40, train_adapter=True)
+    without, with_adapter = run(alone, steps=20), run(both, steps=20, train_adapter=True)
     assert all(a.after > b.after for a, b in zip(without, with_adapter, strict=True))
     assert (ADAPTER | also).issubset(moved(both, before))
 
@@ -138,7 +141,7 @@ def test_the_adapter_is_fitted_alike_whatever_the_size_of_the_weights():
             layer.self_attn.o_proj.weight.data *= factor
         torch.manual_seed(0)
         model = get_peft_model(base, config(bits=2, target_modules=["v_proj", "o_proj"]))
-        ends.append([error.after for error in run(model, steps=30, train_adapter=True)])
+        ends.append([error.after for error in run(model, steps=15, train_adapter=True)])
     assert ends[0] == pytest.approx(ends[1], rel=1e-3)
 
 
@@ -162,7 +165,7 @@ def test_the_frozen_grid_is_one_that_ships(zero_point):
             assert torch.equal(tensor, tensor.round())
 
 
-def test_a_layer_whose_error_does_not_fall_keeps_its_initial_grid():
+def test_a_layer_whose_error_does_not_fall_keeps_its_initial_scales():
     model = adapted(init="minmax")  # which does not look at the inputs
     before = state(model)
     errors = run(model, steps=2, lr=10.0, train_adapter=True)
@@ -171,7 +174,7 @@ def test_a_layer_whose_error_does_not_fall_keeps_its_initial_grid():
 
 
 def test_without_steps_the_grid_is_fitted_to_the_inputs():
-    model = adapted()
+    model = adapted(init="mse")
     before = state(model)
     errors = run(model, steps=0)
     assert all(error.after <= error.before for error in errors) and errors[0].after < errors[0].before
@@ -230,13 +233,14 @@ def test_an_error_that_is_not_finite_is_refused_and_the_grid_put_back():
 
 
 def test_hidden_states_on_disk_give_the_same_and_leave_nothing(tmp_path):
-    in_memory, on_disk = adapted(), adapted()
+    in_memory, on_disk = (adapted(zero_point="none", init="mse") for _ in range(2))
     assert run(in_memory, steps=5) == run(on_disk, steps=5, cache_dir=tmp_path)
     expected = in_memory.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in on_disk.state_dict().items())
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_does_not_count(kind, side):
@@ -247,7 +251,7 @@ def test_padding_does_not_count(kind, side):
         place = slice(0, 3) if side == "left" else slice(5, 8)
         for batch in batches:
             batch["input_ids"][:, place], batch["attention_mask"][:, place] = filler, 0
-        model = adapted(kind)
+        model = adapted(kind, zero_point="none", init="mse")
         errors = run(model, steps=4, batches=batches)
         assert all(np.isfinite(error.after) for error in errors)
         grids.append(model.state_dict())
@@ -348,10 +352,10 @@ def test_a_merged_or_inactive_adapter_is_refused():
         run(model)
 
 
-def test_steps_are_the_recipes_by_default():
-    one, other = adapted(init="minmax"), adapted(init="minmax")
-    assert calibrate(one, lm_batches(1), by="blocks", objective="output", progress=False).blocks == tuple(
-        run(other, steps=RECIPE.block_steps, batches=lm_batches(1))
+def test_steps_are_the_recipes_by_default(monkeypatch):
+    monkeypatch.setattr("peft_dlqat.train.calibrate.RECIPE", replace(RECIPE, block_steps=7))
+    assert calibrate(adapted(), lm_batches(1), by="blocks", objective="output", progress=False).blocks == tuple(
+        run(adapted(), steps=7, batches=lm_batches(1))
     )
 
 
@@ -375,3 +379,12 @@ def test_the_adapter_is_fitted_by_every_way_that_steps_go():
 def test_what_only_blocks_have_is_refused_on_the_model(arguments, message):
     with pytest.raises(ValueError, match=message):
         calibrate(adapted(), lm_batches(1), progress=False, **arguments)
+
+
+def test_log_is_called_after_each_step():
+    """Steps count on over the decoder layers; the rate falls anew in each, and so does the loss."""
+    seen = []
+    calibrate(adapted(), lm_batches(), steps=3, by="blocks", lr=0.03, log=lambda *of: seen.append(of), progress=False)
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6]
+    assert [values["calibration/lr"] for _, values in seen] == pytest.approx(2 * [0.03, 0.02, 0.01])
+    assert all(values["calibration/loss"] > 0 for _, values in seen)

@@ -11,7 +11,15 @@ import pytest
 import torch
 from conftest import VOCAB, lm_batches, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerState, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 
 import peft_dlqat.quant.quantizer
 from peft_dlqat import (
@@ -33,7 +41,7 @@ ZERO_POINTS = ("none", "integer", "float")
 
 def adapted(**config):
     torch.manual_seed(0)
-    config = {"bits": 2, "group_size": 32, "task_type": "CAUSAL_LM", **config}
+    config = {"bits": 2, "group_size": 32, "init": "minmax", "task_type": "CAUSAL_LM", **config}
     return get_peft_model(tiny_model(), DLQATConfig(**config))
 
 
@@ -54,7 +62,9 @@ def test_calibration_lowers_the_loss_and_moves_only_the_grid(zero_point, objecti
     result = calibrate(model, lm_batches(), steps=40, objective=objective, progress=False)
     assert result.kept == "after" and result.loss_after < 0.97 * result.loss_before
     moved = {
-        name.split(".")[-2] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+        name.removesuffix(".weight").split(".")[-2]
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(tensor, before[name])
     }
     zero = {"none": set(), "integer": {"dlqat_zero_point"}, "float": {"dlqat_offset"}}[zero_point]
     assert moved == {"dlqat_scale"} | zero
@@ -62,10 +72,11 @@ def test_calibration_lowers_the_loss_and_moves_only_the_grid(zero_point, objecti
     assert not any(tensor.requires_grad for name, tensor in model.named_buffers())
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("by", ["model", "blocks"])
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 def test_the_lowrank_gradient_is_for_training_only(zero_point, by):
-    """The step has no gradient on the low-rank path: the grid is fitted as ever."""
+    """The step has no gradient on the low-rank path: scales and zeros are fitted as ever."""
     grids = []
     for gradient in ("exact", "lowrank"):
         model = adapted(zero_point=zero_point, magnitude="row", gradient=gradient, init="minmax")
@@ -74,9 +85,9 @@ def test_the_lowrank_gradient_is_for_training_only(zero_point, by):
     assert all(torch.equal(one, other) for one, other in zip(*grids, strict=True))
 
 
-def test_the_reported_loss_is_the_frozen_grids():
+def test_the_reported_loss_is_of_the_frozen_scales():
     """The figures are those of the model as it is afterwards, zero points rounded."""
-    model = adapted()
+    model = adapted(init="mse")
     batches = lm_batches()
     result = calibrate(model, batches, steps=20, progress=False)
     model.eval()
@@ -109,7 +120,7 @@ def test_the_frozen_grid_is_one_that_ships(zero_point, scale_dtype):
 def test_calibration_is_repeatable_and_leaves_random_numbers_alone():
     states = []
     for _ in range(2):
-        model = adapted()
+        model = adapted(init="mse")
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
         before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
         loader = torch.utils.data.DataLoader(tokens(16), batch_size=4, shuffle=True, collate_fn=collate)
@@ -136,7 +147,7 @@ def test_steps_that_gain_nothing_are_undone():
 
 
 def test_a_fit_that_gains_nothing_is_undone(monkeypatch):
-    model = adapted()
+    model = adapted(init="mse")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     monkeypatch.setattr(
         "peft_dlqat.train.calibrate.fit_to_inputs",
@@ -150,7 +161,7 @@ def test_a_fit_that_gains_nothing_is_undone(monkeypatch):
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 def test_the_fit_to_the_inputs_minimises_the_weighted_error(zero_point):
-    model = adapted(zero_point=zero_point)
+    model = adapted(zero_point=zero_point, init="mse")
     _, layers = adapter_layers(model)
     batches = lm_batches()
     moments = input_moments(model, layers, batches, progress=False)
@@ -171,7 +182,7 @@ def test_the_fit_to_the_inputs_minimises_the_weighted_error(zero_point):
 
 @pytest.mark.parametrize("kind, layer", [("llama", "0.mlp.up_proj"), ("gpt2", "0.mlp.c_fc"), ("opt", "0.fc1")])
 def test_input_moments_are_those_of_the_unquantized_model_without_padding(kind, layer):
-    model = get_peft_model(tiny_model(kind), DLQATConfig(bits=2, group_size=32, task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny_model(kind), DLQATConfig(bits=2, group_size=32, init="minmax", task_type="CAUSAL_LM"))
     _, layers = adapter_layers(model)
     name = next(name for name in layers if name.endswith(layer))
     ids, mask = tokens(2), torch.ones(2, 16, dtype=torch.long)
@@ -193,24 +204,24 @@ def test_input_moments_are_those_of_the_unquantized_model_without_padding(kind, 
 
 def test_a_loader_may_be_short_where_there_are_no_steps():
     """Without steps the loader is read once, up to eight batches."""
-    model = adapted()
+    model = adapted(init="mse")
     result = calibrate(model, iter(lm_batches(3)), progress=False)
     assert result.steps == 0 and result.loss_after < result.loss_before
     read = []
-    calibrate(adapted(), (read.append(1) or batch for batch in lm_batches(20)), progress=False)
+    calibrate(adapted(init="mse"), (read.append(1) or batch for batch in lm_batches(20)), progress=False)
     assert len(read) == 8
 
 
 def test_calibrate_works_on_a_model_with_an_injected_adapter():
     model = tiny_model()
-    model.add_adapter(DLQATConfig(bits=2, group_size=32))
+    model.add_adapter(DLQATConfig(bits=2, group_size=32, init="minmax"))
     result = calibrate(model, lm_batches(), steps=20, progress=False)
     assert result.loss_after < result.loss_before
 
 
 def test_calibrate_one_of_two_adapters():
     model = adapted()
-    model.add_adapter("other", DLQATConfig(bits=2, group_size=32, task_type="CAUSAL_LM"))
+    model.add_adapter("other", DLQATConfig(bits=2, group_size=32, init="minmax", task_type="CAUSAL_LM"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.set_adapter("other")
     calibrate(model, lm_batches(), steps=10, progress=False)
@@ -265,7 +276,7 @@ def trainer(model, folder, callback=None, **kwargs):
 
 def test_callback_calibrates_before_the_first_step_and_logs(tmp_path, capsys):
     """All figures go to the log's history; gain and grid are printed, a line each."""
-    model = adapted()
+    model = adapted(init="mse")
     run = trainer(model, tmp_path, DLQATCallback(calibration_steps=8, report_steps=2))
     run.train()
     log = run.state.log_history
@@ -298,7 +309,7 @@ def test_calibration_does_not_change_the_order_of_training_data(tmp_path):
     orders = []
     for steps in (0, 5):
         seen = []
-        model = adapted()
+        model = adapted(init="mse")
         model.register_forward_pre_hook(
             lambda module, args, kwargs, seen=seen: seen.append(kwargs["input_ids"].clone()), with_kwargs=True
         )
@@ -329,6 +340,14 @@ def test_checkpoints_carry_the_record(tmp_path):
     assert "import peft_dlqat" in card and "4 steps, distill" in card
 
 
+def test_packed_weights_are_not_resumed_from_a_checkpoint_of_full_ones(tmp_path):
+    """It would be another model from there on."""
+    trainer(adapted(), tmp_path, DLQATCallback(), args={"save_steps": 2}).train()
+    again = trainer(adapted(storage="int8"), tmp_path, DLQATCallback(), args={"max_steps": 6})
+    with pytest.raises(ValueError, match=r"checkpoint was trained on full weights.*resume with storage='full'"):
+        again.train(resume_from_checkpoint=True)
+
+
 def test_callback_names_the_layer_whose_magnitude_explodes(tmp_path):
     model = adapted()
     name, layer = list(adapter_layers(model)[1].items())[3]
@@ -342,18 +361,44 @@ def test_callback_names_the_layer_whose_magnitude_explodes(tmp_path):
 def test_callback_names_a_layer_when_the_loss_is_no_number(tmp_path):
     """Under the Trainer's defaults, which log a NaN loss as a number."""
     model = adapted()
-    _, layer = list(adapter_layers(model)[1].items())[3]
+    layers = list(adapter_layers(model)[1].values())
     calibrate(model, lm_batches(), steps=1, progress=False)
-    layer.dlqat_magnitude["default"].data[0, 0] = torch.nan
-    with pytest.warns(UserWarning, match="not finite, and this layer has the largest magnitude"):
+    layers[3].dlqat_magnitude["default"].data[0, 0] = torch.nan
+    with pytest.warns(
+        UserWarning, match=f"not finite, and its .* holds NaN or infinity, as .* of {len(layers)} layers"
+    ):
         trainer(model, tmp_path, DLQATCallback(report_steps=0)).train()
 
 
-def test_distilling_needs_logits_and_no_labels():
-    model = adapted()
-    model.config.is_encoder_decoder = True
-    with pytest.raises(ValueError, match="objective='task'"):
-        calibrate(model, lm_batches(), steps=1, progress=False)
+def test_distilling_an_encoder_decoder():
+    """Its decoder takes its inputs from the labels; the label at i belongs to the logits at i, and -100 to none."""
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    config = T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(T5ForConditionalGeneration(config).eval(), DLQATConfig(bits=3, group_size=16))
+    batch = {"input_ids": tokens(), "labels": tokens(length=9, seed=1)}
+    batch["labels"][:, 6:] = -100
+    with torch.no_grad():
+        teacher, logits = teacher_logits(model, batch)[:, :6], model(**batch).logits[:, :6]
+        divergence = (teacher.softmax(-1) * (teacher.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
+    assert calibrate(model, [batch], progress=False).loss_before == pytest.approx(divergence.item(), rel=1e-4) != 0
+
+
+@pytest.mark.parametrize("head", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}], ids=str)
+def test_distilling_a_head_without_a_distribution(head):
+    """A reward, a regression, several labels at once: the logits themselves are compared."""
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, pad_token_id=0)
+    config.update(head)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(LlamaForSequenceClassification(config).eval(), DLQATConfig(bits=3, group_size=32))
+    batch = {"input_ids": tokens(), "attention_mask": torch.ones(4, 16).long()}
+    with torch.no_grad():
+        error = (teacher_logits(model, batch) - model(**batch).logits).square().mean().item()
+    result = calibrate(model, [batch], progress=False)
+    assert result.loss_before == pytest.approx(error, rel=1e-4) != 0
+    assert result.objective == "logits" and "full-precision model's logits" in str(result)
 
 
 def test_callback_warns_about_weight_decay_on_the_magnitude(tmp_path):
@@ -368,51 +413,12 @@ def test_callback_warns_about_weight_decay_on_the_magnitude(tmp_path):
 def test_callback_warns_of_the_trainers_own_learning_rate(tmp_path, recwarn):
     def run(model, **args):
         trainer(model, tmp_path, DLQATCallback(), args={"max_steps": 1, **args}).train()
-        return [str(found.message) for found in recwarn if "learning rate of A and B" in str(found.message)]
+        return [str(found.message) for found in recwarn if "the adapter's learning rate" in str(found.message)]
 
     assert not run(adapted(), learning_rate=RECIPE.lr(adapted()) / 5, warmup_steps=1)
     assert not run(adapted(method="peqa"), learning_rate=5e-5)  # has no B
     (message,) = run(adapted(), learning_rate=5e-5, warmup_steps=1)
     assert "5e-05, is far below the recipe's 0.014" in message and "RECIPE.training_arguments" in message
-
-
-def test_sft_trainer(tmp_path):
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = [f"w{i}" for i in range(60)]
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    data = Dataset.from_dict({"text": [" ".join(random.Random(i).choices(words, k=12)) for i in range(32)]})
-    config = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-    )
-    run = trl.SFTTrainer(
-        tiny_model(),
-        config,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM"),
-        callbacks=[DLQATCallback(calibration_steps=4)],
-    )
-    run.train()
-    record = run.model.peft_config["default"].record
-    assert record["calibration"]["steps"] == 4
-    assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
 
 # The report and the optimiser
@@ -476,7 +482,10 @@ def test_by_blocks_lowers_the_loss_too():
     assert result.kept == "after" and result.loss_after < result.loss_before
     assert model.peft_config["default"].record["calibration"]["loss_after"] == result.loss_after
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert {name.split(".")[-2] for name in moved} in ({"dlqat_scale"}, {"dlqat_scale", "dlqat_zero_point"})
+    assert {name.removesuffix(".weight").split(".")[-2] for name in moved} in (
+        {"dlqat_scale"},
+        {"dlqat_scale", "dlqat_zero_point"},
+    )
     assert not any(tensor.requires_grad for name, tensor in model.named_buffers())
 
 
@@ -534,7 +543,7 @@ def test_by_blocks_measures_the_inputs_once(monkeypatch):
     for module in ("calibrate", "blocks"):
         name = f"peft_dlqat.train.{module}.fit_to_inputs"
         monkeypatch.setattr(name, lambda layers, *_: fits.extend(layers))
-    model = adapted()
+    model = adapted(init="mse")
     calibrate(model, lm_batches(), steps=2, by="blocks", progress=False)
     assert sorted(fits) == sorted(adapter_layers(model)[1])
 
@@ -551,7 +560,7 @@ def test_every_way_leaves_a_record_of_one_shape(tmp_path):
     }
     shapes = []
     for index, (said, way) in enumerate(ways.items()):
-        model = adapted()
+        model = adapted(init="mse")
         way(model)
         record = model.peft_config["default"].record["calibration"]
         shapes.append({name: type(value) for name, value in record.items()})
@@ -581,17 +590,17 @@ def test_a_grid_that_was_put_back_is_not_called_fitted(tmp_path, monkeypatch):
         "peft_dlqat.train.calibrate.fit_to_inputs",
         lambda layers, *_: [layer.dlqat_scale["default"].data.mul_(3) for layer in layers.values()],
     )
-    model = adapted()
+    model = adapted(init="mse")
     calibrate(model, lm_batches(), progress=False)
     model.save_pretrained(tmp_path)
-    assert "nothing gained, and the initial grid was kept |" in (tmp_path / "README.md").read_text()
+    assert "nothing gained, and the initial scales and zeros were kept |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_an_adapter_that_is_not_active_is_refused(steps):
     """Its grid would get no gradient, and the record would claim a calibration that never was."""
     model = adapted()
-    model.add_adapter("other", DLQATConfig(bits=2, group_size=32, task_type="CAUSAL_LM"))
+    model.add_adapter("other", DLQATConfig(bits=2, group_size=32, init="minmax", task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=r"'other' must be the active one.*set_adapter\('other'\)"):
         calibrate(model, lm_batches(), steps=steps, adapter_name="other", progress=False)
     with model.disable_adapter(), pytest.raises(ValueError, match="switched on"):

@@ -29,6 +29,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import peft_dlqat.train.callback
+from peft_dlqat import RECIPE, DLQATCallback
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "resumable_training.py"
 TIME_LIMIT = 120
@@ -250,3 +251,31 @@ def test_adapter_of_nonsense_is_refused(unbroken: Path, tmp_path: Path) -> None:
     save_file(broken, checkpoint / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="dlqat_scale of the saved adapter holds NaN"):
         make_trainer(tmp_path, max_steps=TRAINING_STEPS + 2).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("by, steps", [("model", RECIPE.calibration_steps), ("blocks", RECIPE.block_steps)])
+def test_default_steps_are_those_of_calibrate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str, steps: int
+) -> None:
+    """One rule for both."""
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        assert (kwargs["by"], kwargs["steps"]) == (by, steps)
+        raise InterruptedError
+
+    monkeypatch.setattr(peft_dlqat.train.callback, "calibrate", look)
+    trainer = make_trainer(tmp_path)
+    trainer.remove_callback(DLQATCallback)
+    trainer.add_callback(DLQATCallback(calibration_by=by))  # type: ignore[arg-type]
+    with pytest.raises(InterruptedError):
+        trainer.train()
+
+
+def test_steps_by_blocks_are_logged(tmp_path: Path) -> None:
+    """They count on over the two decoder layers; the last of each is logged, and those that logging_steps (2) says."""
+    trainer = make_trainer(tmp_path)
+    trainer.remove_callback(DLQATCallback)
+    trainer.add_callback(DLQATCallback(3, calibration_by="blocks", calibration_lr=0.01))
+    trainer.train()
+    steps = [entry["calibration_step"] for entry in trainer.state.log_history if "calibration/lr" in entry]
+    assert steps == [2, 3, 4, 6]

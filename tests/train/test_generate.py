@@ -30,7 +30,7 @@ def generate(model, n=6, tokenizer=None, **options):
 
 
 def adapted(bits=2):
-    model = get_peft_model(tiny_model(), DLQATConfig(bits=bits, group_size=32, task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny_model(), DLQATConfig(bits=bits, group_size=32, init="minmax", task_type="CAUSAL_LM"))
     perturb(model)
     return model
 
@@ -101,7 +101,7 @@ def test_the_base_model_generates():
     assert generate(model, 8)["input_ids"] == base
     assert not any(m._disable_adapters for m in model.modules() if hasattr(m, "dlqat_A"))
     injected = tiny_model()
-    injected.add_adapter(DLQATConfig(bits=2, group_size=32))
+    injected.add_adapter(DLQATConfig(bits=2, group_size=32, init="minmax"))
     perturb(injected)
     assert generate(injected, 8)["input_ids"] == base
     ids = torch.tensor(base[0])[None]

@@ -16,13 +16,13 @@ from peft_dlqat.train.recipe import Recipe
 
 
 def adapted():
-    return get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM"))
+    return get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, init="minmax", task_type="CAUSAL_LM"))
 
 
 def test_calibration_defaults():
     callback = inspect.signature(DLQATCallback).parameters
     names = ("calibration_steps", "calibration_lr")
-    assert [callback[name].default for name in names] == [RECIPE.calibration_steps, RECIPE.calibration_lr]
+    assert [callback[name].default for name in names] == [None, RECIPE.calibration_lr]
     for function in (calibrate, calibrate_from_disk):
         parameters = inspect.signature(function).parameters
         assert [parameters[name].default for name in ("steps", "lr")] == [None, RECIPE.calibration_lr]
@@ -58,11 +58,28 @@ def test_the_optimizer_has_the_recipes_rates():
     optimizer = create_dlqat_optimizer(adapted(), torch.optim.AdamW, lr=1e-3)
     assert optimizer.defaults["lr"] == 1e-3
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 6 * 1e-3}
-    l4q = get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, method="l4q"))
+    l4q = get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, init="minmax", method="l4q"))
     optimizer = create_dlqat_optimizer(l4q, torch.optim.AdamW, lr=1e-3)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 0.5e-3}
     optimizer = create_dlqat_optimizer(l4q, torch.optim.AdamW, lr=1e-3, magnitude_lr=2e-3)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 2e-3}
+
+
+def test_what_trains_beside_the_adapter_decays_as_the_trainer_has_it():
+    config = DLQATConfig(bits=3, group_size=32, init="minmax", modules_to_save=["model.norm", "lm_head"])
+    model = get_peft_model(tiny_model(), config)
+    optimizer = create_dlqat_optimizer(model, torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {
+        names[parameter].rpartition("model.")[2]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if "modules_to_save" in names[parameter]
+    }
+    assert found == {
+        "lm_head.modules_to_save.default.weight": (1e-3, 0.1),
+        "norm.modules_to_save.default.weight": (1e-3, 0.0),
+    }
 
 
 @pytest.mark.parametrize("rates", [{"lr": -1.0}, {"lr": float("nan")}, {"magnitude_lr": float("inf")}], ids=str)
@@ -77,6 +94,7 @@ def test_rates_that_no_training_could_have(rates):
     [
         ({"calibration_lr": -1}, "calibration_lr=-1 must be a positive number"),
         ({"calibration_objective": "mse"}, "calibration_objective='mse' must be one of 'distill', 'task', 'output'"),
+        ({"report_steps": -1}, "report_steps=-1 must be a non-negative integer"),
         ({"calibration_by": "layer"}, "calibration_by='layer' must be one of 'model', 'blocks'"),
     ],
     ids=str,

@@ -76,7 +76,7 @@ def test_a_model_that_cannot_be_calibrated_is_refused():
 
 
 # A step of distillation is two forward passes, the teacher's and the model's. Before the first, on as many batches as
-# there are steps, up to 8, the loss is measured (two passes); min-max grids are not fitted to the inputs.
+# there are steps, up to 8, the loss is measured (two passes); min-max scales are not fitted to the inputs.
 @pytest.mark.parametrize(
     "at, says",
     [

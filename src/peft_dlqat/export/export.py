@@ -339,7 +339,7 @@ def _warn_if_unfinished(source: Source) -> None:
         )
     elif "calibration" not in source.adapter.record:
         warnings.warn(
-            f"adapter {source.adapter_name!r} was never calibrated: it was trained on its initial grid "
-            f"(init={source.adapter.init!r}); calibrate before training for better accuracy.",
+            f"adapter {source.adapter_name!r} was never calibrated: it was trained on its initial scales and "
+            f"zeros (init={source.adapter.init!r}); calibrate before training for better accuracy.",
             stacklevel=3,
         )

@@ -45,7 +45,7 @@ model = GPTQModel.load("THIS_REPOSITORY")
         return grid.bits in (2, 3, 4, 8) and grid.zero_point != "float" and grid.scale_dtype in IN_FLOAT16
 
     def stored_as(self, grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[str, float]:
-        """Symmetric grids have zero points too."""
+        """Symmetric grids have zero points too. g_idx is left out: 32 bits an input, over all outputs of the layer."""
         return f"gptq int{grid.bits}", grid.bits + per_group(grid, 16 + grid.bits)
 
     def scale_dtype(self, grid: Grid) -> torch.dtype:

@@ -35,7 +35,7 @@ def load_packed(
 
     Args:
         model_id: folder or hub id (with the config's `revision`) of the base model, in safetensors.
-        adapter: a config with `storage`, for a new adapter on its initial grid, which cannot be calibrated any more;
+        adapter: a config with `storage`, for a new adapter, whose initial scales and zeros can move no more;
             or the folder or hub id of a saved adapter, such as [`calibrate_from_disk`] writes.
         dtype: of the weights that are not packed, and of the computation; defaults to the one that the model's config
             names.

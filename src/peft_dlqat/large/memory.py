@@ -30,7 +30,7 @@ class MemoryEstimate:
 
     Attributes:
         frozen: W0 of the adapted layers, as it is stored.
-        grid: s, z or b, and what they mean.
+        scales_and_zeros: s, z or b, and what they mean.
         rest: all else of the model: embeddings, norms, head, biases, buffers.
         adapter: A, B, m and other trained tensors.
         gradients: of the trained tensors.
@@ -44,7 +44,7 @@ class MemoryEstimate:
     """
 
     frozen: int
-    grid: int
+    scales_and_zeros: int
     rest: int
     adapter: int
     gradients: int
@@ -58,7 +58,7 @@ class MemoryEstimate:
     @property
     def static(self) -> int:
         """What is there before the step."""
-        return self.frozen + self.grid + self.rest + self.adapter + self.optimizer
+        return self.frozen + self.scales_and_zeros + self.rest + self.adapter + self.optimizer
 
     @property
     def total(self) -> int:
@@ -69,7 +69,7 @@ class MemoryEstimate:
     def __str__(self) -> str:
         """A line a part, in GiB."""
         parts = {**vars(self), "total": self.total}
-        return "\n".join(f"{name:12} {size / 2**30:8.2f} GiB" for name, size in parts.items())
+        return "\n".join(f"{name:16} {size / 2**30:8.2f} GiB" for name, size in parts.items())
 
 
 def estimate_memory(
@@ -171,7 +171,7 @@ def _static(model: PeftModel, storage: str) -> dict[str, int]:
     bits = STORAGES[storage].bits
     everything = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     sizes = {
-        "grid": sum(buffer.nbytes for name, buffer in model.named_buffers() if ".dlqat_" in name),
+        "scales_and_zeros": sum(buffer.nbytes for name, buffer in model.named_buffers() if ".dlqat_" in name),
         "adapter": sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
     }
     return {
@@ -219,11 +219,14 @@ def _largest_op(model: PeftModel, packed: bool, size: int, device: str) -> int:
     bits unpacked. Once w_hat is gone, backward makes dL/dw_hat and what leads from it to its tensors' gradients.
     """
     name, layers = adapter_layers(model)
+    quantizer = next(iter(layers.values())).quantizer(name)
+    choosing = (quantizer.A, quantizer.B, quantizer.step, quantizer.rounding_zero)
+    codes_move = any(tensor.requires_grad for tensor in choosing if tensor is not None)
     largest = 0
     for layer in layers.values():
         piece = min(layer.out_features, piece_rows(layer.in_features, device)) * layer.in_features
         in_float32 = 4 if size < 4 else 0
         forward = layer.out_features * layer.in_features * size + ((5 if packed else in_float32) + in_float32) * piece
-        backward = 0 if layer.specs[name].gradient == "lowrank" else (16 if name in layer.dlqat_A else 12) * piece
+        backward = 0 if layer.specs[name].gradient == "lowrank" else (16 if codes_move else 12) * piece
         largest = max(largest, forward, backward)
     return largest

@@ -1,7 +1,7 @@
 """Who computes the weight: Triton's kernels on an NVIDIA GPU, else plain torch.
 
 Training, merge and codes all ask here. Two implementations may round a latent weight on the edge between two codes to
-either, so what one has trained the same one has to ship.
+either, so what one has trained the same one has to ship: it is chosen once per process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .quantizer import QuantizedWeight, Quantizer, ship
 
 def implementation(weight: torch.Tensor, quantizer: Quantizer) -> ModuleType:
     """The module whose `codes`, `quantized` and `weight_grads` are for this weight; `reference` says what they do."""
-    nvidia = _nvidia() if _on_nvidia(weight) else None
+    nvidia = _nvidia(weight.device.type) if _on_nvidia(weight) else None
     return nvidia if nvidia is not None and nvidia.supports(weight, quantizer) else reference
 
 
@@ -34,13 +34,17 @@ def _on_nvidia(weight: torch.Tensor) -> bool:
 
 
 @cache
-def _nvidia() -> ModuleType | None:
+def _nvidia(device: str) -> ModuleType | None:
     try:
         from . import nvidia
-    except ImportError as error:
+
+        nvidia.probe(device)
+    except Exception as error:  # Triton's own, its compiler's, the linker's, the driver's
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
         warnings.warn(
-            f"Triton cannot be imported ({error}), so quantized weights are computed by plain torch, which needs more "
-            "time and memory; pip install triton."
+            f"Triton's kernels do not run here ({type(error).__name__}: {reason}), so quantized weights are computed "
+            "by plain torch, which needs more time and memory. They need pip install triton, a C compiler, Python's "
+            "headers (python3-dev) and a card of compute capability 8.0 or more."
         )
         return None
     return nvidia

@@ -1,6 +1,6 @@
 """The first scale and zero of a layer, from its weight and, where known, how large each of its inputs is.
 
-Both ways fit one affine grid to every group of input channels; what they return is already on the grid that ships
+Both ways fit one scale and, where there is one, a zero to every group of input channels, and return them as they ship
 (scales in `scale_dtype`, zero points integer), so that a fresh adapter is exactly round-to-nearest.
 """
 
@@ -27,7 +27,7 @@ Zero = torch.Tensor | None
 
 
 def _affine(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Zero]:
-    """The scale and zero [rows, n_groups] whose grid spans [low, high] (both [rows, n_groups]).
+    """The scale and zero [rows, n_groups] whose codes span [low, high] (both [rows, n_groups]).
 
     Without a zero, the scale is signed: the end of larger magnitude falls on qmin, which reaches one level further
     than qmax.
@@ -44,7 +44,7 @@ def _affine(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tuple[torch.Te
 
 
 def snap(scale: torch.Tensor, zero: Zero, grid: Grid) -> tuple[torch.Tensor, Zero]:
-    """The nearest scale and zero [rows, n_groups] that ship, so that codes are chosen for the very grid they land on.
+    """The nearest scale and zero [rows, n_groups] that ship, so that codes are chosen for the values that ship.
 
     A scale takes a value of `scale_dtype`; 0 (a group of zeros, or of one repeated value) becomes a small one, so that
     zeros start as zeros, and all that training can do to them is small; and one too small or large for the dtype its
@@ -66,13 +66,13 @@ def snap(scale: torch.Tensor, zero: Zero, grid: Grid) -> tuple[torch.Tensor, Zer
 
 
 def minmax(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[torch.Tensor, Zero]:
-    """The grid that just holds each group's smallest and largest weight; arguments as `initialise`."""
+    """The scale and zero whose codes just span each group's smallest and largest weight; arguments as `initialise`."""
     grouped = grid.group(weight)
     return _affine(grouped.amin(-1), grouped.amax(-1), grid)
 
 
 def mse(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[torch.Tensor, Zero]:
-    """The grid of least squared rounding error, each weight's counted by its importance; arguments as `initialise`.
+    """The scale and zero of least squared rounding error, each weight's by its importance; arguments as `initialise`.
 
     First a search over clipped ranges, jointly over where to clip at each end; then the best of them is refined: with
     the codes held, the best scale and zero are a weighted linear regression, whose solution rounds to better codes.
@@ -110,7 +110,7 @@ def mse(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[tor
 def _mse_of_super_blocks(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[torch.Tensor, Zero]:
     """`mse` for a K-quant: each group's best on its own, not rounded, then the scales of a super-block together.
 
-    Rounded in each try, a group would be judged by what its neighbours try. Groups for which the best real-valued grid
+    Rounded in each try, a group would be judged by what its neighbours try. Groups to which their best before rounding
     is of no use, those of one repeated value or, with an offset, without a negative one, get the range that they span.
     """
     scale, zero = mse(weight, replace(grid, k_quant=False), importance)

@@ -1,15 +1,17 @@
-"""The one differentiable op of the package: the layer's product with the quantized weight.
+"""The two differentiable ops of the package: the quantized weight, and the layer's product with it.
 
-`fake_quantize_linear` takes the frozen weight and a `Quantizer`, and returns the layer's output. The weight is
-computed again in backward, so nothing of its size is kept from forward. Its gradient comes in pieces of some rows, so
-beside w_hat itself no temporary is of its size.
+`fake_quantize` takes the frozen weight and a `Quantizer`, and returns w_hat: for whoever computes with a weight in a
+way of his own. `fake_quantize_linear` returns the output of a linear layer. It computes the weight again in backward,
+so nothing of its size is kept from forward; and the weight's gradient comes in pieces of some rows, so that beside
+w_hat itself no temporary is of its size.
 
-In eager mode the op is a plain `torch.autograd.Function`. For `torch.compile` the same functions are a custom op,
-which is opaque to it: no graph break, and the same bits compiled or not.
+In eager mode both are plain `torch.autograd.Function`s. For `torch.compile` the product is a custom op of the same
+functions, opaque to it: no graph break, and the same bits compiled or not. The weight alone is a graph break.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from .quantizer import Quantizer, pieces
 # What the op can be differentiated in, in the order of its arguments.
 _TENSORS = ("x", "bias", "weight", "A", "B", "step", "rounding_zero", "scale", "zero")
 _OF_WEIGHT = _TENSORS[3:]  # whose gradients come from that of w_hat
+_OF_QUANTIZER = _TENSORS[2:]
 GRADIENTS = ("exact", "bf16", "lowrank")
 
 
@@ -59,7 +62,29 @@ def fake_quantize_linear(
         numbers = (grid.bits, grid.group_size, grid.zero_point, grid.scale_dtype, grid.k_quant)
         constants = (*numbers, q.scaling, q.update_in_steps, q.storage, fan_in_fan_out, gradient)
         return _compiled_forward(*tensors, *constants)
+    if not torch.is_grad_enabled():
+        return _forward(x, bias, weight, quantizer, fan_in_fan_out)
     return _FakeQuantizeLinear.apply(*tensors, quantizer, fan_in_fan_out, gradient)
+
+
+@torch.compiler.disable
+def fake_quantize(
+    weight: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype, fan_in_fan_out: bool = False
+) -> torch.Tensor:
+    """w_hat, the quantized weight, differentiable once, in all tensors of the quantizer.
+
+    Args:
+        weight: as `fake_quantize_linear` takes it.
+        quantizer: as `fake_quantize_linear` takes it.
+        dtype: of the result.
+        fan_in_fan_out: as `fake_quantize_linear` takes it.
+
+    Returns:
+        [out, in] ([in, out] with `fan_in_fan_out`), the very numbers that `fake_quantize_linear` multiplies with.
+    """
+    q = quantizer
+    tensors = (weight, q.A, q.B, q.step, q.rounding_zero, q.scale, q.zero)
+    return _FakeQuantize.apply(*tensors, quantizer, dtype, fan_in_fan_out)
 
 
 def _forward(
@@ -98,17 +123,40 @@ def _backward(
     if gradient == "lowrank" and not wanted & {"step", "rounding_zero"}:  # which move only in calibration
         flat_y = None if y is None else y.reshape(-1, y.shape[-1])
         return grads | lowrank.weight_grads(flat_grad, of_weight, flat_x, flat_y, bias, quantizer)
-    if of_weight:
-        if gradient == "bf16":
-            flat_x, flat_grad = flat_x.bfloat16(), flat_grad.bfloat16()
-        parts = [
-            kernels.weight_grads(flat_grad[:, rows].t() @ flat_x, of_weight, piece, own)
-            for rows, piece, own in pieces(as_rows(weight, fan_in_fan_out), quantizer)
-        ]
-        for name in of_weight:
-            own_parts = [part[name] for part in parts]
-            grads[name] = torch.stack(own_parts).sum(0) if name == "A" else torch.cat(own_parts)
-    return grads
+    if gradient == "bf16":
+        flat_x, flat_grad = flat_x.bfloat16(), flat_grad.bfloat16()
+    return grads | _weight_grads(
+        lambda rows: flat_grad[:, rows].t() @ flat_x, of_weight, weight, quantizer, fan_in_fan_out
+    )
+
+
+def _weight_grads(
+    g: Callable[[slice], torch.Tensor],
+    wanted: set[str],
+    weight: torch.Tensor,
+    quantizer: Quantizer,
+    fan_in_fan_out: bool,
+) -> dict[str, torch.Tensor]:
+    """What dL/dw_hat makes of the tensors that `wanted` names; `g` makes a tensor [rows, in] of some rows of it."""
+    if not wanted:
+        return {}
+    kernels = implementation(weight, quantizer)
+    parts = [
+        kernels.weight_grads(g(rows), wanted, piece, own)
+        for rows, piece, own in pieces(as_rows(weight, fan_in_fan_out), quantizer)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    grads = {name: [part[name] for part in parts] for name in wanted}
+    return {name: torch.stack(own).sum(0) if name == "A" else torch.cat(own) for name, own in grads.items()}
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():  # under create_graph=True
+        raise RuntimeError(
+            "second derivatives through a quantized layer are not computed (create_graph=True); merge the adapter "
+            "or disable it for a penalty on gradients."
+        )
 
 
 def _keeps_output(ctx: Any, gradient: str) -> bool:
@@ -124,6 +172,8 @@ class _FakeQuantizeLinear(torch.autograd.Function):
         tensors, (quantizer, fan_in_fan_out, gradient) = arguments[: len(_TENSORS)], arguments[len(_TENSORS) :]
         x, bias, weight = tensors[:3]
         output = _forward(x, bias, weight, quantizer, fan_in_fan_out)
+        # A view that is made in here could not be changed in place, as models do.
+        output = torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
         ctx.save_for_backward(output if _keeps_output(ctx, gradient) else None, *tensors)
         # Not the quantizer itself: its tensors are kept as autograd keeps them, or they would outlive a checkpoint.
         ctx.before = quantizer.grid, quantizer.scaling
@@ -133,17 +183,40 @@ class _FakeQuantizeLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        if torch.is_grad_enabled():  # under create_graph=True
-            raise RuntimeError(
-                "second derivatives through a quantized layer are not computed (create_graph=True); merge the adapter "
-                "or disable it for a penalty on gradients."
-            )
+        _refuse_second_derivatives()
         y, x, bias, weight, *of_weight = ctx.saved_tensors
         quantizer = Quantizer(*ctx.before, *of_weight, *ctx.after)
         wanted = {name for name, need in zip(_TENSORS, ctx.needs_input_grad, strict=False) if need}
         with torch.autocast(grad.device.type, enabled=False):
             grads = _backward(grad, wanted, y, x, bias, weight, quantizer, *ctx.constants)
         return (*map(grads.get, _TENSORS), None, None, None)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """The weight alone, as `_FakeQuantizeLinear` has it."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        tensors, (quantizer, dtype, fan_in_fan_out) = arguments[: len(_OF_QUANTIZER)], arguments[len(_OF_QUANTIZER) :]
+        weight = tensors[0]
+        w_hat = implementation(weight, quantizer).quantized(weight, quantizer, dtype, fan_in_fan_out)
+        ctx.save_for_backward(*tensors)
+        ctx.before = quantizer.grid, quantizer.scaling
+        ctx.after = quantizer.update_in_steps, quantizer.storage
+        ctx.fan_in_fan_out = fan_in_fan_out
+        return w_hat.t() if fan_in_fan_out else w_hat
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        _refuse_second_derivatives()
+        weight, *of_weight = ctx.saved_tensors
+        quantizer = Quantizer(*ctx.before, *of_weight, *ctx.after)
+        wanted = {name for name, need in zip(_OF_QUANTIZER, ctx.needs_input_grad, strict=False) if need}
+        g = grad.t() if ctx.fan_in_fan_out else grad
+        with torch.autocast(grad.device.type, enabled=False):
+            # Kernels write into what they are given, and this gradient may be somebody else's too.
+            grads = _weight_grads(lambda rows: g[rows].clone(), wanted, weight, quantizer, ctx.fan_in_fan_out)
+        return (*map(grads.get, _OF_QUANTIZER), None, None, None)
 
 
 @torch.library.custom_op("peft_dlqat::fake_quantize_linear", mutates_args=())
@@ -209,7 +282,8 @@ def _compiled_backward(
     wanted = {name for name, need in zip(_TENSORS, needs, strict=True) if need}
     with torch.autocast(grad.device.type, enabled=False):
         grads = _backward(grad, wanted, y, x, bias, weight, quantizer, fan_in_fan_out, gradient)
-    return [grads[name] for name in _TENSORS if name in wanted]
+    # Two results of a custom op must not be parts of one tensor.
+    return [grads[name].clone() if grads[name]._is_view() else grads[name] for name in _TENSORS if name in wanted]
 
 
 @_compiled_backward.register_fake

@@ -24,7 +24,7 @@ from ..layer import DLQATLayer
 from ..placement import device_of
 from ..quant.fit import WEIGHTED
 from ..running import adapters_disabled, evaluating
-from .descent import Descent, Stage, keep_lowest, mean_over_processes
+from .descent import Descent, Log, Stage, keep_lowest, mean_over_processes
 from .fit_to_inputs import InputMoments, fit_to_inputs
 from .scales_and_zeros import only_these_train
 
@@ -54,6 +54,7 @@ def calibrate_by_blocks(
     init: str | None,
     progress: bool = True,
     cache_dir: str | Path | None = None,
+    log: Log | None = None,
 ) -> list[BlockError]:
     """Calibrate one decoder layer after the other.
 
@@ -64,6 +65,7 @@ def calibrate_by_blocks(
         init: the way in which scales and zeros are first fitted to the inputs; None to leave that out.
         progress: show a progress bar.
         cache_dir: an existing folder to keep hidden states in meanwhile, rather than in memory.
+        log: called after each step; steps count on over the decoder layers.
 
     Returns:
         A [`BlockError`] for each decoder layer that holds the adapter.
@@ -74,20 +76,32 @@ def calibrate_by_blocks(
         FloatingPointError: if an error turns NaN or infinite.
     """
     blocks = decoder_layers(model, descent.adapter_name)
-    errors = []
+    errors: list[BlockError] = []
     with evaluating(model), hidden_states(cache_dir) as hidden:
         calls = capture(model, list(blocks.values()), batches, hidden)
         bar = tqdm(blocks.items(), desc="calibrating blocks", disable=not progress)
         for index, (name, block) in enumerate(bar):
-            error = calibrate_block(name, block, [call[index] for call in calls], hidden, descent, init)
+            own, later = [call[index] for call in calls], _from(len(errors) * descent.steps, log)
+            error = calibrate_block(name, block, own, hidden, descent, init, later)
             if error is not None:
                 errors.append(error)
                 bar.set_postfix(error=f"{error.before:.3g} -> {error.after:.3g}")
     return errors
 
 
+def _from(start: int, log: Log | None) -> Log | None:
+    """The same log, whose steps count from another start."""
+    return None if log is None else lambda step, loss, lr: log(start + step, loss, lr)
+
+
 def calibrate_block(
-    name: str, block: nn.Module, calls: list[Call], hidden: Hidden, descent: Descent, init: str | None
+    name: str,
+    block: nn.Module,
+    calls: list[Call],
+    hidden: Hidden,
+    descent: Descent,
+    init: str | None,
+    log: Log | None = None,
 ) -> BlockError | None:
     """Calibrate one decoder layer, and turn `hidden` from its inputs to its outputs.
 
@@ -115,7 +129,7 @@ def calibrate_block(
                 loss,
                 tensors,
                 (lambda: fit_to_inputs(layers, moments.means(), adapter_name, str(init))) if weighted else None,
-                (lambda: descent.run(loss, layers.values())) if descent.steps else None,
+                (lambda: descent.run(loss, layers.values(), log)) if descent.steps else None,
             )
         error = BlockError(name, *outcome)
     loss.advance_student()

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -17,19 +17,24 @@ from ..decoder import NoDecoderLayers
 from ..layer import adapter_layers
 from ..packing import check_packable, pack_weights
 from ..quant.fit import WEIGHTED
-from ..running import random_state_kept
+from ..running import gives_distribution, random_state_kept
 from .blocks import BlockError, calibrate_by_blocks
-from .descent import Descent, Stage, check_steps, keep_lowest
+from .descent import Descent, Log, Stage, check_steps, keep_lowest
 from .fit_to_inputs import fit_to_inputs, input_moments
-from .model_loss import ModelLoss
+from .model_loss import ModelLoss, ModelObjective
 from .recipe import RECIPE
+from .reference import REFERENCE, is_reference, renew_reference
 from .scales_and_zeros import check_movable, only_these_train
 
 By = Literal["model", "blocks"]
 Objective = Literal["distill", "task", "output"]
 
-_WHAT_IT_IS: dict[Objective, str] = {
+# What was compared: of a head that gives no distribution, "distill" compares the logits themselves.
+Compared = Objective | Literal["logits"]
+
+_WHAT_IT_IS: dict[Compared, str] = {
     "distill": "KL to the full-precision model",
+    "logits": "mean squared difference to the full-precision model's logits",
     "task": "loss",
     "output": "mean squared error of the decoder layers' outputs",
 }
@@ -48,8 +53,8 @@ class Calibration:
     Attributes:
         steps: optimiser steps after the fit to the inputs; by blocks, on each decoder layer.
         by: "model" or "blocks": whether they went along the model's loss, or each decoder layer's own.
-        objective: the loss that was compared: "distill", "task", or "output", the mean over the decoder layers of the
-            mean squared error of their outputs.
+        objective: the loss that was compared: "distill", "task", "output", the mean over the decoder layers of the
+            mean squared error of their outputs, or "logits", which is "distill" for a head that gives no distribution.
         loss_before: mean loss with the initial scales and zeros, on the first batches ("output": on all).
         loss_fitted: the same with those fitted to the layers' inputs; None where `init` looks at no inputs.
         loss_after: the same with those that were kept, rounded as they ship.
@@ -60,7 +65,7 @@ class Calibration:
 
     steps: int
     by: By
-    objective: Objective
+    objective: Compared
     loss_before: float
     loss_fitted: float | None
     loss_after: float
@@ -97,7 +102,10 @@ class Calibration:
         path += "" if self.loss_fitted is None else f" -> {self.loss_fitted:.4f} (fitted to inputs)"
         path += f" -> {self.loss_after:.4f} ({self.steps} steps)" if self.steps else ""
         last: Stage = "after" if self.steps else "before" if self.loss_fitted is None else "fitted"
-        earlier = {"fitted": "; the steps gained nothing and were undone", "before": "; the initial grid was put back"}
+        earlier = {
+            "fitted": "; the steps gained nothing and were undone",
+            "before": "; the initial scales and zeros were put back",
+        }
         return f"calibrated: {_WHAT_IT_IS[self.objective]} {path}{'' if self.kept == last else earlier[self.kept]}"
 
 
@@ -124,7 +132,8 @@ def calibrate(
 
     Only s and z (or b) move, unless `train_adapter` says otherwise. Under torch.distributed, gradients are averaged
     over the processes, each of which passes its own share of the data. Random number generators, modes and
-    `requires_grad` are left as they were. The result goes to the adapter's config, and so to its model card.
+    `requires_grad` are left as they were. The result goes to the adapter's config, and so to its model card. A copy of
+    the adapter that is TRL's reference, by the name "ref", stays its copy.
 
     Steps by blocks need the gradients of one decoder layer only, and two copies of all batches' hidden states. They
     run in eval mode, those on the whole model in the mode that it is in. Padding, where an attention mask [batch,
@@ -139,7 +148,8 @@ def calibrate(
         lr: learning rate at the start, falling linearly to 0, in each tensor's own unit: for s and b a layer's mean
             scale, for z one code.
         objective: the loss that decides what is kept. "distill": the KL divergence to the model with its adapters
-            disabled, a teacher that costs a forward pass and no memory. "task": the loss that the model returns.
+            disabled, a teacher that costs a forward pass and no memory; the mean squared difference of the logits
+            where a head gives no distribution (regression, a reward). "task": the loss that the model returns.
             "output", only by blocks: each decoder layer's own error, on all batches; the whole model never runs.
         adapter_name: the adapter to calibrate; defaults to the active one.
         progress: show progress bars.
@@ -148,7 +158,8 @@ def calibrate(
             on the same batches, with a warning.
         train_adapter: fit A, B, m and the shift along with scales and zeros.
         cache_dir: an existing folder to keep hidden states in meanwhile, rather than in memory; only by blocks.
-        log: called after each step on the model as log(step, {"calibration/loss": ..., "calibration/lr": ...}).
+        log: called after each step as log(step, {"calibration/loss": ..., "calibration/lr": ...}); by blocks, the loss
+            is the decoder layer's, and steps count on over these.
 
     Returns:
         A [`Calibration`]: the loss before and after, and by blocks what happened to each decoder layer.
@@ -177,16 +188,33 @@ def calibrate(
     check_trains_what_stays(descent, config)
     check_movable(layers.values(), adapter_name)
     check_packable(layers.values(), adapter_name, config)
+    has_reference = is_reference(layers.values(), adapter_name)
+    others = {name for layer in layers.values() for name in layer.specs} - {adapter_name}
+    if config.storage != "full" and others - ({REFERENCE} if has_reference else set()):
+        raise ValueError(
+            f"storage={config.storage!r} packs the frozen weights by the scales of {adapter_name!r}, and there are "
+            f"adapters with others: {sorted(others)}; delete them, or use storage='full'."
+        )
+
+    def report(step: int, value: float, lr: float) -> None:
+        if log is not None:
+            log(step, {"calibration/loss": value, "calibration/lr": lr})
+
     with random_state_kept(), only_these_train(model, descent.tensors(layers.values())):
         if objective == "output":
-            blocks = calibrate_by_blocks(model, dataloader, descent, config.init, progress, cache_dir)
+            blocks = calibrate_by_blocks(model, dataloader, descent, config.init, progress, cache_dir, report)
             result = Calibration.of_outputs(descent.steps, blocks)
         else:
             measured = min(_MEASURED_BATCHES, descent.steps) if descent.steps and by == "model" else _MEASURED_BATCHES
             # Blocks take what batches there are, once; steps on the model as many as they need.
-            loss = ModelLoss(model, objective, dataloader, measured, descent.steps if by == "model" else 0)
-            result = _on_model_loss(model, loss, descent, config.init, objective, by, progress, cache_dir, log)
+            compared: ModelObjective = objective
+            if objective == "distill" and not gives_distribution(model):
+                compared = "logits"
+            loss = ModelLoss(model, compared, dataloader, measured, descent.steps if by == "model" else 0)
+            result = _on_model_loss(model, loss, descent, config.init, compared, by, progress, cache_dir, report)
     config.record["calibration"] = result.record()
+    if has_reference:
+        renew_reference(layers.values(), adapter_name)
     pack_weights(model, adapter_name)
     return result
 
@@ -196,11 +224,11 @@ def _on_model_loss(
     loss: ModelLoss,
     descent: Descent,
     init: str,
-    objective: Objective,
+    objective: ModelObjective,
     by: By,
     progress: bool,
     cache_dir: str | Path | None,
-    log: Callable[[int, dict[str, float]], None] | None,
+    log: Log,
 ) -> Calibration:
     """Calibrate where the whole model's loss decides what is kept, whichever way the steps go."""
     layers = adapter_layers(model, descent.adapter_name)[1]
@@ -215,7 +243,7 @@ def _on_model_loss(
         if by == "blocks":
             batches = list(itertools.islice(loss.training, _MOST_BATCHES))
             try:  # what is fitted to the inputs is so already
-                blocks.extend(calibrate_by_blocks(model, batches, descent, None, progress, cache_dir))
+                blocks.extend(calibrate_by_blocks(model, batches, descent, None, progress, cache_dir, log))
                 return
             except NoDecoderLayers:
                 warnings.warn(
@@ -229,8 +257,7 @@ def _on_model_loss(
             def after_step(step: int, value: float, lr: float) -> None:
                 bar.update()
                 bar.set_postfix(loss=f"{value:.4f}")
-                if log is not None:
-                    log(step, {"calibration/loss": value, "calibration/lr": lr})
+                log(step, value, lr)
 
             descent.run(loss, layers.values(), after_step)
 
@@ -251,8 +278,10 @@ def default_steps(by: By) -> int:
 
 def check_arguments(steps: int | None, lr: float, objective: Objective, by: By, prefix: str = "") -> None:
     """Raises a ValueError for what [`calibrate`] does not know; `prefix` begins the names of the arguments."""
-    if objective not in _WHAT_IT_IS:
-        raise ValueError(f"{prefix}objective={objective!r} must be one of {', '.join(map(repr, _WHAT_IT_IS))}.")
+    if objective not in get_args(Objective):
+        raise ValueError(
+            f"{prefix}objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}."
+        )
     if by not in _BY:
         raise ValueError(f"{prefix}by={by!r} must be one of {', '.join(map(repr, _BY))}.")
     if objective == "output" and by == "model":

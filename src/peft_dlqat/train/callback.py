@@ -12,12 +12,15 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import DLQATConfig
-from ..layer import adapter_layers
+from ..layer import DLQATLayer, adapter_layers
+from ..model import DLQATModel
 from ..packing import pack_weights
-from .calibrate import By, Objective, calibrate, check_arguments
+from .calibrate import By, Objective, calibrate, check_arguments, default_steps
 from .optimizer import described_parameters
 from .recipe import RECIPE
+from .reference import REFERENCE, full_precision_reference
 from .report import grid_report
+from .trainer_batches import TrainerBatches, order_kept, problem
 
 _RECORD = "calibration/record"
 # A learning rate that is so many times lower than the recipe's is taken for an oversight.
@@ -25,41 +28,49 @@ _FAR_BELOW = 10
 
 
 class DLQATCallback(TrainerCallback):
-    """Calibrates scales and zeros before the first step of a `Trainer` or `SFTTrainer`, and watches the grid after.
+    """Calibrates scales and zeros before the first step of a `Trainer` or TRL trainer, and watches the grid after.
 
-    A run resumed from a checkpoint, and an adapter that was calibrated before, are not calibrated again. The loss, the
-    gain and the grid's figures go to `trainer.state.log_history`, which checkpoints keep. Gain and figures are printed
-    too, a line each. They do not reach TensorBoard and the like: a Trainer gives callbacks no way to its reporters.
+    A run resumed from a checkpoint, and an adapter that was calibrated before, are not calibrated again. Where the
+    training batches are nothing to calibrate on (prompts alone, or a stream that is read once), a warning says so, and
+    scales and zeros stay as they were fitted to the weights, or are fitted to `calibration_dataloader`. TRL's
+    reference, a copy of the adapter named "ref", gets the same scales and zeros.
+
+    The loss, the gain and the grid's figures go to `trainer.state.log_history`, which checkpoints keep. Gain and
+    figures are printed too, a line each. They do not reach TensorBoard and the like: a Trainer gives callbacks no way
+    to its reporters.
 
     Args:
-        calibration_steps: optimiser steps on s and the zero after the fit to the layers' inputs; None to leave the
-            first scales and zeros as they are.
+        calibration_steps: optimiser steps on s and the zero after the fit to the layers' inputs; the recipe's by
+            default, as of [`calibrate`]: none on the model, 200 on each decoder layer.
         calibration_lr: their learning rate, see [`calibrate`].
         calibration_objective: as `calibrate`'s, whatever the training's own loss is.
-        calibration_dataloader: batches for the calibration; the Trainer's own training batches by default.
+        calibration_dataloader: batches for the calibration, dicts of the model's arguments; the Trainer's own training
+            batches by default.
         calibration_by: "model" or "blocks", see [`calibrate`].
         report_steps: look at the grid every so many training steps, and at the end; 0 for never.
+        calibration: False to leave the first scales and zeros as they are.
 
     Raises:
         ValueError: for an impossible argument.
 
     Example:
         ```py
-        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[DLQATCallback(calibration_steps=1000)])
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[DLQATCallback()])
         ```
     """
 
     def __init__(
         self,
-        calibration_steps: int | None = RECIPE.calibration_steps,
+        calibration_steps: int | None = None,
         calibration_lr: float = RECIPE.calibration_lr,
         calibration_objective: Objective = "distill",
         calibration_dataloader: Iterable[Mapping[str, Any]] | None = None,
         calibration_by: By = "model",
         report_steps: int = 500,
+        calibration: bool = True,
     ) -> None:
         check_arguments(
-            calibration_steps or 0, calibration_lr, calibration_objective, calibration_by, prefix="calibration_"
+            calibration_steps, calibration_lr, calibration_objective, calibration_by, prefix="calibration_"
         )
         if not isinstance(report_steps, int) or isinstance(report_steps, bool) or report_steps < 0:
             raise ValueError(f"report_steps={report_steps!r} must be a non-negative integer.")
@@ -69,6 +80,7 @@ class DLQATCallback(TrainerCallback):
         self.calibration_dataloader = calibration_dataloader
         self.calibration_by = calibration_by
         self.report_steps = report_steps
+        self.calibration = calibration
         self._warned = False
 
     def on_train_begin(
@@ -88,7 +100,7 @@ class DLQATCallback(TrainerCallback):
         _warn_if_magnitude_decays(model, optimizer)
         _warn_if_learning_rate_is_low(model, optimizer)
         if state.global_step > 0:
-            # The Trainer has loaded the grid from the checkpoint; its log remembers how it came about.
+            # The Trainer has loaded scales and zeros from the checkpoint; its log remembers how they came about.
             for entry in state.log_history:
                 if _RECORD in entry:
                     config.record["calibration"] = entry[_RECORD]
@@ -98,19 +110,49 @@ class DLQATCallback(TrainerCallback):
                     f"the checkpoint was trained on full weights, and storage={config.storage!r} would change what it "
                     "computes; resume with storage='full', or start a new run in an empty folder."
                 )
-        if state.global_step > 0 or "calibration" in config.record or self.calibration_steps is None:
-            pack_weights(model, adapter_name)
+        elif full_precision_reference(args, model.peft_config):  # type: ignore[arg-type]
+            _say(
+                state,
+                "the reference is the model with its adapter off, in full precision; for a quantized one give the "
+                "trainer get_peft_model(model, config) in the place of peft_config=.",
+            )
+        if state.global_step == 0 and "calibration" not in config.record and self.calibration:
+            with order_kept(train_dataloader):
+                self._calibrate(args, state, model, adapter_name, train_dataloader)
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, DLQATModel):
+            tuner._warned.add(adapter_name)  # what is to be said of a model that was not calibrated has been said
+        pack_weights(model, adapter_name)
+
+    def _calibrate(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, adapter_name: str, train_dataloader: Any
+    ) -> None:
+        """Calibrate, or say why not."""
+        if getattr(args, "precompute_ref_log_probs", False) and REFERENCE in model.peft_config:  # type: ignore[operator]
+            _not_calibrated(
+                "precompute_ref_log_probs=True has run the reference already, with scales and zeros as they are",
+                "call calibrate(model, ...) before the trainer is made",
+            )
             return
-        steps = self.calibration_steps
+        batches: Any = self.calibration_dataloader
+        if batches is None:
+            reason = problem(model, train_dataloader)
+            if reason:
+                _not_calibrated(
+                    reason, "pass calibration_dataloader=, batches such as {'input_ids': ..., 'attention_mask': ...}"
+                )
+                return
+            batches = TrainerBatches(model, train_dataloader)
+        steps = default_steps(self.calibration_by) if self.calibration_steps is None else self.calibration_steps
         every = int(args.logging_steps) if args.logging_steps >= 1 else max(1, steps // 10)
 
         def log(step: int, values: dict[str, float]) -> None:
-            if step % every == 0 or step == steps:
+            if step % every == 0 or step % steps == 0:
                 _keep(state, values, step)
 
         result = calibrate(
             model,
-            train_dataloader if self.calibration_dataloader is None else self.calibration_dataloader,
+            batches,
             steps=steps,
             lr=self.calibration_lr,
             objective=self.calibration_objective,
@@ -123,7 +165,7 @@ class DLQATCallback(TrainerCallback):
         known = {f"calibration/loss_{stage}": loss for stage, loss in figures.items() if loss is not None}
         _keep(state, known, steps)
         _say(state, str(result))
-        state.log_history.append({_RECORD: config.record["calibration"], "step": 0})
+        state.log_history.append({_RECORD: result.record(), "step": 0})
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -150,13 +192,11 @@ class DLQATCallback(TrainerCallback):
         # The Trainer's `logging_nan_inf_filter`, on by default, logs a NaN loss as a number, not so grad_norm.
         broken = [key for key in ("loss", "grad_norm") if not math.isfinite((logs or {}).get(key, 0.0))]
         if broken:
-            report = grid_report(model)
-            # NaN is the largest of all.
-            worst = max(report.layers, key=lambda row: (math.isnan(row.magnitude_max), row.magnitude_max))
+            name, why = _most_suspect(model)
             self._warn(
                 [
-                    f"{worst.name}: {' and '.join(broken)} not finite, and this layer has the largest magnitude "
-                    f"({worst.magnitude_max}); lower the learning rates and start from the last checkpoint"
+                    f"{name}: {' and '.join(broken)} not finite, and {why}; lower the learning rates and start from "
+                    "the last checkpoint"
                 ]
             )
 
@@ -165,6 +205,35 @@ class DLQATCallback(TrainerCallback):
             self._warned = True
             more = f" (and {len(problems) - 1} more layers; see grid_report)" if len(problems) > 1 else ""
             warnings.warn(f"{problems[0]}{more}.", stacklevel=2)
+
+
+def _not_calibrated(reason: str, remedy: str) -> None:
+    warnings.warn(
+        f"not calibrated: {reason}. Scales and zeros stay as fitted to the weights; to fit them to data, {remedy}.",
+        stacklevel=2,
+    )
+
+
+def _most_suspect(model: nn.Module) -> tuple[str, str]:
+    """The layer to look at when training has broken, and why: NaN in a trained tensor, or the one moved farthest."""
+    adapter_name, layers = adapter_layers(model)
+    moves = {name: _moved_by(layer, adapter_name) for name, layer in layers.items()}
+    name = max(moves, key=lambda name: moves[name])  # the first of those that hold NaN
+    infinite, distance, what = moves[name]
+    if infinite:
+        broken = sum(infinite for infinite, *_ in moves.values())
+        return name, f"its {what} holds NaN or infinity, as {broken} of {len(moves)} layers do"
+    return name, f"its {what} has moved farthest from the start, by {distance:.3g}"
+
+
+def _moved_by(layer: DLQATLayer, adapter_name: str) -> tuple[bool, float, str]:
+    """Of the layer's trained tensor that is farthest from its start: whether it is infinite, how far, and its name."""
+    moves = []
+    for name, (tensor, parameter) in layer.trained(adapter_name).items():
+        distance = (parameter.detach() - (tensor.start or 0.0)).abs().max().item()
+        # A tensor drawn at random tells nothing of how far it has moved.
+        moves.append((not math.isfinite(distance), distance if tensor.start is not None else 0.0, name))
+    return max(moves)
 
 
 def _warn_if_magnitude_decays(model: nn.Module, optimizer: Any) -> None:
@@ -181,13 +250,16 @@ def _warn_if_magnitude_decays(model: nn.Module, optimizer: Any) -> None:
 
 def _warn_if_learning_rate_is_low(model: nn.Module, optimizer: Any) -> None:
     """The Trainer's default is for weights; B counts steps of the grid, and hardly moves a code with it."""
-    of_b = {id(parameter) for name, parameter in model.named_parameters() if ".dlqat_B." in name}
+    at_base_rate = {
+        id(parameter) for parameter, tensor in described_parameters(model).items() if tensor.lr_factor == 1
+    }
     for group in getattr(optimizer, "param_groups", []):
         # A schedule may begin at 0, or rise to what it calls max_lr; some optimisers find their own.
         lr = max(group.get(key) or 0.0 for key in ("lr", "initial_lr", "max_lr"))
-        if 0 < lr < RECIPE.lr(model) / _FAR_BELOW and any(id(parameter) in of_b for parameter in group["params"]):
+        far_below = 0 < lr < RECIPE.lr(model) / _FAR_BELOW
+        if far_below and any(id(parameter) in at_base_rate for parameter in group["params"]):
             warnings.warn(
-                f"the learning rate of A and B, {lr:g}, is far below the recipe's {RECIPE.lr(model):.2g} for this "
+                f"the adapter's learning rate, {lr:g}, is far below the recipe's {RECIPE.lr(model):.2g} for this "
                 "model; raise it, or take arguments = RECIPE.training_arguments(model, output_dir) and "
                 "optimizers=(create_dlqat_optimizer(model, torch.optim.AdamW, lr=arguments.learning_rate), None).",
                 stacklevel=2,

@@ -28,6 +28,9 @@ from .scales_and_zeros import (
 # The three values that scales and zeros have in a calibration: initial, fitted to the inputs, after the steps.
 Stage = Literal["before", "fitted", "after"]
 
+# Called as log(step, loss, lr) after each step, which counts from 1.
+Log = Callable[[int, float, float], None]
+
 
 class Loss(Protocol):
     """What a calibration lowers."""
@@ -124,15 +127,13 @@ class Descent:
             )
         ]
 
-    def run(
-        self, loss: Loss, layers: Collection[DLQATLayer], log: Callable[[int, float, float], None] | None = None
-    ) -> None:
+    def run(self, loss: Loss, layers: Collection[DLQATLayer], log: Log | None = None) -> None:
         """Take the steps, then round scales and zeros as they ship.
 
         Args:
             loss: what to lower.
             layers: whose tensors move; they take gradients already.
-            log: called as log(step, loss, lr) after each step, which counts from 1.
+            log: called after each step.
 
         Raises:
             FloatingPointError: if the loss turns NaN or infinite.
@@ -191,9 +192,7 @@ def _units_of_trained(layer: DLQATLayer, adapter_name: str) -> dict[torch.Tensor
 def check_steps(steps: int, lr: float, prefix: str = "") -> None:
     """Raises a ValueError for what no calibration could do; `prefix` begins the names of the arguments."""
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise ValueError(
-            f"{prefix}steps={steps!r} must be a non-negative integer; 0 only fits the grid to the inputs."
-        )
+        raise ValueError(f"{prefix}steps={steps!r} must be a non-negative integer; 0 only fits to the layers' inputs.")
     if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < math.inf:
         raise ValueError(f"{prefix}lr={lr!r} must be a positive number; the default is {RECIPE.calibration_lr:g}.")
 
@@ -201,7 +200,7 @@ def check_steps(steps: int, lr: float, prefix: str = "") -> None:
 def check_finite(loss: float, when: str, remedy: str) -> None:
     """Raises a FloatingPointError for a loss that is no finite number."""
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} {when}; the grid was put back. {remedy}.")
+        raise FloatingPointError(f"the loss is {loss} {when}; scales and zeros were put back. {remedy}.")
 
 
 def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..layer import adapter_layers
 from ..running import (
-    check_classes,
+    base_model,
+    gives_distribution,
     is_encoder_decoder,
     predicts_next,
     teacher_logits,
@@ -182,7 +183,13 @@ class DistillationLoss:
                 "teacher would drift with them; leave them frozen (DLQATConfig(bias='none')), or fill a cache before "
                 "training, cache.teacher(model, batch) for each batch of the data, and pass it as cache=."
             )
-        check_classes(model)
+        if not gives_distribution(model):
+            base = base_model(unwrapped(model))
+            raise ValueError(
+                f"a {type(base).__name__} with num_labels={base.config.num_labels} and "
+                f"problem_type={base.config.problem_type!r} gives no distribution over classes, and so there is no "
+                "divergence between two; train without compute_loss_func."
+            )
         if cache is not None:
             cache.claim(model)
         self.reverse: Reverse = reverse

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from ..placement import device_of, in_any_process
-from ..running import evaluating, forward, is_encoder_decoder, predicts_next, teacher_logits, to_device
+from ..running import evaluating, forward, is_encoder_decoder, logits_of, predicts_next, teacher_logits, to_device
 from .descent import mean_over_processes, smallest_over_processes
 from .distillation import counted_positions, distillation_loss
+
+ModelObjective = Literal["distill", "logits", "task"]
 
 
 class ModelLoss:
@@ -24,8 +26,8 @@ class ModelLoss:
 
     Args:
         model: a model with adapters.
-        objective: "distill" for the KL divergence to the model with its adapters disabled, "task" for the loss that
-            the model returns.
+        objective: "distill" for the KL divergence to the model with its adapters disabled, "logits" for the mean
+            squared difference of the logits to that model's, "task" for the loss that the model returns.
         dataloader: batches, each a dict of the model's keyword arguments; each process has its own.
         measured: how many batches to measure on, at most: as many in each process as the one with the fewest has.
         steps: steps that need a batch each, for which the loader is started again when it ends; 0 to read it once.
@@ -37,7 +39,7 @@ class ModelLoss:
     def __init__(
         self,
         model: nn.Module,
-        objective: Literal["distill", "task"],
+        objective: ModelObjective,
         dataloader: Iterable[Mapping[str, Any]],
         measured: int,
         steps: int,
@@ -71,7 +73,7 @@ class ModelLoss:
             )
 
 
-def batch_loss(model: nn.Module, batch: dict[str, Any], objective: Literal["distill", "task"]) -> torch.Tensor:
+def batch_loss(model: nn.Module, batch: dict[str, Any], objective: ModelObjective) -> torch.Tensor:
     """Mean loss of a batch, a scalar, weighted by the batch's share in all processes' tokens."""
     return _share(model, batch) * _own_loss(model, batch, objective)
 
@@ -111,25 +113,25 @@ def _share(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | float:
 def _counts(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | None:
     """Which positions of a batch count, bool; None where nothing says so."""
     labels, ids = batch.get("labels"), batch.get("input_ids")
-    if labels is not None and is_encoder_decoder(model):
-        return labels != -100  # which the decoder gets shifted
-    if labels is not None and ids is not None and labels.shape != ids.shape:  # of sequences, not of tokens
-        labels = None
-    return counted_positions(labels, _mask(batch), predicts_next(model))
+    of_tokens = labels is None or ids is None or labels.shape == ids.shape or is_encoder_decoder(model)
+    return counted_positions(labels if of_tokens else None, _mask(model, batch), predicts_next(model))
 
 
-def _mask(batch: dict[str, Any]) -> torch.Tensor | None:
-    """The mask that says what is padding, [batch, length]; one of who attends to whom does not."""
-    mask = batch.get("attention_mask")
+def _mask(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | None:
+    """The mask that says what of the output is padding, [batch, length]; one of who attends to whom does not."""
+    mask = batch.get("decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask")
     return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
-def _own_loss(model: nn.Module, batch: dict[str, Any], objective: Literal["distill", "task"]) -> torch.Tensor:
+def _own_loss(model: nn.Module, batch: dict[str, Any], objective: ModelObjective) -> torch.Tensor:
     """Mean loss of this process's batch, a scalar."""
-    if objective == "distill":
-        teacher = teacher_logits(model, batch)
-        logits = forward(model, {key: value for key, value in batch.items() if key != "labels"}).logits
-        return distillation_loss(logits, teacher, batch.get("labels"), _mask(batch), next_token=predicts_next(model))
+    if objective != "task":
+        teacher, logits = teacher_logits(model, batch), logits_of(model, batch)
+        if objective == "logits":
+            error, counts = (logits.float() - teacher.float()).square().mean(-1), _counts(model, batch)
+            return error[counts].mean() if counts is not None and counts.shape == error.shape else error.mean()
+        labels, mask = batch.get("labels"), _mask(model, batch)
+        return distillation_loss(logits, teacher, labels, mask, next_token=predicts_next(model))
     loss = forward(model, batch).loss
     if loss is None:
         raise ValueError("the model returned no loss for objective='task'; give the batches labels, or use 'distill'.")

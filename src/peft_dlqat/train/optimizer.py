@@ -47,8 +47,8 @@ def create_dlqat_optimizer(
         model: a model with a DL-QAT adapter.
         optimizer_cls: for example `torch.optim.AdamW`.
         lr: learning rate of A, B and whatever else is trainable; the recipe's for the model's width by default.
-        magnitude_lr: learning rate of the tensors that must not decay, m and shift; by default `lr` times the factor
-            that the method gives them.
+        magnitude_lr: learning rate of m, and of whatever else of an adapter does not decay: shift, and such tensors of
+            a method of your own. By default `lr` times the factor that the method gives each.
         weight_decay: of all but these, biases and norms.
         **kwargs: further arguments of the optimiser.
 

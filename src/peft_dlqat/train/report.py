@@ -1,7 +1,7 @@
 """Watching for trouble: how each layer uses its grid.
 
-DL-QAT fails in three known ways: the grid collapses (most codes clipped, or all on one level), the magnitude explodes,
-or the grid oscillates because s or b was left trainable.
+DL-QAT fails in three known ways: the codes collapse (most clipped, or all on one level), the magnitude explodes,
+or the codes oscillate because s or b was left trainable.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def _examine(name: str, layer: DLQATLayer, adapter_name: str) -> LayerReport:
     if not math.isfinite(error) or max(abs(smallest), abs(largest)) > _LARGEST_MAGNITUDE:
         problem = "the magnitude has exploded; lower magnitude_lr (create_dlqat_optimizer) or clip gradients"
     elif share > _MOST_CLIPPED:
-        problem = "the grid has collapsed: most codes are clipped; lower the learning rate, or calibrate longer"
+        problem = "most codes are clipped; lower the learning rate, or calibrate longer"
     elif levels < _FEWEST_LEVELS and weight.any():
-        problem = "the grid has collapsed onto one level; lower the calibration's lr, or use smaller groups"
+        problem = "the codes have collapsed onto one level; lower the calibration's lr, or use smaller groups"
     elif scale.requires_grad or (zero is not None and zero.requires_grad):
-        problem = "scale or zero is trainable, and the grid will oscillate; freeze them, as `calibrate` does"
+        problem = "scale or zero is trainable, and the codes will oscillate; freeze them, as `calibrate` does"
     return LayerReport(name, grid.bits, share, levels, smallest, largest, error, problem)

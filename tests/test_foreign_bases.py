@@ -1,0 +1,233 @@
+"""Base layers that are more than x @ W.T + bias, and weights that several modules share: trained is merged."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from conftest import CONFIGS, perturb, tokens
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from peft_dlqat import DLQATConfig
+from peft_dlqat.layer import DLQATLinear, adapter_layers
+
+
+class Scaled(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, x, factor=2.0):
+        return super().forward(x) * factor + 1
+
+
+class Scores(nn.Linear):
+    """As routers are: more than one result."""
+
+    def forward(self, x):
+        return super().forward(x).softmax(-1), x
+
+
+class Net(nn.Module):
+    """Two layers of which the second is given, and the head."""
+
+    def __init__(self, second=None, tie=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(32, 32)
+        self.b = self.a if tie == "module" else nn.Linear(32, 32) if second is None else second
+        if tie == "weight":
+            self.b.weight = self.a.weight
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        y = self.b(self.a(x).tanh())
+        return self.head(y[0] if isinstance(y, tuple) else y)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, inputs, output: 3 * output)
+    return layer
+
+
+def pre_hooked(layer):
+    layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    return layer
+
+
+def made(make):
+    torch.manual_seed(1)
+    return Net(make())
+
+
+def config(**settings):
+    return DLQATConfig(**{"bits": 3, "group_size": 16, "r": 4, "target_modules": ["a", "b"], **settings})
+
+
+X = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Scaled(32, 32),
+        lambda: Scores(32, 32),
+        lambda: hooked(nn.Linear(32, 32)),
+        lambda: pre_hooked(nn.Linear(32, 32, bias=False)),
+        lambda: hooked(Conv1D(32, 32)),
+    ],
+    ids=["scaled", "scores", "hooked", "pre-hooked", "hooked Conv1D"],
+)
+def test_a_base_layer_runs_as_it_is(make, tmp_path):
+    base = made(make).eval()
+    expected = base(X)
+    model = get_peft_model(made(make), config(bits=8)).eval()
+    assert (model(X) - expected).abs().max() < 0.05
+    perturb(model)
+    trained = model(X)
+    trained.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(made(make), tmp_path).eval()(X), trained)
+    with model.disable_adapter():
+        assert torch.equal(model(X), expected)
+    model.merge_adapter()
+    assert torch.equal(model(X), trained)
+    model.unmerge_adapter()
+    assert torch.equal(model.merge_and_unload()(X), trained)
+
+
+def test_a_hook_that_comes_later_is_heard():
+    model = get_peft_model(Net(), config()).eval()
+    before = model(X)
+    seen = []
+    layer = model.base_model.model.b.base_layer
+    handle = layer.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(model(X), before) and seen == [1]
+    handle.remove()
+    assert torch.equal(model(X), before) and seen == [1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        lambda m: prune.random_unstructured(m, "weight", 0.5),
+    ],
+    ids=["weight norm", "spectral norm", "pruning"],
+)
+def test_a_parametrized_weight_is_refused_or_left_out(change):
+    net = Net(change(nn.Linear(32, 32)))
+    with pytest.raises(ValueError, match="the weight of b is computed in each forward"):
+        get_peft_model(net, config())
+    with pytest.warns(UserWarning, match=r"leaves out linear layers: 1 with a parametrized weight, such as b\."):
+        model = get_peft_model(net, config(target_modules="all-linear"))
+    assert list(adapter_layers(model)[1]) == ["base_model.model.a", "base_model.model.head"]
+
+
+def test_all_linear_leaves_out_routers_and_gates():
+    net = Net(Scores(32, 32))
+    net.head = nn.Linear(32, 1)
+    said = "1 with a forward of their own (Scores), such as b; 1 with a single output, such as head."
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        model = get_peft_model(net, config(target_modules="all-linear"))
+    assert list(adapter_layers(model)[1]) == ["base_model.model.a"]
+
+
+@pytest.mark.parametrize("tie", ["module", "weight"])
+@pytest.mark.parametrize("targets", [["a", "b"], ["b"], "all-linear"])
+def test_shared_weights(tie, targets, tmp_path):
+    base = Net(tie=tie).eval()
+    expected, weights = base(X), {key: value.clone() for key, value in base.state_dict().items()}
+    if tie == "module" and targets == ["b"]:
+        targets = ["a"]  # PEFT knows a module by its first name
+    model = get_peft_model(base, config(target_modules=targets)).eval()
+    perturb(model)
+    trained = model(X)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(Net(tie=tie), tmp_path).eval()(X), trained)
+    for _ in range(2):
+        model.merge_adapter()
+        assert torch.equal(model(X), trained)
+        model.unmerge_adapter()
+        assert torch.equal(model(X), trained)
+    with model.disable_adapter():
+        assert torch.equal(model(X), expected)
+    unloaded = model.unload()
+    assert torch.equal(unloaded(X), expected) and not any(isinstance(m, DLQATLinear) for m in unloaded.modules())
+    assert all(torch.equal(value, weights[key]) for key, value in unloaded.state_dict().items())
+    again = PeftModel.from_pretrained(Net(tie=tie), tmp_path).eval().merge_and_unload()
+    assert torch.equal(again(X), trained) and not any(isinstance(m, DLQATLinear) for m in again.modules())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")  # of PEFT
+def test_a_tied_head_leaves_the_embedding_alone(tmp_path):
+    torch.manual_seed(0)
+    settings = CONFIGS["llama"]()
+    settings.tie_word_embeddings = True
+    base = AutoModelForCausalLM.from_config(settings)
+    embedding = base.get_input_embeddings().weight.clone()
+    model = get_peft_model(base, config(target_modules=["lm_head", "v_proj"], task_type="CAUSAL_LM")).eval()
+    perturb(model)
+    with torch.no_grad():
+        trained = model(tokens()).logits
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        again = PeftModel.from_pretrained(AutoModelForCausalLM.from_config(settings), tmp_path / "adapter").eval()
+        assert torch.equal(again.get_output_embeddings().get_base_layer().weight, embedding)
+        model.merge_adapter()
+        assert torch.equal(model(tokens()).logits, trained)
+        assert torch.equal(base.get_input_embeddings().weight, embedding)
+        model.unmerge_adapter()
+        assert torch.equal(model(tokens()).logits, trained)
+        with pytest.warns(UserWarning, match="no longer tied after merging"):
+            merged = model.merge_and_unload()
+        assert torch.equal(merged(tokens()).logits, trained)
+        assert torch.equal(merged.get_input_embeddings().weight, embedding)
+        merged.save_pretrained(tmp_path)
+        assert torch.equal(type(merged).from_pretrained(tmp_path)(tokens()).logits, trained)
+
+
+def test_several_adapters_are_what_merging_them_is():
+    model = get_peft_model(Net(), config()).eval()
+    model.add_adapter("other", config(bits=4))
+    perturb(model)
+    with pytest.warns(UserWarning, match="lies on no grid"):
+        model.base_model.set_adapter(["default", "other"])
+    trained = model(X)
+    trained.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad)
+    model.merge_adapter()
+    assert torch.equal(model(X), trained)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_autocast_to_the_other_16_bit_dtype_is_that_of_the_merged_model(dtypes):
+    own, other = dtypes
+    model = get_peft_model(Net().to(own), config()).eval()
+    perturb(model)
+    x = X.to(own)
+    with torch.autocast("cpu", dtype=other):
+        trained = model(x)
+        model.merge_adapter()
+        assert torch.equal(model(x), trained)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_output_can_be_changed_in_place(bias):
+    class InPlace(Net):
+        def forward(self, x):
+            y = self.a(x.unsqueeze(0))
+            y += 1
+            z = self.b(y).permute(0, 2, 1)
+            z *= 2
+            return z
+
+    net = InPlace(nn.Linear(32, 32, bias=bias))
+    model = get_peft_model(net, config()).eval()
+    perturb(model)
+    model(X).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
