@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from itertools import product
 
 import pytest
@@ -22,6 +23,14 @@ def test_compressed_tensors_holds_the_merged_model(setting, tmp_path):
     ids, reference = load_reference(tmp_path / "out")
     assert torch.equal(reference, merged_logits(model, ids))
     assert torch.equal(exported_logits(tmp_path / "out", ids), reference)
+
+
+def test_the_version_is_in_the_config(tmp_path):
+    """Packing has changed with it."""
+    needs("compressed-tensors")
+    export_model(adapted(bits=3), tmp_path / "out", "compressed-tensors", verify=False)
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert section["version"] == importlib.metadata.version("compressed-tensors")
 
 
 def test_an_old_version_is_refused(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ or `vllm serve THIS_REPOSITORY`."""
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=[name for name in outline.linears if f"{name}.weight" not in outline.adapted],
         )
-        content = config.model_dump(mode="json", exclude_none=True)
+        # The packing of 3 bits has changed with the version, which is where the library's own writer puts it.
+        content = config.model_dump(mode="json", exclude_none=True) | {"version": version(self.package)}
         if any(not symmetric for _, _, symmetric in kinds):
             # Versions 0.18 to 0.20 else expect zero points in a shape that nothing writes; vLLM ignores it.
             content["dequantize"] = True
