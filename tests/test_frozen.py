@@ -257,7 +257,7 @@ def test_a_merged_model_takes_its_own_state_dict_and_no_packed_one():
 
 def test_all_layers_are_packed_or_none():
     model = get_peft_model(tiny_model(), config("int8"))
-    model.add_adapter("other", config("full", target_modules=["v_proj"], init="minmax"))
+    model.add_adapter("other", config("full", target_modules=["v_proj"], init="mse"))
     layers = adapter_layers(model, "default")[1].values()
     with pytest.raises(ValueError, match="have scales and zeros of their own"):
         pack_weights(model, "default")

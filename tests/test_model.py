@@ -545,3 +545,32 @@ def test_two_adapters_merge_and_unmerge(one_by_one):
         assert layer.get_base_layer().weight.data_ptr() == pointer
         assert torch.equal(layer.get_base_layer().weight, weight)
     assert torch.equal(logits(model), together)
+
+
+def test_another_base_is_told_of(tmp_path):
+    model = get_peft_model(tiny_model(dtype=torch.bfloat16), DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny_model(dtype=torch.bfloat16), tmp_path)
+    PeftModel.from_pretrained(tiny_model(dtype=torch.bfloat16).float(), tmp_path)  # the very same numbers
+    with pytest.warns(UserWarning, match=r"other base weights than these \(bfloat16 there, float32 here\)"):
+        PeftModel.from_pretrained(tiny_model(), tmp_path)
+    other = tiny_model(dtype=torch.bfloat16)
+    other.model.layers[1].mlp.up_proj.weight.data += 1
+    with pytest.warns(UserWarning, match=r"other base weights than these \(bfloat16 there, bfloat16 here\)"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_a_record_without_its_tensors_is_not_believed(tmp_path):
+    """A config that was trained before, for a new adapter: nothing of it was done to this one."""
+    fresh = DLQATConfig(bits=2, group_size=32, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(), fresh)
+    calibrate(model, lm_batches(1), steps=1, progress=False)
+    model.save_pretrained(tmp_path)
+    config = DLQATConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    assert "calibration" in config.record
+    new, untouched = get_peft_model(tiny_model(), config), get_peft_model(tiny_model(), fresh)
+    assert "calibration" not in new.peft_config["default"].record
+    assert torch.equal(new.eval()(tokens()).logits, untouched.eval()(tokens()).logits)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert loaded.peft_config["default"].record == model.peft_config["default"].record

@@ -208,6 +208,7 @@ class DLQATConfig(PeftConfig):
     def __post_init__(self) -> None:
         """Refuse what no layer could take."""
         super().__post_init__()
+        self.record_of_file: dict[str, Any] = {}  # not a field: it is not saved
         self.peft_type = PeftType.DLQAT  # type: ignore[attr-defined]
         checks = {entry.name: entry.metadata["check"] for entry in fields(self) if "check" in entry.metadata}
         for name, check in checks.items():

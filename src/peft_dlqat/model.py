@@ -162,13 +162,13 @@ class DLQATModel(BaseTuner):
         if given.modules_to_save is None and given.task_type in _HEADS:
             given.modules_to_save = list(_HEADS[given.task_type])
         config = self.peft_config[adapter_name] = copy.copy(given)
-        config.record = dict(config.record)
-        # A loaded adapter, which has a record, brings its scales and zeros along: no need to search for them.
-        self._first_init = "minmax" if config.record else config.init
+        # A record is of the tensors that it was saved with, and true again when they are loaded.
+        config.record, config.record_of_file = {}, given.record
+        # A loaded adapter brings its scales and zeros along: no need to search for them.
+        self._first_init = "minmax" if given.record and config.inference_mode else config.init
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if "adapter_parameters" not in config.record:  # a loaded adapter was counted when it was made
-            config.record.update(_count_parameters(model, adapter_name, config.bias))
-            config.record.update(_base_record(model, adapter_name))
+        config.record.update(_count_parameters(model, adapter_name, config.bias))
+        config.record.update(_base_record(model, adapter_name))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; warns where several adapters become active."""
@@ -261,6 +261,8 @@ class DLQATModel(BaseTuner):
                 kept = stored_as(checked[tensor_key(name, "dlqat_spec", adapter_name)])
                 assert kept is not None
                 layer.set_storage(adapter_name, kept)
+        _warn_of_another_base(model, adapter_name, config.record_of_file)
+        config.record.update(config.record_of_file)
         return checked
 
 
@@ -403,15 +405,27 @@ def _count_parameters(model: nn.Module, adapter_name: str, bias: str) -> dict[st
 
 
 def _base_record(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """What tells the base model from another one; nothing while its weights are not there."""
+    """What tells the base model from another one; nothing while its weights are not there, or packed."""
     layers = {
-        name: layer.frozen.original()
+        name.removeprefix("base_model.model."): layer.frozen.as_kept()  # PEFT's, where the model is wrapped already
         for name, layer in model.named_modules()
-        if isinstance(layer, DLQATLayer) and adapter_name in layer.specs
+        if isinstance(layer, DLQATLayer) and adapter_name in layer.specs and not layer.frozen.packed
     }
     if not layers or any(weight.is_meta for weight in layers.values()):
         return {}
     return base_record({name: weight_checksum(weight) for name, weight in layers.items()}, layers.values())
+
+
+def _warn_of_another_base(model: nn.Module, adapter_name: str, record: dict[str, Any]) -> None:
+    """Warn if the adapted weights are not those that the record tells of: other codes would come of them."""
+    recorded, found = record.get("base", {}), _base_record(model, adapter_name).get("base", {})
+    if recorded and found and recorded["checksum"] != found["checksum"]:
+        dtypes = f"{recorded.get('dtype', 'several dtypes')} there, {found.get('dtype', 'several dtypes')} here"
+        warnings.warn(
+            f"adapter {adapter_name!r} was trained on other base weights than these ({dtypes}); with these the codes "
+            "are others, and so is the model: load the base model of its adapter_config.json, in the same dtype.",
+            stacklevel=2,
+        )
 
 
 def _out_in(module: nn.Module) -> tuple[int, int]:

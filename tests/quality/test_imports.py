@@ -18,6 +18,7 @@ ORDER = [
     "config",
     "placement",
     "float32",
+    "deferred",
     "frozen",
     "layer",
     "adapter_file",

@@ -11,6 +11,7 @@ SHARED = {
     "train/test_refused",
     "export/test_refused",
     "test_new_parts",
+    "test_foreign_bases",
     "test_old_adapters",
     "formats/test_new_format",
 }

@@ -167,16 +167,21 @@ def _on_meta(config: DLQATConfig, model_config: PretrainedConfig, dtype: torch.d
 def _static(model: PeftModel, storage: str) -> dict[str, int]:
     """Bytes of what stays, but for the optimiser's state; adapted weights as they are when they are packed."""
     layers = adapter_layers(model)[1].values()
-    in_full = sum(layer.weight.nbytes for layer in layers)
+    in_full = sum(layer.get_base_layer().weight.nbytes for layer in layers)
     bits = STORAGES[storage].bits
     everything = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     sizes = {
-        "scales_and_zeros": sum(buffer.nbytes for name, buffer in model.named_buffers() if ".dlqat_" in name),
+        "scales_and_zeros": sum(
+            tensor.nbytes
+            for tensors in (model.named_parameters(), model.named_buffers())
+            for name, tensor in tensors
+            if ".dlqat_" in name and not tensor.requires_grad
+        ),
         "adapter": sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
     }
     return {
         **sizes,
-        "frozen": sum(layer.weight.numel() * bits // 8 for layer in layers) if bits else in_full,
+        "frozen": sum(layer.get_base_layer().weight.numel() * bits // 8 for layer in layers) if bits else in_full,
         "rest": everything - in_full - sum(sizes.values()),
     }
 
