@@ -137,9 +137,7 @@ def test_a_gemma_2_whose_attention_was_not_capped_is_refused():
     """As older versions of transformers leave it out of sdpa, which is their default."""
     config = gemma2()
     config._attn_implementation = "sdpa"
-    with pytest.raises(
-        ValueError, match="attn_implementation='sdpa' cannot be written as GGUF: transformers then caps"
-    ):
+    with pytest.raises(ValueError, match=r"attn_implementation=.sdpa. cannot be written as GGUF: transformers then"):
         check_config(config)
 
 
