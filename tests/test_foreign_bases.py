@@ -31,6 +31,13 @@ class Scores(nn.Linear):
         return super().forward(x).softmax(-1), x
 
 
+class Falcons(nn.Linear):
+    """A forward of its own that does what every linear layer does."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
 class Net(nn.Module):
     """Two layers of which the second is given, and the head."""
 
@@ -129,6 +136,15 @@ def test_a_parametrized_weight_is_refused_or_left_out(change):
     assert list(adapter_layers(model)[1]) == ["base_model.model.a", "base_model.model.head"]
 
 
+def test_all_linear_knows_a_layer_by_what_it_does():
+    model = get_peft_model(Net(Falcons(32, 32)), config(target_modules="all-linear")).eval()
+    assert list(adapter_layers(model)[1]) == [f"base_model.model.{name}" for name in ("a", "b", "head")]
+    perturb(model)
+    trained = model(X)
+    model.merge_adapter()
+    assert torch.equal(model(X), trained)
+
+
 def test_all_linear_leaves_out_routers_and_gates():
     net = Net(Scores(32, 32))
     net.head = nn.Linear(32, 1)
@@ -176,6 +192,7 @@ def test_a_tied_head_leaves_the_embedding_alone(tmp_path):
     with torch.no_grad():
         trained = model(tokens()).logits
         model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        torch.manual_seed(0)
         again = PeftModel.from_pretrained(AutoModelForCausalLM.from_config(settings), tmp_path / "adapter").eval()
         assert torch.equal(again.get_output_embeddings().get_base_layer().weight, embedding)
         model.merge_adapter()

@@ -84,7 +84,7 @@ class LayerSpec:
             method=config.resolve_method(),
             gradient=config.gradient,
             # Of an adapter that was trained on a packed weight; a new one's is packed when its scales are frozen.
-            storage=config.record.get("storage", "full"),
+            storage=config.record_of_file.get("storage", "full"),
             others=values,
             numbers={key: (number(values[key]), number(default)) for key, (number, default) in to_number.items()},
         )

@@ -162,13 +162,15 @@ class DLQATModel(BaseTuner):
         if given.modules_to_save is None and given.task_type in _HEADS:
             given.modules_to_save = list(_HEADS[given.task_type])
         config = self.peft_config[adapter_name] = copy.copy(given)
-        # A record is of the tensors that it was saved with, and true again when they are loaded.
-        config.record, config.record_of_file = {}, given.record
+        # A record is of the tensors that it was saved with. An adapter that is to train may be a new one, of which it
+        # is not true until tensors are loaded; one that isn't can only be about to be loaded.
+        config.record_of_file = dict(given.record)
+        config.record = dict(given.record) if config.inference_mode else {}
         # A loaded adapter brings its scales and zeros along: no need to search for them.
-        self._first_init = "minmax" if given.record and config.inference_mode else config.init
+        self._first_init = "minmax" if config.record else config.init
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config.record.update(_count_parameters(model, adapter_name, config.bias))
-        config.record.update(_base_record(model, adapter_name))
+        config.record = _count_parameters(model, adapter_name, config.bias) | config.record
+        config.record = _base_record(model, adapter_name) | config.record
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; warns where several adapters become active."""
@@ -297,9 +299,24 @@ def _special(layer: Any) -> str:
         return ""
     if "weight" not in layer._parameters:
         return "a parametrized weight"
-    if type(layer).forward not in (nn.Linear.forward, Conv1D.forward):
+    if type(layer).forward not in (nn.Linear.forward, Conv1D.forward) and not _is_linear(layer):
         return f"a forward of their own ({type(layer).__name__})"
     return "a single output" if _out_in(layer)[0] == 1 else ""
+
+
+@torch.no_grad()
+def _is_linear(layer: Any) -> bool:
+    """Whether a layer with a forward of its own gives x @ W.T + bias all the same, as Falcon's do; by one input."""
+    with at_hand(layer), torch.random.fork_rng(devices=[]):
+        weight, bias = layer.weight, layer.bias
+        x = torch.randn(2, layer.in_features).to(weight)
+        try:
+            y = layer(x)
+        except Exception:  # whatever a forward may want beside x
+            return False
+        expected = nn.functional.linear(x, weight, bias)
+        same_kind = isinstance(y, torch.Tensor) and y.shape == expected.shape
+        return same_kind and (weight.is_meta or torch.allclose(y, expected, rtol=1e-2, atol=1e-3))
 
 
 def _is_target(config: DLQATConfig, name: str) -> bool:

@@ -24,7 +24,7 @@ def test_a_layer_is_the_formula(bits, group_size, zero_point):
     zeros = {"z": zero if zero_point == "integer" else None, "b": zero if zero_point == "float" else None}
     copies = {name: parameter.detach().clone().requires_grad_(True) for name, parameter in trained.items()}
     w_hat = quantize(
-        layer.weight.detach(),
+        layer.get_base_layer().weight.detach(),
         copies["A"],
         copies["B"],
         copies["magnitude"],
