@@ -77,6 +77,7 @@ class DLQATLayer(BaseTunerLayer):
         self.specs: dict[str, LayerSpec] = {}
         self.fan_in_fan_out = fan_in_fan_out
         self._set_aside: list[nn.Parameter] = []  # in a list: as an attribute it would be registered
+        self._was_read = False  # the weight, by a parent; whoever watches sets it back
         self._disable_adapters = False
         self.merged_adapters = []
         shape = full_shape(self.get_base_layer().weight)

@@ -133,6 +133,14 @@ def test_what_llama_cpp_computes_otherwise_is_refused(says, make):
     assert "export the model as 'compressed-tensors' or 'dense'" in str(caught.value)
 
 
+def test_a_gemma_2_whose_attention_was_not_capped_is_refused():
+    """As older versions of transformers leave it out of sdpa, which is their default."""
+    config = gemma2()
+    config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match=r"attn_implementation=.sdpa. cannot be written as GGUF: transformers then"):
+        check_config(config)
+
+
 def test_an_export_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_dlqat.export.export.trained_logits", lambda *_: pytest.fail("it was run"))
     model = adapted("phi3", bits=4)

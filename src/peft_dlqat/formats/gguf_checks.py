@@ -39,6 +39,8 @@ _RUNNING = {
     *("reorder_and_upcast_attn", "id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype"),
 }
 _NAMES = {"architectures", "model_type", "transformers_version", "_name_or_path", "auto_map", "is_encoder_decoder"}
+# What some versions of transformers keep beside what they declare; the first is checked, the second is RoPE's too.
+_ELSEWHERE = {"head_dim", "partial_rotary_factor", "ignore_keys_at_rope_validation"}
 _KNOWN = _WRITTEN | _BY_TENSORS | _CHECKED | _WINDOWS | _TRAINING | _RUNNING | _NAMES
 _ROPE = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
@@ -71,7 +73,7 @@ def check_config(config: PretrainedConfig) -> None:
     if "sliding_window" in declared:
         _check_windows(config, arch)
     without_effect = _RUNNING | _NAMES | (_WINDOWS if "layer_types" in declared else set())
-    unknown = sorted(set(config.to_dict()) - declared - without_effect - {"head_dim"}) + _unknown_rope(config)
+    unknown = sorted(set(config.to_dict()) - declared - without_effect - _ELSEWHERE) + _unknown_rope(config)
     if unknown and not ours:
         value = getattr(config, unknown[0], None)
         raise _cannot(unknown[0], value, f"{type(config).__name__} is not transformers' own, and does not declare it")
@@ -130,7 +132,7 @@ def _ropes(config: PretrainedConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     if rope_of(config) is rope:
         yield "rope_parameters", rope
     else:
-        yield from ((f"rope_parameters[{kind!r}]", own) for kind, own in rope.items())
+        yield from ((f"rope_parameters[{kind!r}]", own) for kind, own in rope.items() if isinstance(own, dict))
 
 
 def _check_rope(name: str, rope: dict[str, Any], arch: Architecture) -> None:
@@ -162,6 +164,9 @@ def _check_gemma(config: PretrainedConfig, arch: Architecture) -> None:
             config.query_pre_attn_scalar,
             f"llama.cpp takes {scalar} for a model of these sizes",
         )
+    if arch.name == "gemma2" and getattr(config, "_attn_implementation", None) == "sdpa":  # newer versions refuse it
+        rule = "transformers then caps no attention logits, llama.cpp does; train with attn_implementation='eager', or"
+        raise _cannot("attn_implementation", "sdpa", rule)
     for name in ("attn_logit_softcapping", "final_logit_softcapping") if arch.name == "gemma2" else ():
         if not getattr(config, name):
             raise _cannot(name, getattr(config, name), "llama.cpp always caps this architecture's logits")

@@ -25,6 +25,7 @@ from .model_loss import ModelLoss, ModelObjective
 from .recipe import RECIPE
 from .reference import REFERENCE, is_reference, renew_reference
 from .scales_and_zeros import check_movable, only_these_train
+from .used_layers import all_layers_used
 
 By = Literal["model", "blocks"]
 Objective = Literal["distill", "task", "output"]
@@ -166,7 +167,8 @@ def calibrate(
 
     Raises:
         NoDecoderLayers: a ValueError; with "output", for a model that is no list of decoder layers.
-        ValueError: for an impossible argument, a model without the adapter, or a loader that is empty, or ends early
+        ValueError: for an impossible argument, a model without the adapter, an adapter layer that the model passes by,
+            or a loader that is empty, or ends early
             and cannot be started again, or whose batches have no position that counts; for `train_adapter` with packed
             storage, which would change what was fitted. Scales and zeros are then as they were before.
         FloatingPointError: if the loss turns NaN or infinite. Scales and zeros are then as they were before.
@@ -200,7 +202,8 @@ def calibrate(
         if log is not None:
             log(step, {"calibration/loss": value, "calibration/lr": lr})
 
-    with random_state_kept(), only_these_train(model, descent.tensors(layers.values())):
+    moving = only_these_train(model, descent.tensors(layers.values()))
+    with random_state_kept(), moving, all_layers_used(model, layers):
         if objective == "output":
             blocks = calibrate_by_blocks(model, dataloader, descent, config.init, progress, cache_dir, report)
             result = Calibration.of_outputs(descent.steps, blocks)
