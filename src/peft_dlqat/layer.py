@@ -77,6 +77,7 @@ class DLQATLayer(BaseTunerLayer):
         self.specs: dict[str, LayerSpec] = {}
         self.fan_in_fan_out = fan_in_fan_out
         self._set_aside: list[nn.Parameter] = []  # in a list: as an attribute it would be registered
+        self.calibrates = False  # inside a calibration
         self._was_read = False  # the weight, by a parent; whoever watches sets it back
         self._disable_adapters = False
         self.merged_adapters = []
@@ -169,6 +170,11 @@ class DLQATLayer(BaseTunerLayer):
         s, z, b = (self._modules[name].get(adapter_name) for name in CALIBRATED)  # type: ignore[union-attr]
         assert s is not None
         return s, b if z is None else z
+
+    def freeze_calibrated(self) -> None:
+        """Take scales and zeros out of training; transformers' own loading makes Parameters anew, and trains all."""
+        for name in CALIBRATED:
+            self._modules[name].requires_grad_(False)  # type: ignore[union-attr]
 
     def trained(self, adapter_name: str) -> dict[str, tuple[TrainedTensor, nn.Parameter]]:
         """The adapter's trained tensors by name, each with what must be known of it."""
@@ -390,7 +396,15 @@ class DLQATLayer(BaseTunerLayer):
     def _output_with(self, weight: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What the base layer itself, whatever it does, gives with another weight in W0's dtype."""
         inputs = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, weight.dtype)
-        output = functional_call(self.get_base_layer(), {"weight": weight}, (inputs, *args), kwargs)
+        base_layer: Any = self.get_base_layer()
+        hooked = base_layer.__dict__.get("forward") if "_hf_hook" in base_layer.__dict__ else None
+        if hooked is not None:  # accelerate's would fetch W0; `at_hand` has done its work
+            base_layer.forward = base_layer._old_forward
+        try:
+            output = functional_call(base_layer, {"weight": weight}, (inputs, *args), kwargs)
+        finally:
+            if hooked is not None:
+                base_layer.forward = hooked
         return output.to(x.dtype) if isinstance(output, torch.Tensor) and inputs is not x else output
 
 

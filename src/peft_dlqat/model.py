@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapter_file import base_record, check_state, tensor_key, weight_checksum, with_current_names
+from .adapter_file import base_checksum, base_record, check_state, tensor_key, weight_checksum, with_current_names
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .frozen import check_float_weight
 from .layer import CALIBRATED, PREFIX, DLQATLayer, DLQATLinear
@@ -215,6 +215,9 @@ class DLQATModel(BaseTuner):
 
     def _warn_if_never_calibrated(self, model: nn.Module, _: Any) -> None:
         """Warn once if an adapter that was never calibrated is trained."""
+        for layer in self.model.modules():
+            if isinstance(layer, DLQATLayer) and not layer.calibrates:
+                layer.freeze_calibrated()
         if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         for name, config in getattr(model, "peft_config", {}).items():
@@ -263,8 +266,9 @@ class DLQATModel(BaseTuner):
                 kept = stored_as(checked[tensor_key(name, "dlqat_spec", adapter_name)])
                 assert kept is not None
                 layer.set_storage(adapter_name, kept)
-        _warn_of_another_base(model, adapter_name, config.record_of_file)
-        config.record.update(config.record_of_file)
+        record, config.record_of_file = config.record_of_file or config.record, {}
+        checked = _with_own_base(model, adapter_name, checked, record)
+        config.record.update(record)
         return checked
 
 
@@ -299,6 +303,10 @@ def _special(layer: Any) -> str:
         return ""
     if "weight" not in layer._parameters:
         return "a parametrized weight"
+    try:
+        check_float_weight(layer, "adapt")
+    except TypeError:  # said by `check_target`, with the layer's name
+        return ""
     if type(layer).forward not in (nn.Linear.forward, Conv1D.forward) and not _is_linear(layer):
         return f"a forward of their own ({type(layer).__name__})"
     return "a single output" if _out_in(layer)[0] == 1 else ""
@@ -308,13 +316,13 @@ def _special(layer: Any) -> str:
 def _is_linear(layer: Any) -> bool:
     """Whether a layer with a forward of its own gives x @ W.T + bias all the same, as Falcon's do; by one input."""
     with at_hand(layer), torch.random.fork_rng(devices=[]):
-        weight, bias = layer.weight, layer.bias
-        x = torch.randn(2, layer.in_features).to(weight)
+        weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+        x = torch.randn(2, weight.shape[1]).to(weight)
         try:
             y = layer(x)
         except Exception:  # whatever a forward may want beside x
             return False
-        expected = nn.functional.linear(x, weight, bias)
+        expected = nn.functional.linear(x, weight, layer.bias)
         same_kind = isinstance(y, torch.Tensor) and y.shape == expected.shape
         return same_kind and (weight.is_meta or torch.allclose(y, expected, rtol=1e-2, atol=1e-3))
 
@@ -423,26 +431,51 @@ def _count_parameters(model: nn.Module, adapter_name: str, bias: str) -> dict[st
 
 def _base_record(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """What tells the base model from another one; nothing while its weights are not there, or packed."""
-    layers = {
+    weights = _base_weights(model, adapter_name)
+    if not weights or any(weight.is_meta for weight in weights.values()):
+        return {}
+    return base_record({name: weight_checksum(weight) for name, weight in weights.items()}, weights.values())
+
+
+def _base_weights(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """W0 of the adapted layers by the base model's names; not of packed ones."""
+    return {
         name.removeprefix("base_model.model."): layer.frozen.as_kept()  # PEFT's, where the model is wrapped already
         for name, layer in model.named_modules()
         if isinstance(layer, DLQATLayer) and adapter_name in layer.specs and not layer.frozen.packed
     }
-    if not layers or any(weight.is_meta for weight in layers.values()):
-        return {}
-    return base_record({name: weight_checksum(weight) for name, weight in layers.items()}, layers.values())
 
 
-def _warn_of_another_base(model: nn.Module, adapter_name: str, record: dict[str, Any]) -> None:
-    """Warn if the adapted weights are not those that the record tells of: other codes would come of them."""
-    recorded, found = record.get("base", {}), _base_record(model, adapter_name).get("base", {})
-    if recorded and found and recorded["checksum"] != found["checksum"]:
+def _with_own_base(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], record: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The tensors to load; W0 of an adapted head among them only if it is the one that the adapter was trained on.
+
+    PEFT saves an adapted head's base weight beside the adapter: W0, but w_hat of a merged one, and codes of a packed
+    one. Warns if the adapted weights are not those that the record tells of: other codes would come of them.
+    """
+    recorded, weights = record.get("base", {}), _base_weights(model, adapter_name)
+    suffix = ".base_layer.weight"
+    given = {
+        key.removesuffix(suffix).removeprefix("base_model.model."): value
+        for key, value in state_dict.items()
+        if key.endswith(suffix)
+    }
+    if any(weight.is_meta for weight in weights.values()):
+        return state_dict
+    checksums = {name: weight_checksum(weight) for name, weight in weights.items()}
+    from_file = {name: weight_checksum(value) for name, value in given.items() if value.is_floating_point()}
+    if given and from_file.keys() == given.keys() and base_checksum(checksums | from_file) == recorded.get("checksum"):
+        return state_dict
+    if recorded and checksums and recorded["checksum"] != base_checksum(checksums):
+        found = base_record(checksums, weights.values())["base"]
         dtypes = f"{recorded.get('dtype', 'several dtypes')} there, {found.get('dtype', 'several dtypes')} here"
         warnings.warn(
             f"adapter {adapter_name!r} was trained on other base weights than these ({dtypes}); with these the codes "
             "are others, and so is the model: load the base model of its adapter_config.json, in the same dtype.",
             stacklevel=2,
         )
+    return {key: value for key, value in state_dict.items() if not key.endswith(suffix)}
 
 
 def _out_in(module: nn.Module) -> tuple[int, int]:
