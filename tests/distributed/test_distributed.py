@@ -44,7 +44,7 @@ def differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert one.keys() == other.keys()
     largest: dict[str, float] = {}
     for name, tensor in one.items():
-        kind = name.rpartition(".")[2]
+        kind = name.removesuffix(".weight").rpartition(".")[2]
         largest[kind] = max(largest.get(kind, 0.0), (tensor - other[name]).abs().max().item())
     return largest
 

@@ -188,7 +188,7 @@ def test_own_model_text_and_metric_script(given: Path, tmp_path: Path) -> None:
     weights = load_file(tmp_path / "out" / "dlqat-4bit" / "adapter_model.safetensors")
     assert pushed["adapter_model.safetensors"] == (tmp_path / "out/dlqat-4bit/adapter_model.safetensors").read_bytes()
     assert {"adapter_config.json", "tokenizer.json", "README.md"} <= pushed.keys()
-    assert {tensor.shape[0] for name, tensor in weights.items() if name.endswith("dlqat_A")} == {4}
+    assert {tensor.shape[0] for name, tensor in weights.items() if name.endswith("dlqat_A.weight")} == {4}
 
 
 def test_an_adapter_that_comes_back_changed_is_found(

@@ -128,9 +128,9 @@ def run_calibrate(case: str) -> dict[str, Any]:
     initial, batches = adapter(model), record_batches(model)
     if zero_point == "integer":
         # Zero points move by a hundredth of a code in a step. Near the next integer, a few steps carry some over.
-        for name, buffer in model.named_buffers():
+        for name, parameter in model.named_parameters():
             if ".dlqat_zero_point." in name:
-                buffer += 0.485 * torch.where(buffer > 0, -1, 1)
+                parameter += 0.485 * torch.where(parameter > 0, -1, 1)
     ids = Sequences().ids
     labels = ids.clone()
     if other_lengths:

@@ -85,7 +85,11 @@ def train(folder: Path, storage: str) -> dict[str, Any]:
             adapter = {name: parameter.detach().clone() for name, parameter in names.items()}
     else:
         adapter = {name: parameter.detach().clone() for name, parameter in names.items()}
-    grid = {name: buffer.clone() for name, buffer in model.named_buffers() if ".dlqat_" in name}
+    grid = {
+        name: tensor.clone()
+        for name, tensor in model.named_parameters()
+        if ".dlqat_" in name and not tensor.requires_grad
+    }
     return {"losses": losses, "adapter": adapter, "grid": grid, "numbers": local}
 
 
