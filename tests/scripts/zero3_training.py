@@ -10,6 +10,7 @@ torchrun, `STORAGE-single.pt`.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from peft_dlqat import DLQATConfig, load_packed
+from peft_dlqat.layer import CALIBRATED
 from peft_dlqat.train.calibrate import Calibration
 
 STORAGES = ("full", "int8")
@@ -80,16 +82,17 @@ def train(folder: Path, storage: str) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
     names = trained(model)
-    if world_size() > 1:
-        with deepspeed.zero.GatheredParameters(list(names.values())):
-            adapter = {name: parameter.detach().clone() for name, parameter in names.items()}
-    else:
-        adapter = {name: parameter.detach().clone() for name, parameter in names.items()}
-    grid = {
-        name: tensor.clone()
-        for name, tensor in model.named_parameters()
-        if ".dlqat_" in name and not tensor.requires_grad
+    calibrated = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if any(f".{kind}." in name for kind in CALIBRATED)
     }
+    whole = deepspeed.zero.GatheredParameters([*names.values(), *calibrated.values()])
+    with whole if world_size() > 1 else nullcontext():
+        adapter, grid = (
+            {name: parameter.detach().clone() for name, parameter in tensors.items()}
+            for tensors in (names, calibrated)
+        )
     return {"losses": losses, "adapter": adapter, "grid": grid, "numbers": local}
 
 
