@@ -6,14 +6,15 @@ import re
 
 import pytest
 import torch
-from conftest import CONFIGS, perturb, tokens
+from accelerate import cpu_offload
+from conftest import CONFIGS, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from peft_dlqat import DLQATConfig
+from peft_dlqat import DLQATConfig, pack_weights
 from peft_dlqat.layer import DLQATLinear, adapter_layers
 
 
@@ -248,3 +249,47 @@ def test_an_output_can_be_changed_in_place(bias):
     perturb(model)
     model(X).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+HEAD = {"target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM", "group_size": 32}
+
+
+@pytest.mark.parametrize("storage", ["full", "int8"])
+def test_a_merged_or_packed_head_is_not_loaded_for_w0(storage, tmp_path):
+    """PEFT saves an adapted head's base weight beside the adapter, whatever it is then."""
+    model = get_peft_model(tiny_model(), config(storage=storage, **HEAD)).eval()
+    pack_weights(model)
+    perturb(model)
+    with torch.no_grad():
+        trained = model(tokens()).logits
+        for merged in (False, True):
+            if merged:
+                model.merge_adapter()
+            model.save_pretrained(tmp_path, save_embedding_layers=True)
+            again = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+            assert torch.equal(again(tokens()).logits, trained)
+
+
+@pytest.mark.parametrize("zero_point", ["none", "integer", "float"])
+def test_scales_and_zeros_never_train_after_transformers_loading(zero_point, tmp_path):
+    get_peft_model(tiny_model(), config(zero_point=zero_point, **HEAD)).save_pretrained(
+        tmp_path, save_embedding_layers=False
+    )
+    model = tiny_model()
+    model.load_adapter(str(tmp_path), is_trainable=True)
+    for layer in adapter_layers(model)[1].values():
+        assert not any(tensor.requires_grad for tensor in layer.scales_and_zeros("default") if tensor is not None)
+        assert layer.dlqat_A["default"].requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:adapters .* are active together")
+def test_an_offloaded_layer_runs_with_w_hat():
+    """Several adapters, so that the base layer itself runs; accelerate's hook would fetch W0 for it."""
+    model = get_peft_model(Net(), config()).eval()
+    model.add_adapter("other", config(bits=4))
+    perturb(model)
+    model.base_model.set_adapter(["default", "other"])
+    with torch.no_grad():
+        expected = model(X)
+        cpu_offload(model.base_model.model, execution_device=torch.device("cpu"))
+        assert torch.equal(model(X), expected)

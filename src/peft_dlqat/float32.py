@@ -25,11 +25,18 @@ class _Float32Mixin:
 
 
 class _Entry(_Float32Mixin, nn.Module):
-    """One adapter's tensor."""
+    """One adapter's tensor. What was made to take no gradient stays so, whoever puts another in its place."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
+        self._frozen = not weight.requires_grad
         self.weight = weight
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's; transformers' loading of an adapter assigns Parameters that all take gradients."""
+        if param is not None and self._frozen:
+            param.requires_grad_(False)
+        super().register_parameter(name, param)
 
 
 class Float32ParameterDict(nn.ModuleDict):

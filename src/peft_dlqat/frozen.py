@@ -138,7 +138,7 @@ class FrozenWeight:
         """Put what is left of W0 back in the place of a packed one, in its dtype; nothing where it is not packed."""
         if not self.packed:
             return
-        self._kept.data = self._as_base_layer_has_it(self.original())
+        self._kept.data = self.as_base_layer_has_it(self.original())
 
     def check_same_kind(self, weight: torch.Tensor | None) -> None:
         """Refuse a weight from a state dict that is packed where the base layer's is not, or the other way round.
@@ -166,7 +166,7 @@ class FrozenWeight:
 
         It is a Parameter of its own: another module may share W0's, a tied embedding for one, and keeps that.
         """
-        weight = self._as_base_layer_has_it(replacement)
+        weight = self.as_base_layer_has_it(replacement)
         if self._layer._set_aside:
             self._parameter.data = weight
             return
@@ -194,7 +194,8 @@ class FrozenWeight:
             self._layer._set_aside.append(self._parameter)
             self._parameter = replacement
 
-    def _as_base_layer_has_it(self, weight: torch.Tensor) -> torch.Tensor:
+    def as_base_layer_has_it(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight [out, in], transposed where the base layer has its own so."""
         return weight.t().contiguous() if self.fan_in_fan_out else weight
 
 

@@ -77,7 +77,6 @@ class DLQATLayer(BaseTunerLayer):
         self.specs: dict[str, LayerSpec] = {}
         self.fan_in_fan_out = fan_in_fan_out
         self._set_aside: list[nn.Parameter] = []  # in a list: as an attribute it would be registered
-        self.calibrates = False  # inside a calibration
         self._was_read = False  # the weight, by a parent; whoever watches sets it back
         self._disable_adapters = False
         self.merged_adapters = []
@@ -170,11 +169,6 @@ class DLQATLayer(BaseTunerLayer):
         s, z, b = (self._modules[name].get(adapter_name) for name in CALIBRATED)  # type: ignore[union-attr]
         assert s is not None
         return s, b if z is None else z
-
-    def freeze_calibrated(self) -> None:
-        """Take scales and zeros out of training; transformers' own loading makes Parameters anew, and trains all."""
-        for name in CALIBRATED:
-            self._modules[name].requires_grad_(False)  # type: ignore[union-attr]
 
     def trained(self, adapter_name: str) -> dict[str, tuple[TrainedTensor, nn.Parameter]]:
         """The adapter's trained tensors by name, each with what must be known of it."""
@@ -361,7 +355,7 @@ class DLQATLayer(BaseTunerLayer):
             dtype = self.frozen.dtype
             if len(adapter_names) == 1:
                 return self._fake_quantized(adapter_names[0], dtype)
-            weight = original = self.frozen._as_base_layer_has_it(self.frozen.original()).float()
+            weight = original = self.frozen.as_base_layer_has_it(self.frozen.original()).float()
             if adapter_names:
                 weight = original + sum(self._fake_quantized(name, torch.float32) - original for name in adapter_names)
             return weight.to(dtype)

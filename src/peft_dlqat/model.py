@@ -215,9 +215,6 @@ class DLQATModel(BaseTuner):
 
     def _warn_if_never_calibrated(self, model: nn.Module, _: Any) -> None:
         """Warn once if an adapter that was never calibrated is trained."""
-        for layer in self.model.modules():
-            if isinstance(layer, DLQATLayer) and not layer.calibrates:
-                layer.freeze_calibrated()
         if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         for name, config in getattr(model, "peft_config", {}).items():

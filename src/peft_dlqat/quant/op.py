@@ -159,6 +159,16 @@ def _refuse_second_derivatives() -> None:
         )
 
 
+def _keep_settings(ctx: Any, quantizer: Quantizer) -> None:
+    """Not the quantizer itself: its tensors are kept as autograd keeps them, or they would outlive a checkpoint."""
+    ctx.before = quantizer.grid, quantizer.scaling
+    ctx.after = quantizer.update_in_steps, quantizer.storage
+
+
+def _kept_quantizer(ctx: Any, tensors: list[torch.Tensor]) -> Quantizer:
+    return Quantizer(*ctx.before, *tensors, *ctx.after)
+
+
 def _keeps_output(ctx: Any, gradient: str) -> bool:
     """The low-rank path has the magnitude's gradient from the output."""
     return gradient == "lowrank" and ctx.needs_input_grad[_TENSORS.index("scale")]
@@ -175,9 +185,7 @@ class _FakeQuantizeLinear(torch.autograd.Function):
         # A view that is made in here could not be changed in place, as models do.
         output = torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
         ctx.save_for_backward(output if _keeps_output(ctx, gradient) else None, *tensors)
-        # Not the quantizer itself: its tensors are kept as autograd keeps them, or they would outlive a checkpoint.
-        ctx.before = quantizer.grid, quantizer.scaling
-        ctx.after = quantizer.update_in_steps, quantizer.storage
+        _keep_settings(ctx, quantizer)
         ctx.constants = fan_in_fan_out, gradient
         return output
 
@@ -185,7 +193,7 @@ class _FakeQuantizeLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         _refuse_second_derivatives()
         y, x, bias, weight, *of_weight = ctx.saved_tensors
-        quantizer = Quantizer(*ctx.before, *of_weight, *ctx.after)
+        quantizer = _kept_quantizer(ctx, of_weight)
         wanted = {name for name, need in zip(_TENSORS, ctx.needs_input_grad, strict=False) if need}
         with torch.autocast(grad.device.type, enabled=False):
             grads = _backward(grad, wanted, y, x, bias, weight, quantizer, *ctx.constants)
@@ -201,8 +209,7 @@ class _FakeQuantize(torch.autograd.Function):
         weight = tensors[0]
         w_hat = implementation(weight, quantizer).quantized(weight, quantizer, dtype, fan_in_fan_out)
         ctx.save_for_backward(*tensors)
-        ctx.before = quantizer.grid, quantizer.scaling
-        ctx.after = quantizer.update_in_steps, quantizer.storage
+        _keep_settings(ctx, quantizer)
         ctx.fan_in_fan_out = fan_in_fan_out
         return w_hat.t() if fan_in_fan_out else w_hat
 
@@ -210,7 +217,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         _refuse_second_derivatives()
         weight, *of_weight = ctx.saved_tensors
-        quantizer = Quantizer(*ctx.before, *of_weight, *ctx.after)
+        quantizer = _kept_quantizer(ctx, of_weight)
         wanted = {name for name, need in zip(_OF_QUANTIZER, ctx.needs_input_grad, strict=False) if need}
         g = grad.t() if ctx.fan_in_fan_out else grad
         with torch.autocast(grad.device.type, enabled=False):

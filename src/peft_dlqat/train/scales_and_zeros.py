@@ -61,23 +61,18 @@ def put_values(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
 def only_these_train(model: nn.Module, tensors: list[torch.Tensor]) -> Iterator[None]:
     """Inside the block only the given tensors take gradients; an exception puts their values back."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    layers = [module for module in model.modules() if isinstance(module, DLQATLayer)]
     flags = [tensor.requires_grad for tensor in tensors]
     initial = values_of(tensors)
     for parameter in trained:
         parameter.requires_grad_(False)
     for tensor in tensors:
         tensor.requires_grad_(True)
-    for layer in layers:
-        layer.calibrates = True
     try:
         yield
     except BaseException:
         put_values(tensors, initial)
         raise
     finally:
-        for layer in layers:
-            layer.calibrates = False
         for tensor, flag in zip(tensors, flags, strict=True):
             tensor.requires_grad_(flag)
             tensor.grad = None
