@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, lm_batches, perturb, tiny_model, tokens
+from conftest import CONFIGS, calibrated, lm_batches, perturb, tiny_model, tokens
 from foreign_layers import QUANTIZED, Net
 from peft import PeftModel, get_peft_model
 from refusals import INF, NAN, both_active, refused, small_config
@@ -552,11 +552,13 @@ def test_another_base_is_told_of(tmp_path):
     model.save_pretrained(tmp_path)
     PeftModel.from_pretrained(tiny_model(dtype=torch.bfloat16), tmp_path)
     PeftModel.from_pretrained(tiny_model(dtype=torch.bfloat16).float(), tmp_path)  # the very same numbers
-    with pytest.warns(UserWarning, match=r"other base weights than these \(bfloat16 there, float32 here\)"):
+    with pytest.warns(
+        UserWarning, match=r"other base weights than these \(14 of 14 layers, .*; bfloat16 there, float32 here\)"
+    ):
         PeftModel.from_pretrained(tiny_model(), tmp_path)
     other = tiny_model(dtype=torch.bfloat16)
     other.model.layers[1].mlp.up_proj.weight.data += 1
-    with pytest.warns(UserWarning, match=r"other base weights than these \(bfloat16 there, bfloat16 here\)"):
+    with pytest.warns(UserWarning, match=r"1 of 14 layers, .*layers\.1\.mlp\.up_proj; bfloat16 there, bfloat16 here"):
         PeftModel.from_pretrained(other, tmp_path)
 
 
@@ -568,9 +570,21 @@ def test_a_record_without_its_tensors_is_not_believed(tmp_path):
     model.save_pretrained(tmp_path)
     config = DLQATConfig.from_pretrained(tmp_path)
     config.inference_mode = False
-    assert "calibration" in config.record
     new, untouched = get_peft_model(tiny_model(), config), get_peft_model(tiny_model(), fresh)
-    assert "calibration" not in new.peft_config["default"].record
+    assert not calibrated(new)
     assert torch.equal(new.eval()(tokens()).logits, untouched.eval()(tokens()).logits)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
-    assert loaded.peft_config["default"].record == model.peft_config["default"].record
+    assert calibrated(loaded)
+
+
+def test_the_config_is_the_callers_and_another_model_may_have_it_too():
+    """PEFT's own tools rely on it. What "all-linear" stood for in one model is not what it stands for in the next."""
+    given = DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(), given)
+    assert model.peft_config["default"] is given and model.base_model.peft_config["default"] is given
+    calibrate(model, lm_batches(1), steps=0, progress=False)
+    other = get_peft_model(tiny_model("gpt2"), given)
+    assert other.peft_config["default"] is given and not calibrated(other) and calibrated(model)
+    assert len(adapter_layers(other)[1]) == 8  # of GPT-2's own
+    given.target_modules = {"c_attn"}
+    assert len(adapter_layers(get_peft_model(tiny_model("gpt2"), given))[1]) == 2

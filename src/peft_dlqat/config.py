@@ -150,7 +150,6 @@ class DLQATConfig(PeftConfig):
             grid that one of them cannot hold exactly is refused now rather than after training.
         init_weights: True starts B at zero, so that a fresh adapter is exactly round-to-nearest; False starts it
             at random, for tests.
-        record: what the package did with the adapter (parameter counts, calibration), saved with it. Not for setting.
 
     Raises:
         ValueError: for a value that no layer could take; says the value, the rule and a remedy.
@@ -203,13 +202,13 @@ class DLQATConfig(PeftConfig):
     init: Literal["mse", "minmax"] = _setting("mse", "First scales and zeros of a layer.", _one_of(INITIALISATIONS))
     export: list[str] | None = _setting(None, "Formats that must be able to hold the grid exactly.")
     init_weights: bool = _setting(True, "Start B at zero; False starts it at random.", _check_flag)
-    record: dict[str, Any] = _setting({}, "What the package did with the adapter; not for setting.")
 
     def __post_init__(self) -> None:
         """Refuse what no layer could take."""
         super().__post_init__()
-        self.record_of_file: dict[str, Any] = {}  # not a field: it is not saved
         self.peft_type = PeftType.DLQAT  # type: ignore[attr-defined]
+        # What "all-linear" stood for in the last model; the next may be another one. No field: it is not saved.
+        self.all_linear: set[str] | None = None
         checks = {entry.name: entry.metadata["check"] for entry in fields(self) if "check" in entry.metadata}
         for name, check in checks.items():
             check(name, getattr(self, name))

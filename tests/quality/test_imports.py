@@ -20,6 +20,7 @@ ORDER = [
     "float32",
     "deferred",
     "frozen",
+    "record",
     "layer",
     "adapter_file",
     "model",
