@@ -117,10 +117,10 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def say_calibrated(model: torch.nn.Module, calibrated: bool = True) -> None:
-    """Say of the active adapter that its scales and zeros were fitted to data, where this is no test of that."""
-    adapter_name, layers = adapter_layers(model)
-    for layer in layers.values():
-        layer.set_record(adapter_name, calibrated=calibrated)
+    """Say of every adapter that its scales and zeros were fitted to data, where this is no test of that."""
+    for layer in model.modules():
+        for adapter_name in getattr(layer, "specs", ()):
+            layer.set_record(adapter_name, calibrated=calibrated)
 
 
 def calibrated(model: torch.nn.Module) -> bool:

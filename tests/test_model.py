@@ -10,10 +10,17 @@ import pytest
 import torch
 from conftest import CONFIGS, calibrated, lm_batches, perturb, tiny_model, tokens
 from foreign_layers import QUANTIZED, Net
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from refusals import INF, NAN, both_active, refused, small_config
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MixtralConfig,
+)
 
 from peft_dlqat import DLQATConfig, calibrate
 from peft_dlqat.layer import DLQATLayer, adapter_layers
@@ -588,3 +595,59 @@ def test_the_config_is_the_callers_and_another_model_may_have_it_too():
     assert len(adapter_layers(other)[1]) == 8  # of GPT-2's own
     given.target_modules = {"c_attn"}
     assert len(adapter_layers(get_peft_model(tiny_model("gpt2"), given))[1]) == 2
+
+
+def test_a_second_model_around_the_first_is_refused():
+    """PEFT warns of it; "all-linear" would take in the output head."""
+    model = adapted()
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"PeftModelForCausalLM already; .*add_adapter"):
+        warnings.simplefilter("ignore")
+        get_peft_model(model, config(bits=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"modules_to_save": ["lm_head", "heads"]}, "'heads' is no module of the model"),
+        ({"modules_to_save": "heads"}, "'heads' is no module of the model"),
+        ({"layers_to_transform": [0, 2]}, "there is no layer 2 with a target; layers are counted from 0"),
+        ({"layers_to_transform": 2, "target_modules": ["q_proj"]}, "there is no layer 2 with a target"),
+    ],
+)
+def test_settings_of_what_is_not_there_are_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        get_peft_model(tiny_model(), config(**changes))
+
+
+def test_layers_beside_the_language_model_are_named_in_a_line():
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(image_size=28, patch_size=14, **shape)
+    model_config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=64, **shape), image_token_id=3)
+    given = {"bits": 3, "group_size": 32}
+    with pytest.warns(UserWarning, match=r"8 linear layers beside the language model, such as .*exclude_modules"):
+        model = get_peft_model(AutoModelForImageTextToText.from_config(model_config), DLQATConfig(**given))
+    assert len(adapter_layers(model)[1]) == 8 + 7
+    narrow = DLQATConfig(**given, exclude_modules=".*(vision_tower|projector).*")
+    model = get_peft_model(AutoModelForImageTextToText.from_config(model_config), narrow)  # says nothing
+    assert len(adapter_layers(model)[1]) == 7
+
+
+def test_a_merged_models_state_dict_is_no_unmerged_ones():
+    model, other = adapted(), adapted()
+    perturb(model)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match=r"state dict are not those .*taken while merged.*unmerge_adapter"):
+        other.load_state_dict(model.state_dict())
+    model.load_state_dict(model.state_dict())  # merged it is right
+
+
+def test_other_adapters_around_a_quantized_layer():
+    """LoRA's forward adds to the quantized layer's."""
+    model = adapted()
+    before = logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        around = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), "lora")
+    assert torch.equal(logits(around), before)

@@ -30,9 +30,10 @@ from .methods import AdapterTensors, TrainedTensor
 from .placement import at_hand, check_here, full_shape, gather_with, is_partitioned
 from .quant.dispatch import harden
 from .quant.fit import initialise
+from .quant.fixed_point import as_rows
 from .quant.op import fake_quantize, fake_quantize_linear
 from .quant.quantizer import QuantizedWeight, Quantizer
-from .record import Record
+from .record import Record, weight_checksum
 
 PREFIX = "dlqat_"
 # What is saved of an adapter beside its trained tensors. Scales and zeros are Parameters that take no gradient: so
@@ -462,8 +463,23 @@ class DLQATLinear(nn.Module, DLQATLayer):
             return output if autocast or output.dtype == x.dtype else output.to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.frozen.check_same_kind(state_dict.get(f"{prefix}base_layer.weight"))
+        weight = state_dict.get(f"{prefix}base_layer.weight")
+        self.frozen.check_same_kind(weight)
+        if weight is not None and type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point():
+            self._warn_if_other_base(state_dict, f"{prefix}dlqat_record.", as_rows(weight, self.fan_in_fan_out))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _warn_if_other_base(self, state_dict: dict[str, Any], prefix: str, weight: torch.Tensor) -> None:
+        """Warn, in words that are the same for each layer, if the W0 of a state dict is not its adapters' own."""
+        if self.merged or weight.is_meta:
+            return
+        records = [Record.decode(state_dict[key]) for name in self.specs if (key := prefix + name) in state_dict]
+        if any(record.checksum not in (0, weight_checksum(weight)) for record in records):
+            warnings.warn(
+                "the base weights of the state dict are not those that its adapter was trained on: it was taken while "
+                "merged, or in another dtype, and is another model here. Take it after unmerge_adapter(), or save the "
+                "adapter by save_pretrained()."
+            )
 
     def __repr__(self) -> str:
         """Named as PEFT names its layers."""

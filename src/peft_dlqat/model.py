@@ -10,10 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .adapter_file import check_loaded, check_state, tensor_key, with_current_names
@@ -59,6 +61,11 @@ class DLQATModel(BaseTuner):
 
     def _prepare_model(self, peft_config: DLQATConfig, model: nn.Module) -> None:
         """Resolve "all-linear", then check every target."""
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                f"the model is a {type(model).__name__} already; add a further adapter by model.add_adapter(name, "
+                "config), or begin again with model.unload()."
+            )
         self._places = _places(model)
         if peft_config.target_modules == "all-linear" or peft_config.target_modules is peft_config.all_linear:
             peft_config.target_modules = "all-linear"
@@ -77,6 +84,7 @@ class DLQATModel(BaseTuner):
                         "module; layers are counted from 0."
                     )
             peft_config.all_linear = peft_config.target_modules  # type: ignore[assignment]
+            _say_what_is_no_text(peft_config, model)
         self._check_targets(peft_config, model)
 
     def _check_targets(self, config: DLQATConfig, model: nn.Module) -> None:
@@ -88,6 +96,7 @@ class DLQATModel(BaseTuner):
             if name and not name.startswith(inside) and _is_target(config, name)
         }
         smaller: dict[str, list[str]] = {}
+        _check_that_all_match(config, model, targets)
         _check_untied(config, model, targets)
         for name, module in targets.items():
             check_target(name, module)
@@ -213,8 +222,8 @@ class DLQATModel(BaseTuner):
             return
         while self._unchecked:  # tensors that came by other ways than PEFT's loading, such as transformers'
             adapter_name = self._unchecked.pop()
-            if adapter_name in self.peft_config:
-                check_loaded(model, adapter_name, self.peft_config[adapter_name].storage)
+            if isinstance(config := self.peft_config.get(adapter_name), DLQATConfig):
+                check_loaded(model, adapter_name, config.storage)
         if model.training and torch.is_grad_enabled():
             self._warn_if_never_calibrated(model)
 
@@ -293,6 +302,37 @@ def _leave_out_special_layers(config: DLQATConfig, model: nn.Module) -> None:
         config.target_modules = set(config.target_modules or ()) - names  # type: ignore[assignment]
         listing = "; ".join(f"{len(found)} with {reason}, such as {found[0]}" for reason, found in left_out.items())
         warnings.warn(f'"all-linear" leaves out linear layers: {listing}. Name them in target_modules to adapt them.')
+
+
+def _say_what_is_no_text(config: DLQATConfig, model: nn.Module) -> None:
+    """Say in one line which layers of "all-linear" are no part of a multimodal model's language model."""
+    if not isinstance(model, PreTrainedModel) or model.config.get_text_config() is model.config:
+        return
+    decoder = model.get_decoder()
+    inside = next((name for name, module in model.named_modules() if module is decoder), "")
+    targets = (name for name in config.target_modules or () if _is_target(config, name))
+    others = sorted(name for name in targets if not name.startswith(f"{inside}."))
+    if inside and others:
+        warnings.warn(
+            f'"all-linear" takes in {len(others)} linear layers beside the language model, such as {others[0]}; '
+            "exclude_modules leaves them in full precision."
+        )
+
+
+def _check_that_all_match(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Refuse settings that speak of modules or layers which are not there."""
+    names = [name for name, _ in model.named_modules()]
+    heads = {head for of_task in (*_HEADS.values(), ("classifier", "score")) for head in of_task}  # PEFT's own
+    wanted = config.modules_to_save
+    for saved in {wanted} if isinstance(wanted, str) else set(wanted or ()) - heads:
+        if not any(name == saved or name.endswith(f".{saved}") for name in names):
+            raise ValueError(f"modules_to_save={config.modules_to_save!r}: {saved!r} is no module of the model.")
+    asked = config.layers_to_transform
+    for index in [asked] if isinstance(asked, int) else asked or ():
+        if not any(f".{index}." in name for name in targets):
+            raise ValueError(
+                f"layers_to_transform={asked!r}: there is no layer {index} with a target; layers are counted from 0."
+            )
 
 
 def _special(layer: Any) -> str:

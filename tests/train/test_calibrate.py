@@ -35,7 +35,7 @@ from peft_dlqat.layer import adapter_layers, is_calibrated
 from peft_dlqat.quant.quantizer import unrounded_codes
 from peft_dlqat.record import Record
 from peft_dlqat.running import adapters_disabled, teacher_logits
-from peft_dlqat.train.fit_to_inputs import fit_to_inputs, input_moments
+from peft_dlqat.train.fit_to_inputs import InputMoments, fit_to_inputs, input_moments
 
 ZERO_POINTS = ("none", "integer", "float")
 
@@ -609,3 +609,22 @@ def test_the_grid_report_is_the_same_piece_by_piece(zero_point, monkeypatch):
         unrounded = unrounded_codes(weight, layer.quantizer("default"))
         outside = (unrounded.round() < shipped.grid.qmin) | (unrounded.round() > shipped.grid.qmax)
         assert row.clipped == pytest.approx(outside.float().mean().item()) and row.clipped > 0
+
+
+def test_a_merged_adapter_is_not_trained(tmp_path):
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"is merged into the base model.*unmerge_adapter\(\)"):
+        trainer(model, tmp_path, DLQATCallback(calibration=False)).train()
+
+
+def test_inputs_of_one_vector_are_one_row():
+    """A layer may see a vector without a batch beside the batches of the others."""
+    torch.manual_seed(0)
+    config = DLQATConfig(bits=3, group_size=8, target_modules=["0"])
+    layer = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config).base_model.model[0]
+    with InputMoments({"layer": layer}) as moments:
+        rows = torch.randn(5, 8)
+        for x in (rows[0], rows[1:3], rows[3:].view(1, 2, 1, 8)):
+            layer(x)
+    torch.testing.assert_close(moments.means()["layer"], rows.square().mean(0))

@@ -96,6 +96,11 @@ class DLQATCallback(TrainerCallback):
         adapter_name, layers = adapter_layers(model)
         config: DLQATConfig = model.peft_config[adapter_name]  # type: ignore[union-attr,index,assignment]
         self._warned = False
+        if any(layer.merged for layer in layers.values()):
+            raise ValueError(
+                f"adapter {adapter_name!r} is merged into the base model, where it does not train; call "
+                "unmerge_adapter() first."
+            )
         _warn_if_magnitude_decays(model, optimizer)
         _warn_if_learning_rate_is_low(model, optimizer)
         if state.global_step > 0:
