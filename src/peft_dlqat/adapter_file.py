@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -128,7 +129,8 @@ def check_loaded(model: nn.Module, adapter_name: str, storage: str) -> None:
     Raises:
         ValueError: for settings that are not the config's, and scales or zeros that no grid has.
     """
-    for name, layer in adapter_layers(model, adapter_name)[1].items():
+    layers, records = adapter_layers(model, adapter_name)[1], {}
+    for name, layer in layers.items():
         state = {kind: getattr(layer, kind).get(adapter_name) for kind in SAVED}
         scale = state["dlqat_scale"]
         if scale is None or scale.is_meta or type(scale.data) is not torch.Tensor or is_partitioned(scale):
@@ -139,6 +141,30 @@ def check_loaded(model: nn.Module, adapter_name: str, storage: str) -> None:
         kept = stored_as(encoded)
         if kept is not None and kept != layer.specs[adapter_name].storage:
             layer.set_storage(adapter_name, kept)
+        if (record := layer.record(adapter_name)).calibrated:  # a new one is not
+            records[name] = record
+    warn_of_other_base(adapter_name, layers, records)
+
+
+def warn_of_other_base(adapter_name: str, layers: Mapping[str, DLQATLayer], records: Mapping[str, Record]) -> None:
+    """Warn if adapted weights are not those that an adapter's records tell of: other codes would come of them."""
+    others, dtypes = [], set()
+    for name, recorded in records.items():
+        found = layers[name].base_record()
+        if recorded.checksum and found.checksum not in (0, recorded.checksum):
+            others.append(name)
+            dtypes.add(f"{_in_words(recorded.dtype)} there, {_in_words(found.dtype)} here")
+    if others:
+        warnings.warn(
+            f"adapter {adapter_name!r} was trained on other base weights than these ({len(others)} of {len(layers)} "
+            f"layers, such as {others[0]}; {'; '.join(sorted(dtypes))}); with these the codes are others, and so is "
+            "the model: load the base model of its adapter_config.json, in the same dtype.",
+            stacklevel=2,
+        )
+
+
+def _in_words(dtype: torch.dtype | None) -> str:
+    return "another dtype" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _check_layer(

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .adapter_file import check_loaded, check_state, tensor_key, with_current_names
+from .adapter_file import check_loaded, check_state, tensor_key, warn_of_other_base, with_current_names
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .frozen import check_float_weight
 from .layer import PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated
@@ -276,6 +276,8 @@ class DLQATModel(BaseTuner):
             kept = stored_as(checked[tensor_key(name, "dlqat_spec", adapter_name)])
             assert kept is not None
             layer.set_storage(adapter_name, kept)
+        if isinstance(tuner := getattr(model, "base_model", None), cls):
+            tuner._unchecked.discard(adapter_name)
         return checked
 
 
@@ -457,31 +459,18 @@ def _with_own_base(
     """The tensors to load; W0 of an adapted head among them only if it is the one that the adapter was trained on.
 
     PEFT saves an adapted head's base weight beside the adapter: W0, but w_hat of a merged one, and codes of a packed
-    one. Warns if the adapted weights are not those that the records tell of: other codes would come of them.
+    one. Warns of other base weights than those that the adapter was trained on.
     """
-    others, dtypes, loaded = [], set(), dict(state_dict)
-    layers = adapter_layers(model, adapter_name)[1]
-    for name, layer in layers.items():
-        recorded = Record.decode(state_dict[tensor_key(name, "dlqat_record", adapter_name)])
-        found = layer.base_record()
+    layers, loaded = adapter_layers(model, adapter_name)[1], dict(state_dict)
+    recorded = {name: Record.decode(state_dict[tensor_key(name, "dlqat_record", adapter_name)]) for name in layers}
+    known = dict(recorded)
+    for name in layers:
         weight = loaded.pop(key := f"{name}.base_layer.weight", None)
-        if weight is not None and weight.is_floating_point() and weight_checksum(weight) == recorded.checksum:
+        if weight is not None and weight.is_floating_point() and weight_checksum(weight) == recorded[name].checksum:
             loaded[key] = weight
-        elif recorded.checksum and found.checksum not in (0, recorded.checksum):
-            others.append(name)
-            dtypes.add(f"{_dtype_name(recorded.dtype)} there, {_dtype_name(found.dtype)} here")
-    if others:
-        warnings.warn(
-            f"adapter {adapter_name!r} was trained on other base weights than these ({len(others)} of {len(layers)} "
-            f"layers, such as {others[0]}; {'; '.join(sorted(dtypes))}); with these the codes are others, and so is "
-            "the model: load the base model of its adapter_config.json, in the same dtype.",
-            stacklevel=2,
-        )
+            del known[name]
+    warn_of_other_base(adapter_name, layers, known)
     return loaded
-
-
-def _dtype_name(dtype: torch.dtype | None) -> str:
-    return "another dtype" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _out_in(module: nn.Module) -> tuple[int, int]:
