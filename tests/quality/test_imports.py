@@ -15,6 +15,7 @@ ORDER = [
     "methods",
     "hub",
     "layer_spec",
+    "lora_arguments",
     "config",
     "placement",
     "float32",
