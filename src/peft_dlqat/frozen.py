@@ -100,6 +100,7 @@ class FrozenWeight:
         )
         weight.requires_grad_(False)
         weight.data = packed
+        self._layer._kept_weight.clear()
         for name in self._layer.specs:
             self._layer.set_storage(name, storage)
 
