@@ -632,17 +632,6 @@ def test_layers_beside_the_language_model_are_named_in_a_line():
     assert len(adapter_layers(model)[1]) == 7
 
 
-def test_a_merged_models_state_dict_is_no_unmerged_ones():
-    model, other = adapted(), adapted()
-    perturb(model)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(logits(other), logits(model))
-    model.merge_adapter()
-    with pytest.warns(UserWarning, match=r"state dict are not those .*taken while merged.*unmerge_adapter"):
-        other.load_state_dict(model.state_dict())
-    model.load_state_dict(model.state_dict())  # merged it is right
-
-
 def test_other_adapters_around_a_quantized_layer():
     """LoRA's forward adds to the quantized layer's."""
     model = adapted()
