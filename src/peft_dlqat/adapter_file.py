@@ -19,6 +19,7 @@ from .quant.fixed_point import STORAGES
 # Values of a weight that are looked at: other weights differ in nearly all of them, and the whole of a large model
 # would take minutes.
 _SAMPLE = 2**16
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def weight_checksum(weight: torch.Tensor) -> str:
@@ -91,9 +92,15 @@ def check_state(
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith(tuple(second_names))}
     found = {key: value for key, value in state_dict.items() if f".{PREFIX}" in key}
     _check_names(model, adapter_name, expected.keys(), found.keys(), state_dict.keys() - found.keys(), biases)
-    for key in state_dict.keys() - found.keys():
-        if state_dict[key].is_floating_point() and not torch.isfinite(state_dict[key]).all():
-            raise ValueError(f"{key} of the saved adapter holds NaN or infinity: the file is broken.")
+    own = model.state_dict()
+    for key in sorted(state_dict.keys() - found.keys()):
+        value = state_dict[key]
+        _check_numbers(key, value, whole=own[key].dtype if key in own and not own[key].is_floating_point() else None)
+        if key in own and value.shape != own[key].shape:
+            raise ValueError(
+                f"{key} of the saved adapter is {list(value.shape)}, not {list(own[key].shape)} as this model's; give "
+                "the model the shape that it was trained with first, by resize_token_embeddings, say."
+            )
     for name, layer in layers.items():
         key = tensor_key(name, "dlqat_spec", adapter_name)
         if found[key].dim() == 1:
@@ -114,14 +121,7 @@ def check_state(
             "load it with its own adapter_config.json on the base model that it was trained on."
         )
     for key in expected:
-        if not found[key].is_floating_point():
-            raise ValueError(
-                f"{key} of the saved adapter is {str(found[key].dtype).removeprefix('torch.')}, but must be floating "
-                "point: the file is broken."
-            )
-        if not torch.isfinite(found[key]).all():
-            at = key.removesuffix(".weight").removesuffix(f".{adapter_name}")
-            raise ValueError(f"{at} of the saved adapter holds NaN or infinity: the file is broken.")
+        _check_numbers(key.removesuffix(".weight").removesuffix(f".{adapter_name}"), found[key])
     for name, layer in layers.items():
         own = {kind: found.get(tensor_key(name, kind, adapter_name)) for kind in SAVED}
         _check_settings(name, layer, adapter_name, own, storage)
@@ -133,6 +133,18 @@ def check_state(
         if key.startswith(first)
     }
     return {**state_dict, **found, **again}
+
+
+def _check_numbers(name: str, value: torch.Tensor, whole: torch.dtype | None = None) -> None:
+    """Refuse what can't be loaded as it is: numbers of another kind (`whole` where integers belong), or no numbers."""
+    if value.dtype not in (_FLOATS if whole is None else (whole,)):
+        found = str(value.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name} of the saved adapter is {found}, but must be {'floating point' if whole is None else whole}, of "
+            "16 bits or more: the file is broken."
+        )
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{name} of the saved adapter holds NaN or infinity: the file is broken.")
 
 
 def _embeddings(model: nn.Module) -> list[str]:

@@ -73,7 +73,7 @@ def _section(config: DLQATConfig) -> str:
     record = config.record
     if {"adapter_parameters", "base_parameters"} <= record.keys():
         adapter, base_count = record["adapter_parameters"], record["base_parameters"]
-        share = adapter / (adapter + base_count)
+        share = adapter / max(1, adapter + base_count)
         lines.append(f"| trained parameters | {adapter:,} of {adapter + base_count:,} ({share:.2%}) |")
     lines.append(f"| calibration | {_calibration(record.get('calibration'))} |")
     return "\n".join(lines)

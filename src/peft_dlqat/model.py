@@ -92,6 +92,12 @@ class DLQATModel(BaseTuner):
             asked = setting(config, "group_size", name)
             if config.scale_dtype == "k_quant":
                 check_k_quant(bits, config.zero_point, asked, name, in_features)
+            if (r := setting(config, "r", name)) > max(_out_in(module)):
+                sides = _out_in(module)
+                raise ValueError(
+                    f"r={r} is larger than both sides of {name}, {list(sides)}, whose updates have no such rank; use "
+                    f"at most {min(sides)} (rank_pattern sets it for some modules only)."
+                )
             if asked > in_features and asked != DEFAULT_GROUP_SIZE:
                 raise ValueError(
                     f"group_size={asked} is larger than in_features={in_features} of {name}; use at most "
@@ -158,6 +164,7 @@ class DLQATModel(BaseTuner):
         """As PEFT's, on a copy of the config; then counts the parameters and notes which base this is."""
         # The caller's config may make another model too, and must not tell that one that it was calibrated.
         given = self.peft_config[adapter_name]
+        given.check_matching_ends([name for name, _ in model.named_modules()])
         # PEFT adds these to the caller's config, but only after the injection: too late for the copy and "all-linear".
         if given.modules_to_save is None and given.task_type in _HEADS:
             given.modules_to_save = list(_HEADS[given.task_type])

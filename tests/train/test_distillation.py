@@ -721,13 +721,13 @@ def test_a_killed_writer_leaves_whole_files(tmp_path):
 def test_an_entry_appears_when_it_is_whole(tmp_path, monkeypatch):
     """A writer that stops after half a file."""
 
-    def half(entry, path):
+    def half(entry, path, _):
         save_file(entry, path)
         path.write_bytes(path.read_bytes()[:500])
         assert not list(tmp_path.rglob("[!.]*.safetensors"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(peft_dlqat.train.teacher_store, "save_file", half)
+    monkeypatch.setattr(peft_dlqat.train.teacher_store, "save_tensors", half)
     model, batch = adapted(), {"input_ids": tokens(2)}
     with pytest.raises(KeyboardInterrupt):
         TeacherCache(folder=tmp_path).teacher(model, batch)

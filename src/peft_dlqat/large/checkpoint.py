@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..layer import DLQATLayer
 from ..model import check_target
+from ..regexes import shown
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 
@@ -87,8 +88,14 @@ class Checkpoint:
         if index.is_file():
             try:
                 files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{index} is damaged ({error!r}); copy or download it again.") from error
+            strange = [name for name in files if not isinstance(name, str) or Path(name).name != name]
+            if strange or not files:
+                raise ValueError(
+                    f"{index} is damaged: {shown(strange[0]) if strange else 'no file'} is no name of a file beside "
+                    "it; copy or download it again."
+                )
         missing_files = sorted(name for name in files if not (folder / name).is_file())
         if missing_files:
             raise FileNotFoundError(
