@@ -42,8 +42,8 @@ _DEEPEST = 20
 
 def _check_int(name: str, value: Any, low: int, high: int, remedy: str) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or value > high:
-        limits = f"from {low} to {high}" if high < _LARGEST_INT else f"of at least {low}"
+    if not whole or not low <= value <= high:
+        limits = f"from {low} to {high}" if high < _LARGEST_INT else f"of at least {low}, and below 2**31"
         raise ValueError(f"{name}={shown(value)} must be an integer {limits}; {remedy}.")
 
 
@@ -66,7 +66,7 @@ def _check_bits(name: str, value: Any) -> None:
 
 
 def _check_group_size(name: str, value: Any) -> None:
-    if value != -1 or isinstance(value, bool | float):
+    if not isinstance(value, int) or value != -1:
         remedy = f"use {DEFAULT_GROUP_SIZE}, 64 or 32, or -1 for one scale a row"
         _check_int(name, value, 1, _LARGEST_INT, remedy)
 
@@ -328,7 +328,8 @@ class DLQATConfig(PeftConfig):
         for name, check in [*_OF_PEFT.items(), *checks.items()]:
             check(name, getattr(self, name))
         for pattern, name in self.patterns().items():
-            setattr(self, pattern, getattr(self, pattern) or {})
+            if getattr(self, pattern) is None:
+                setattr(self, pattern, {})
             _check_pattern(pattern, getattr(self, pattern), checks[name])
         if self.scale_dtype == "k_quant":
             check_k_quant(self.bits, self.zero_point, self.group_size)

@@ -80,7 +80,7 @@ def check_matching_ends(settings: dict[str, Any], names: Iterable[str]) -> None:
     except subprocess.TimeoutExpired as late:
         field, regex = slow[int((late.stdout or b"0").split()[-1])]
         raise ValueError(
-            f"{field}: to match {shown(regex)} with the names of this model's modules takes more than {_SECONDS:.0f} "
+            f"{field}: to match {shown(regex)} with the names of this model's modules takes more than {_SECONDS:g} "
             "seconds; leave out repeats of what has repeats or alternatives in it, or list the names instead."
         ) from None
 
@@ -90,7 +90,7 @@ def shown(value: Any) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of more digits than Python writes, or lists in lists in lists
-        return f"a {type(value).__name__} that cannot be printed"
+        return f"an object of type {type(value).__name__} that cannot be printed"
     return text if len(text) <= 300 else f"{text[:300]}... ({len(text):,} characters)"
 
 

@@ -89,7 +89,9 @@ class Checkpoint:
             try:
                 files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{index} is damaged ({error!r}); copy or download it again.") from error
+                raise ValueError(
+                    f"{index} is damaged ({type(error).__name__}: {error}); copy or download it again."
+                ) from error
             strange = [name for name in files if not isinstance(name, str) or Path(name).name != name]
             if strange or not files:
                 raise ValueError(
