@@ -57,6 +57,10 @@ def integers(kind):
     return lambda tensors: tensors.update({first(tensors, kind): tensors[first(tensors, kind)].long()})
 
 
+def as_type(kind, dtype):
+    return lambda tensors: tensors.update({first(tensors, kind): tensors[first(tensors, kind)].to(dtype)})
+
+
 def longer(kind):
     """One number more, as a later version's."""
     return lambda tensors: tensors.update({first(tensors, kind): torch.cat([tensors[first(tensors, kind)], ONE])})
@@ -125,6 +129,18 @@ BAD = {
     "a base weight": Bad(("unexpected", "q_proj.base_layer.weight"), added("0.self_attn.q_proj.base_layer.weight")),
     "a norm": Bad(("unexpected", "norm.weight"), added("0.input_layernorm.weight")),
     "an unadapted weight": Bad(("unexpected", "k_proj.weight"), added("0.self_attn.k_proj.weight")),
+    "float8 in A": Bad(
+        (f"down_proj.{A}", "float8_e4m3fn", "16 bits or more", BROKEN), as_type(A, torch.float8_e4m3fn)
+    ),
+    "complex numbers in B": Bad((f"down_proj.{B}", "complex64", BROKEN), as_type(B, torch.complex64)),
+    "an embedding of another shape": Bad(
+        ("model.embed_tokens.weight", "[3]", "resize_token_embeddings"),
+        lambda tensors: tensors.update({"base_model.model.model.embed_tokens.weight": torch.zeros(3)}),
+    ),
+    "an embedding of integers": Bad(
+        ("model.embed_tokens.weight", "int64", BROKEN),
+        lambda tensors: tensors.update({"base_model.model.model.embed_tokens.weight": torch.zeros(3).long()}),
+    ),
     "integers in A": Bad((f"down_proj.{A}", "int64", "float"), integers(A)),
     "spec of 3 bits": Bad(("bits: 3 in the file, 4 here", "beside it"), entry(SPEC, 3.0)),
     "an older format": Bad(("format: 1 in the file, 2 here",), entry(SPEC, 1.0, -1)),
@@ -137,6 +153,12 @@ BAD = {
     "zero_point": Bad(("unexpected", "zero_point"), config=settings(zero_point="none")),
     "r": Bad(("shapes", "not [8, "), config=settings(r=8)),
     "group_size": Bad(("shapes", "not [64, 4]"), config=settings(group_size=16)),
+    "r=10**7": Bad(("r=10000000", "larger than both sides", "at most 64"), config=settings(r=10**7)),
+    "storage=int9": Bad((CONFIG, "storage='int9'", "must be one of"), config=settings(storage="int9")),
+    "record=None": Bad((CONFIG, "record=None", "leave it out"), config=settings(record=None)),
+    "record of no dtype": Bad(
+        (CONFIG, "base.dtype is 'load'"), config=settings(record={"base": {"checksum": "", "dtype": "load"}})
+    ),
     "bits=1": Bad(("bits=1", "2 to 8", "use 4"), config=settings(bits=1)),
     "no JSON": Bad((), config=lambda content: content[:50]),
     "base of another shape": Bad(

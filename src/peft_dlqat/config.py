@@ -92,7 +92,7 @@ def _check_names(name: str, value: Any, what: str = "a list of module names, or 
     if isinstance(value, str):
         check_regex(name, value, name)
     elif value is not None:
-        if not isinstance(value, list | tuple | set) or not all(isinstance(entry, str) for entry in value):
+        if not isinstance(value, list | tuple | set) or not all(isinstance(entry, str) and entry for entry in value):
             raise ValueError(f"{name}={shown(value)} must be {what}.")
         if len(value) > _MOST_NAMES:
             raise ValueError(f"{name} has {len(value):,} entries, but may have {_MOST_NAMES:,}; use a regex.")
@@ -212,6 +212,7 @@ _OF_PEFT: dict[str, Check] = {
     "base_model_name_or_path": _check_text,
     "revision": _check_text,
     "peft_version": _check_text,
+    "task_type": _check_text,
     "inference_mode": _check_flag,
     "auto_mapping": _check_mapping,
 }
@@ -321,11 +322,13 @@ class DLQATConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         """Refuse what no layer could take."""
+        for name, check in _OF_PEFT.items():
+            check(name, getattr(self, name))
         super().__post_init__()
         self.record_of_file: dict[str, Any] = {}  # not a field: it is not saved
         self.peft_type = PeftType.DLQAT  # type: ignore[attr-defined]
         checks = {entry.name: entry.metadata["check"] for entry in fields(self) if "check" in entry.metadata}
-        for name, check in [*_OF_PEFT.items(), *checks.items()]:
+        for name, check in checks.items():
             check(name, getattr(self, name))
         for pattern, name in self.patterns().items():
             if getattr(self, pattern) is None:
@@ -366,7 +369,8 @@ class DLQATConfig(PeftConfig):
                 safe_open(file, framework="pt").keys()
             except SafetensorError as error:
                 raise ValueError(
-                    f"{file} cannot be read ({error}): the file is truncated or broken; copy or download it again."
+                    f"{file} cannot be read ({str(error)[:300]}): the file is truncated or broken; copy or "
+                    "download it again."
                 ) from error
         try:
             return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

@@ -71,7 +71,8 @@ class Manifest:
             raise ValueError(f"format={shown(self.format)} or files={shown(self.files)} is of another type")
         for name, digest in self.files.items():
             path = PureWindowsPath(name)  # which knows both kinds of slashes
-            if path.anchor or not path.parts or any(part == ".." or len(part) > 255 for part in path.parts):
+            strange = [part for part in path.parts if part == ".." or len(part.encode(errors="replace")) > 255]
+            if path.anchor or strange or not path.parts:
                 raise ValueError(f"files[{shown(name)}] is no path inside the folder")
             if not isinstance(digest, str):
                 raise ValueError(f"files[{shown(name)}]={shown(digest)} is no checksum")
@@ -157,7 +158,7 @@ def load_reference(folder: Path, *names: str) -> tuple[torch.Tensor, torch.Tenso
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); export the model again.") from error
+        raise ValueError(f"{path} cannot be read ({str(error)[:300]}); export the model again.") from error
     none = torch.empty(0)
     ids = tensors.get("input_ids", none)
     logits = next((tensors[name] for name in (*names, TRAINED) if name in tensors), none)

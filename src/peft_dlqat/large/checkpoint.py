@@ -92,7 +92,7 @@ class Checkpoint:
                 raise ValueError(
                     f"{index} is damaged ({type(error).__name__}: {error}); copy or download it again."
                 ) from error
-            strange = [name for name in files if not isinstance(name, str) or Path(name).name != name]
+            strange = [name for name in files if not _is_file_name(name)]
             if strange or not files:
                 raise ValueError(
                     f"{index} is damaged: {shown(strange[0]) if strange else 'no file'} is no name of a file beside "
@@ -150,6 +150,12 @@ class Checkpoint:
             replace_tensor(model, name, lambda old: old.to("meta"))
 
 
+def _is_file_name(name: Any) -> bool:
+    return (
+        isinstance(name, str) and name != "" and Path(name).name == name and len(name.encode(errors="replace")) < 256
+    )
+
+
 def _float_tensors(file: Path) -> dict[str, list[int]]:
     """Shapes of a file's tensors, but for codes: those of a quantized checkpoint are no weights.
 
@@ -162,7 +168,7 @@ def _float_tensors(file: Path) -> dict[str, list[int]]:
             floating = ("F64", "F32", "F16", "BF16")
             return {key: entry.get_shape() for key, entry in entries.items() if entry.get_dtype() in floating}
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short ({error}); copy or download it again.") from error
+        raise ValueError(f"{file} is damaged or cut short ({str(error)[:300]}); copy or download it again.") from error
 
 
 def initialise_layer(model: Any, adapter_name: str, name: str, layer: DLQATLayer) -> None:

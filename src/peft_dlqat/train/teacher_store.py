@@ -19,6 +19,7 @@ from torch import nn
 from ..files import save_tensors
 from ..layer import DLQATLayer
 from ..placement import check_whole, loaded
+from ..regexes import shown
 from ..running import adapter_parameters, unwrapped
 
 Entry = dict[str, torch.Tensor]
@@ -118,7 +119,9 @@ class EntryFolder:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read ({error}); remove the folder, or use another.") from error
         if found_k != k:
-            raise ValueError(f"{self.folder} was filled with k={found_k}, not k={k}; use that, or another folder.")
+            raise ValueError(
+                f"{self.folder} was filled with k={shown(found_k)}, not k={k}; use that, or another folder."
+            )
         if found_fingerprint != fingerprint:
             raise ValueError(
                 f"{self.folder} holds the predictions of another base model, or of this one in another dtype or with "
