@@ -19,8 +19,13 @@ from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from peft_dlqat import DLQATConfig
 from peft_dlqat.layer import adapter_layers
 
+CALIBRATION = {
+    "steps": 1, "by": "model", "objective": "distill", "loss_before": 1.0, "loss_fitted": None, "loss_after": 0.5,
+    "kept": "after",
+}  # fmt: skip
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -141,6 +146,16 @@ BAD = {
         ("model.embed_tokens.weight", "int64", BROKEN),
         lambda tensors: tensors.update({"base_model.model.model.embed_tokens.weight": torch.zeros(3).long()}),
     ),
+    "a norm of its shape": Bad(
+        ("unexpected", "model.norm.weight"),
+        lambda tensors: tensors.update({"base_model.model.model.norm.weight": torch.full((HIDDEN,), NAN)}),
+    ),
+    "an unadapted weight of its shape": Bad(
+        ("unexpected", "gate_proj.weight"),
+        lambda tensors: tensors.update(
+            {"base_model.model.model.layers.0.mlp.gate_proj.weight": torch.ones(128, HIDDEN)}
+        ),
+    ),
     "integers in A": Bad((f"down_proj.{A}", "int64", "float"), integers(A)),
     "spec of 3 bits": Bad(("bits: 3 in the file, 4 here", "beside it"), entry(SPEC, 3.0)),
     "an older format": Bad(("format: 1 in the file, 2 here",), entry(SPEC, 1.0, -1)),
@@ -236,3 +251,50 @@ def test_negative_scales_of_a_symmetric_grid_load(way, tmp_path):
     loaded = call()
     found = outputs(loaded if model is None else model)
     assert torch.equal(found, outputs(saved)) and not torch.equal(found, outputs(tiny_model()))
+
+
+OWN_WAY = [
+    "a missing tensor", "a norm of its shape", "an unadapted weight of its shape", "NaN in a scale", "infinity in A",
+    "negative scale", "zero point 99", "spec of 3 bits", "a storage that is not known",
+]  # fmt: skip
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("name", OWN_WAY)
+def test_transformers_own_loading_is_looked_at_before_the_model_runs(name, is_trainable, good, tmp_path):
+    bad, model = BAD[name], tiny_model()
+    bad.write(good(bad.zero_point), tmp_path)
+    model.load_adapter(str(tmp_path), is_trainable=is_trainable)
+    for _ in range(2):
+        with refused(ValueError, *bad.says):
+            outputs(model)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # PEFT, of the second one
+@pytest.mark.product
+@pytest.mark.parametrize("zero_point", ["none", "integer", "float"])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_transformers_own_loading_takes_the_record_over(is_trainable, zero_point, tmp_path):
+    """So that nothing is calibrated again; a second adapter, and weights that change later, are let be."""
+    saved = adapted(zero_point=zero_point)
+    saved.peft_config["default"].record["calibration"] = CALIBRATION
+    saved.save_pretrained(tmp_path)
+    model = tiny_model()
+    model.load_adapter(str(tmp_path), is_trainable=is_trainable)
+    model.load_adapter(str(tmp_path), "other", is_trainable=is_trainable)
+    model.set_adapter("default")
+    assert torch.equal(outputs(model), outputs(saved))
+    assert all(model.peft_config[name].record["calibration"] == CALIBRATION for name in ("default", "other"))
+    model.model.norm.weight.data *= 2
+    assert torch.isfinite(outputs(model)).all()
+
+
+def test_a_fresh_adapter_of_a_saved_config_is_none_that_was_loaded(good, tmp_path):
+    (tmp_path / CONFIG).write_bytes(good("integer")[CONFIG])
+    config = DLQATConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    model = tiny_model()
+    model.add_adapter(config)
+    model.model.norm.weight.data *= 2
+    assert torch.isfinite(outputs(model)).all() and "calibration" not in model.peft_config["default"].record

@@ -15,7 +15,7 @@ from refusals import INF, NAN, both_active, refused, small_config
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from peft_dlqat import DLQATConfig, calibrate
+from peft_dlqat import DLQATConfig, OtherBaseWarning, calibrate
 from peft_dlqat.layer import DLQATLayer, adapter_layers
 
 
@@ -558,6 +558,18 @@ def test_another_base_is_told_of(tmp_path):
     other.model.layers[1].mlp.up_proj.weight.data += 1
     with pytest.warns(UserWarning, match=r"other base weights than these \(bfloat16 there, bfloat16 here\)"):
         PeftModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_another_base_is_refused_where_that_warning_is_an_error(low_cpu_mem_usage, tmp_path):
+    model = get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM"))
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    other = tiny_model()
+    other.model.layers[1].mlp.up_proj.weight.data += 1
+    with warnings.catch_warnings(), pytest.raises(OtherBaseWarning, match="load the base model of its"):
+        warnings.simplefilter("error", OtherBaseWarning)
+        PeftModel.from_pretrained(other, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
 def test_a_record_without_its_tensors_is_not_believed(tmp_path):

@@ -22,6 +22,14 @@ _SAMPLE = 2**16
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class OtherBaseWarning(UserWarning):
+    """An adapter is loaded on other base weights than it was trained on.
+
+    `warnings.simplefilter("error", peft_dlqat.OtherBaseWarning)` makes an error of it, raised before any tensor is
+    loaded.
+    """
+
+
 def weight_checksum(weight: torch.Tensor) -> str:
     """A checksum of a weight's shape and of up to 2**16 of its values, evenly spread; the same in any exact dtype."""
     values = weight.detach().reshape(-1)
@@ -94,6 +102,8 @@ def check_state(
     _check_names(model, adapter_name, expected.keys(), found.keys(), state_dict.keys() - found.keys(), biases)
     own = model.state_dict()
     for key in sorted(state_dict.keys() - found.keys()):
+        if key.endswith(".base_layer.weight"):
+            continue  # of an adapted head: loaded where it is W0 to the bit, see `model._with_own_base`
         value = state_dict[key]
         _check_numbers(key, value, whole=own[key].dtype if key in own and not own[key].is_floating_point() else None)
         if key in own and value.shape != own[key].shape:

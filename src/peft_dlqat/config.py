@@ -109,7 +109,7 @@ def _check_regexes(name: str, value: Any) -> None:
 
 def _check_modules_to_save(name: str, value: Any) -> None:
     if isinstance(value, str):
-        raise ValueError(f"{name}={shown(value)} must be a list of module names, such as [{value!r}].")
+        raise ValueError(f"{name}={shown(value)} must be a list of module names, such as ['lm_head'].")
     _check_regexes(name, value)
 
 
@@ -225,6 +225,19 @@ def _setting(default: Any, help: str, check: Check | None = None) -> Any:
     return field(default=default, metadata=metadata)
 
 
+@dataclass(frozen=True)
+class BeforeLoading:
+    """What a model holds with an adapter that a saved config tells of, before the adapter's tensors come.
+
+    Attributes:
+        own: the adapter's tensors.
+        base: checksums of the model's other ones.
+    """
+
+    own: dict[str, torch.Tensor]
+    base: dict[str, str]
+
+
 @dataclass
 class DLQATConfig(PeftConfig):
     """Configuration of a [`DLQATModel`]: quantization-aware training of low-rank adapters (arXiv 2504.09223).
@@ -325,7 +338,9 @@ class DLQATConfig(PeftConfig):
         for name, check in _OF_PEFT.items():
             check(name, getattr(self, name))
         super().__post_init__()
-        self.record_of_file: dict[str, Any] = {}  # not a field: it is not saved
+        # No fields: they are not saved.
+        self.record_of_file: dict[str, Any] = {}
+        self.before_loading: BeforeLoading | None = None
         self.peft_type = PeftType.DLQAT  # type: ignore[attr-defined]
         checks = {entry.name: entry.metadata["check"] for entry in fields(self) if "check" in entry.metadata}
         for name, check in checks.items():

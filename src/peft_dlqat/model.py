@@ -17,8 +17,16 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapter_file import base_checksum, base_record, check_state, tensor_key, weight_checksum, with_current_names
-from .config import DEFAULT_GROUP_SIZE, DLQATConfig
+from .adapter_file import (
+    OtherBaseWarning,
+    base_checksum,
+    base_record,
+    check_state,
+    tensor_key,
+    weight_checksum,
+    with_current_names,
+)
+from .config import DEFAULT_GROUP_SIZE, BeforeLoading, DLQATConfig
 from .frozen import check_float_weight
 from .layer import CALIBRATED, PREFIX, DLQATLayer, DLQATLinear
 from .layer_spec import LayerSpec, setting, stored_as
@@ -54,7 +62,7 @@ class DLQATModel(BaseTuner):
         self._warned: set[str] = set()
         super().__init__(*args, **kwargs)
         # Not `forward`: PEFT calls the model itself where there is no task type, and transformers' add_adapter always.
-        self._hook = self.model.register_forward_pre_hook(self._warn_if_never_calibrated)
+        self._hook = self.model.register_forward_pre_hook(self._before_forward)
 
     def _prepare_model(self, peft_config: DLQATConfig, model: nn.Module) -> None:
         """Resolve "all-linear", then check every target."""
@@ -178,6 +186,8 @@ class DLQATModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.record = _count_parameters(model, adapter_name, config.bias) | config.record
         config.record = _base_record(model, adapter_name) | config.record
+        if config.record_of_file and not kwargs.get("low_cpu_mem_usage"):
+            config.before_loading = _before_loading(model, adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; warns where several adapters become active."""
@@ -220,9 +230,14 @@ class DLQATModel(BaseTuner):
             if isinstance(layer, DLQATLayer):
                 layer.check_mergeable(safe_merge, adapter_names)
 
-    def _warn_if_never_calibrated(self, model: nn.Module, _: Any) -> None:
+    def _before_forward(self, model: nn.Module, _: Any) -> None:
+        if not torch.compiler.is_compiling():
+            check_loaded(model)
+            self._warn_if_never_calibrated(model)
+
+    def _warn_if_never_calibrated(self, model: nn.Module) -> None:
         """Warn once if an adapter that was never calibrated is trained."""
-        if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not model.training or not torch.is_grad_enabled():
             return
         for name, config in getattr(model, "peft_config", {}).items():
             known = not isinstance(config, DLQATConfig) or "calibration" in config.record or name in self._warned
@@ -264,16 +279,65 @@ class DLQATModel(BaseTuner):
         """As PEFT's, then checks the tensors before any of them reaches the model."""
         named = with_current_names(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
-        checked = check_state(model, adapter_name, remapped, config.storage, biases=config.bias != "none")
-        for name, layer in model.named_modules():
-            if isinstance(layer, DLQATLayer) and adapter_name in layer.specs:
-                kept = stored_as(checked[tensor_key(name, "dlqat_spec", adapter_name)])
-                assert kept is not None
-                layer.set_storage(adapter_name, kept)
-        record, config.record_of_file = config.record_of_file or config.record, {}
-        checked = _with_own_base(model, adapter_name, checked, record)
-        config.record.update(record)
-        return checked
+        return _checked(model, config, adapter_name, remapped)
+
+
+def _checked(
+    model: nn.Module, config: DLQATConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """An adapter's tensors, where they and this model fit its config, whose record is believed from now on."""
+    checked = check_state(model, adapter_name, state_dict, config.storage, biases=config.bias != "none")
+    for name, layer in model.named_modules():
+        if isinstance(layer, DLQATLayer) and adapter_name in layer.specs:
+            kept = stored_as(checked[tensor_key(name, "dlqat_spec", adapter_name)])
+            assert kept is not None
+            layer.set_storage(adapter_name, kept)
+    record = config.record_of_file or config.record
+    checked = _with_own_base(model, adapter_name, checked, record)
+    config.record.update(record)
+    config.record_of_file, config.before_loading = {}, None
+    return checked
+
+
+def _before_loading(model: nn.Module, adapter_name: str) -> BeforeLoading | None:
+    state = model.state_dict(keep_vars=True)
+    own = {key: tensor for key, tensor in state.items() if _is_of(adapter_name, key)}
+    base = {key: tensor for key, tensor in state.items() if f".{PREFIX}" not in key and ".modules_to_save." not in key}
+    if any(tensor.is_meta or tensor.numel() == 0 for tensor in base.values()):
+        return None  # somewhere else, or packed
+    return BeforeLoading(own, {key: weight_checksum(tensor) for key, tensor in base.items()})
+
+
+def _is_of(adapter_name: str, key: str) -> bool:
+    return re.search(rf"\.{PREFIX}\w+\.{re.escape(adapter_name)}(\.weight)?$", key) is not None
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Check adapters that transformers' own `load_adapter` has loaded, which asks nobody, as those of PEFT's way are.
+
+    Args:
+        model: the model as it was before PEFT wrapped it.
+
+    Raises:
+        ValueError: if the tensors are not those of the adapter's config, or the file had others, which have changed
+            the base model.
+    """
+    for adapter_name, config in getattr(model, "peft_config", {}).items():
+        before = getattr(config, "before_loading", None)
+        if before is None:
+            continue
+        state = model.state_dict(keep_vars=True)
+        own = {key: tensor for key, tensor in state.items() if _is_of(adapter_name, key)}
+        # It puts new Parameters into the places of those that were made.
+        loaded = {key: tensor.detach() for key, tensor in own.items() if tensor is not before.own.get(key)}
+        if not any(key.endswith(f".dlqat_spec.{adapter_name}") for key in loaded):
+            continue
+        changed = {
+            key: state[key].detach()
+            for key, checksum in before.base.items()
+            if key in state and weight_checksum(state[key]) != checksum
+        }
+        _checked(model, config, adapter_name, loaded | changed)
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -477,6 +541,7 @@ def _with_own_base(
         warnings.warn(
             f"adapter {adapter_name!r} was trained on other base weights than these ({dtypes}); with these the codes "
             "are others, and so is the model: load the base model of its adapter_config.json, in the same dtype.",
+            OtherBaseWarning,
             stacklevel=2,
         )
     return {key: value for key, value in state_dict.items() if not key.endswith(suffix)}

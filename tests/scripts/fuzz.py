@@ -34,6 +34,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -431,10 +432,14 @@ def fuzz(
 ) -> tuple[dict[tuple[str, str], int], list[str]]:
     """Cases until the time is over: the numbers of those that loaded and were refused, and tracebacks of others."""
     failures: list[str] = []
-    regexes._SECONDS = 0.5  # many are to be tried
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
-    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory() as name,
+        warnings.catch_warnings(),
+        mock.patch.object(regexes, "_SECONDS", 0.5),  # many are to be tried
+    ):
         warnings.simplefilter("ignore")
         room = Path(name)
         folders = good_files(room)
@@ -454,6 +459,7 @@ def fuzz(
             if only is not None:
                 break
             number += 1
+    logging.set_verbosity(verbosity)
     return dict(counts), failures
 
 

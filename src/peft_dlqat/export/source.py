@@ -20,6 +20,7 @@ from ..config import DLQATConfig
 from ..formats import Outline, TensorInfo
 from ..large.checkpoint import Checkpoint, empty_model, weights_folder
 from ..layer import DLQATLayer, adapter_layers
+from ..model import check_loaded
 from ..quant.quantizer import QuantizedWeight
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ class Source:
                 "can load again are exported."
             )
         self.model = inner
+        check_loaded(inner)
         if isinstance(model, PeftModel):  # names without PEFT's prefix
             _, self.layers = adapter_layers(inner, self.adapter_name)
         self.adapter: DLQATConfig = getattr(model, "peft_config")[self.adapter_name]  # noqa: B009  mypy sees a tensor

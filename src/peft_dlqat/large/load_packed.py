@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..adapter_file import base_checksum, base_record, weight_checksum
+from ..adapter_file import OtherBaseWarning, base_checksum, base_record, weight_checksum
 from ..config import DLQATConfig
 from ..layer import adapter_layers
 from ..model import check_target
@@ -114,6 +114,7 @@ def load_packed(
         warnings.warn(
             f"the weights of {str(model_id)!r} are not those that the adapter was trained on, or they are in another "
             "dtype: its codes are others here.",
+            OtherBaseWarning,
             stacklevel=2,
         )
     if new:
