@@ -148,11 +148,9 @@ def check_state(
 def _check_numbers(name: str, value: torch.Tensor, whole: torch.dtype | None = None) -> None:
     """Refuse what can't be loaded as it is: numbers of another kind (`whole` where integers belong), or no numbers."""
     if value.dtype not in (_FLOATS if whole is None else (whole,)):
-        found = str(value.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{name} of the saved adapter is {found}, but must be {'floating point' if whole is None else whole}, of "
-            "16 bits or more: the file is broken."
-        )
+        found, rule = str(value.dtype).removeprefix("torch."), f"{whole}".removeprefix("torch.")
+        rule = "floating point, of 16 bits or more" if whole is None else rule
+        raise ValueError(f"{name} of the saved adapter is {found}, but must be {rule}: the file is broken.")
     if not torch.isfinite(value).all():
         raise ValueError(f"{name} of the saved adapter holds NaN or infinity: the file is broken.")
 

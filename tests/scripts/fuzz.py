@@ -16,6 +16,7 @@ import argparse
 import collections
 import copy
 import faulthandler
+import itertools
 import json
 import os
 import random
@@ -201,11 +202,14 @@ def places_in(value: Any) -> Iterator[tuple[Any, Any]]:
     """Where there are values: (dict or list, key or index); not far down."""
     level = [value]
     for _ in range(6):
-        keyed = [(outer, key) for outer in level for key in (outer if isinstance(outer, dict) else range(len(outer)))][
-            :500
-        ]
+        keyed = [(outer, key) for outer in level for key in first_keys(outer)][:500]
         yield from keyed
         level = [outer[key] for outer, key in keyed if isinstance(outer[key], dict | list)]
+
+
+def first_keys(value: Any) -> list[Any]:
+    """Keys or indices of a dict or list, not of a million."""
+    return list(itertools.islice(value, 100)) if isinstance(value, dict) else list(range(min(len(value), 100)))
 
 
 def dumped(value: Any) -> bytes:
