@@ -298,3 +298,14 @@ def test_a_fresh_adapter_of_a_saved_config_is_none_that_was_loaded(good, tmp_pat
     model.add_adapter(config)
     model.model.norm.weight.data *= 2
     assert torch.isfinite(outputs(model)).all() and "calibration" not in model.peft_config["default"].record
+
+
+def test_transformers_own_loading_of_a_module_that_trains_in_full(tmp_path):
+    adapted(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    tensors = load((tmp_path / WEIGHTS).read_bytes())
+    tensors["base_model.model.lm_head.weight"][0, 0] = NAN
+    (tmp_path / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    model = tiny_model()
+    model.load_adapter(str(tmp_path))
+    with refused(ValueError, "lm_head.modules_to_save.default.weight", "NaN", BROKEN):
+        outputs(model)

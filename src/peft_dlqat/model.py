@@ -332,12 +332,13 @@ def check_loaded(model: nn.Module) -> None:
         loaded = {key: tensor.detach() for key, tensor in own.items() if tensor is not before.own.get(key)}
         if not any(key.endswith(f".dlqat_spec.{adapter_name}") for key in loaded):
             continue
-        changed = {
-            key: state[key].detach()
-            for key, checksum in before.base.items()
-            if key in state and weight_checksum(state[key]) != checksum
+        others = {
+            key: tensor.detach()
+            for key, tensor in state.items()
+            if f".modules_to_save.{adapter_name}." in key
+            or (key in before.base and weight_checksum(tensor) != before.base[key])
         }
-        _checked(model, config, adapter_name, loaded | changed)
+        _checked(model, config, adapter_name, loaded | others)
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

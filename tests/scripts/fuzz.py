@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import struct
@@ -314,6 +313,19 @@ def case_adapter(folder: Path, draw: random.Random) -> None:
             check_loaded(model, load_file(folder / WEIGHTS), trains)
 
 
+def case_transformers(folder: Path, draw: random.Random) -> None:
+    """A saved adapter, loaded by transformers' own way: what it does not see, the first forward pass does."""
+    spoil(folder / WEIGHTS, draw)
+    trains = json.loads((folder / CONFIG).read_text())
+    model = copy.deepcopy(base())
+    try:
+        model.load_adapter(str(folder), is_trainable=draw.random() < 0.5)
+    except Exception as error:
+        raise Refused from error  # by transformers
+    with refusable(ValueError, says=[]):
+        check_loaded(model, load_file(folder / WEIGHTS), trains)
+
+
 def case_manifest(folder: Path, draw: random.Random) -> None:
     """An exported folder; engines are asked at times only, since they take long."""
     spoil(folder / draw.choice([MANIFEST, MANIFEST, MANIFEST, REFERENCE, "model.safetensors"]), draw)
@@ -355,6 +367,7 @@ def case_cache(folder: Path, draw: random.Random) -> None:
 CASES = {
     "constructor": (case_constructor, []),
     "adapter": (case_adapter, ["adapter", "more"]),
+    "transformers": (case_transformers, ["adapter", "more"]),
     "manifest": (case_manifest, ["export"]),
     "shards": (case_shards, ["shards"]),
     "cache": (case_cache, ["cache"]),
@@ -393,22 +406,23 @@ def check_finite(model: torch.nn.Module) -> None:
         raise Wrong("a logit is no number")
 
 
-def check_loaded(model: PeftModel, tensors: dict[str, torch.Tensor], trains: dict[str, Any]) -> None:
+def check_loaded(model: torch.nn.Module, tensors: dict[str, torch.Tensor], trains: dict[str, Any]) -> None:
     """The adapter is the file's, the rest is the base's, and all logits are numbers."""
     check_finite(model)
-    own = model.state_dict()
-    for name, layer in model.named_modules():
-        if isinstance(layer, DLQATLayer):
-            for kind in (*layer.adapter_layer_names, *layer.other_param_names):
-                loaded = own.get(f"{name}.{kind}.default.weight", own.get(f"{name}.{kind}.default"))
-                of_file = tensors.get(f"{name}.{kind}.weight", tensors.get(f"{name}.{kind}"))
-                if (loaded is None and of_file is None) or kind == "dlqat_spec":
-                    continue
-                if loaded is None or of_file is None or not torch.equal(loaded, of_file.float()):
-                    raise Wrong(f"{name}.{kind} is not the file's")
+    prefix = "base_model.model."
+    own = {key.removeprefix(prefix): tensor for key, tensor in model.state_dict().items()}
+    for path, layer in model.named_modules():
+        name = path.removeprefix(prefix)
+        for kind in (*layer.adapter_layer_names, *layer.other_param_names) if isinstance(layer, DLQATLayer) else ():
+            loaded = own.get(f"{name}.{kind}.default.weight", own.get(f"{name}.{kind}.default"))
+            of_file = tensors.get(f"{prefix}{name}.{kind}.weight", tensors.get(f"{prefix}{name}.{kind}"))
+            if (loaded is None and of_file is None) or kind == "dlqat_spec":
+                continue
+            if loaded is None or of_file is None or not torch.equal(loaded, of_file.float()):
+                raise Wrong(f"{name}.{kind} is not the file's")
     for name, parameter in base().named_parameters():
-        place = re.sub(r"((?:q|k|v|o|gate|up|down)_proj)\.(\w+)$", r"\1.base_layer.\2", name)
-        found = own.get(f"base_model.model.{name}", own.get(f"base_model.model.{place}"))
+        module, _, leaf = name.rpartition(".")
+        found = own.get(name, own.get(f"{module}.base_layer.{leaf}"))
         may_change = "lm_head" in name or "embed_tokens" in name or trains["modules_to_save"]
         if found is not None and not may_change and not torch.equal(found, parameter):
             raise Wrong(f"{name} of the base is another")
@@ -417,7 +431,7 @@ def check_loaded(model: PeftModel, tensors: dict[str, torch.Tensor], trains: dic
 def run_case(number: int, seed: int, folders: dict[str, Path], room: Path) -> tuple[str, str]:
     """One case: its kind, and what came of it."""
     draw = random.Random(f"{seed} {number}")
-    kind = draw.choice(["constructor", "adapter", "adapter", "manifest", "shards", "cache"])
+    kind = draw.choice(["constructor", "adapter", "adapter", "transformers", "manifest", "shards", "cache"])
     case, names = CASES[kind]
     folder = room / "case"
     shutil.rmtree(folder, ignore_errors=True)
