@@ -11,21 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, HIDDEN, tiny_model
+from conftest import CONFIGS, HIDDEN, calibrated, lm_batches, perturb, tiny_model, tokens
 from peft import PeftModel
 from refusals import INF, NAN, adapted, outputs, refused
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from peft_dlqat import DLQATConfig
+from peft_dlqat import DLQATConfig, calibrate
 from peft_dlqat.layer import adapter_layers
 
-CALIBRATION = {
-    "steps": 1, "by": "model", "objective": "distill", "loss_before": 1.0, "loss_fitted": None, "loss_after": 0.5,
-    "kept": "after",
-}  # fmt: skip
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -170,10 +166,6 @@ BAD = {
     "group_size": Bad(("shapes", "not [64, 4]"), config=settings(group_size=16)),
     "r=10**7": Bad(("r=10000000", "larger than both sides", "at most 64"), config=settings(r=10**7)),
     "storage=int9": Bad((CONFIG, "storage='int9'", "must be one of"), config=settings(storage="int9")),
-    "record=None": Bad((CONFIG, "record=None", "leave it out"), config=settings(record=None)),
-    "record of no dtype": Bad(
-        (CONFIG, "base.dtype is 'load'"), config=settings(record={"base": {"checksum": "", "dtype": "load"}})
-    ),
     "bits=1": Bad(("bits=1", "2 to 8", "use 4"), config=settings(bits=1)),
     "no JSON": Bad((), config=lambda content: content[:50]),
     "base of another shape": Bad(
@@ -271,23 +263,24 @@ def test_transformers_own_loading_is_looked_at_before_the_model_runs(name, is_tr
             outputs(model)
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # PEFT, of the second one
-@pytest.mark.product
-@pytest.mark.parametrize("zero_point", ["none", "integer", "float"])
-@pytest.mark.parametrize("is_trainable", [False, True])
-def test_transformers_own_loading_takes_the_record_over(is_trainable, zero_point, tmp_path):
-    """So that nothing is calibrated again; a second adapter, and weights that change later, are let be."""
-    saved = adapted(zero_point=zero_point)
-    saved.peft_config["default"].record["calibration"] = CALIBRATION
-    saved.save_pretrained(tmp_path)
-    model = tiny_model()
-    model.load_adapter(str(tmp_path), is_trainable=is_trainable)
-    model.load_adapter(str(tmp_path), "other", is_trainable=is_trainable)
-    model.set_adapter("default")
-    assert torch.equal(outputs(model), outputs(saved))
-    assert all(model.peft_config[name].record["calibration"] == CALIBRATION for name in ("default", "other"))
-    model.model.norm.weight.data *= 2
-    assert torch.isfinite(outputs(model)).all()
+@pytest.mark.parametrize("way", ["from_pretrained", "low_cpu_mem_usage", "transformers"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_tensors_of_another_dtype_become_float32(dtype, way, good, tmp_path):
+    """As somebody may have converted them."""
+    tensors = load(good("integer")[WEIGHTS])
+    tensors = {key: value if key.endswith((SPEC, "record")) else value.to(dtype) for key, value in tensors.items()}
+    (tmp_path / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    (tmp_path / CONFIG).write_bytes(good("integer")[CONFIG])
+    loaded = tiny_model()
+    if way == "transformers":
+        loaded.load_adapter(str(tmp_path))
+    else:
+        PeftModel.from_pretrained(loaded, tmp_path, low_cpu_mem_usage=way == "low_cpu_mem_usage")
+    assert torch.isfinite(outputs(loaded)).all()
+    for layer in adapter_layers(loaded)[1].values():
+        for kind in layer.adapter_layer_names:
+            if (found := getattr(layer, kind).get("default")) is not None:
+                assert isinstance(found, torch.nn.Parameter) and found.dtype == torch.float32, kind
 
 
 def test_a_fresh_adapter_of_a_saved_config_is_none_that_was_loaded(good, tmp_path):
@@ -297,7 +290,7 @@ def test_a_fresh_adapter_of_a_saved_config_is_none_that_was_loaded(good, tmp_pat
     model = tiny_model()
     model.add_adapter(config)
     model.model.norm.weight.data *= 2
-    assert torch.isfinite(outputs(model)).all() and "calibration" not in model.peft_config["default"].record
+    assert torch.isfinite(outputs(model)).all()
 
 
 def test_transformers_own_loading_of_a_module_that_trains_in_full(tmp_path):
@@ -309,3 +302,31 @@ def test_transformers_own_loading_of_a_module_that_trains_in_full(tmp_path):
     model.load_adapter(str(tmp_path))
     with refused(ValueError, "lm_head.modules_to_save.default.weight", "NaN", BROKEN):
         outputs(model)
+
+
+@pytest.mark.parametrize("storage", ["full", "int4"])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_transformers_own_loading_is_checked_at_the_first_forward(storage, is_trainable, tmp_path):
+    """It puts tensors into the model past PEFT's loading."""
+    model = tiny_model()
+    model.add_adapter(DLQATConfig(bits=3, group_size=32, storage=storage))
+    calibrate(model, lm_batches(1), steps=0, progress=False)
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    loaded = tiny_model()
+    loaded.load_adapter(tmp_path, is_trainable=is_trainable)
+    assert torch.equal(loaded(tokens()).logits, model.eval()(tokens()).logits)
+    assert {layer.specs["default"].storage for layer in adapter_layers(loaded)[1].values()} == {storage}
+    assert calibrated(loaded)  # what was done is not done again
+    other = tiny_model()
+    other.model.layers[0].mlp.up_proj.weight.data += 1
+    other.load_adapter(tmp_path, is_trainable=is_trainable)
+    with pytest.warns(UserWarning, match=r"other base weights .*1 of 14 layers, such as .*0\.mlp\.up_proj;"):
+        other(tokens())
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    saved[next(key for key in saved if "dlqat_scale" in key)][0] = -1
+    save_file(saved, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    broken = tiny_model()
+    broken.load_adapter(tmp_path, is_trainable=is_trainable)
+    with pytest.raises(ValueError, match=r"dlqat_scale of the saved adapter must be positive, but holds -1"):
+        broken(tokens())

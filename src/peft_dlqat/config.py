@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -136,59 +135,6 @@ def _check_pattern(name: str, value: Any, check: Check) -> None:
         check(f"{name}[{key!r}]", own)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 100
-
-
-def _is_dtype(value: Any) -> bool:
-    dtype = getattr(torch, value, None) if _is_word(value) else None
-    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
-
-
-# What this package reads of a record; all of it may be missing, but these have to be whole.
-_WHOLE = {
-    "base": {"checksum"},
-    "calibration": {"steps", "by", "objective", "loss_before", "loss_fitted", "loss_after", "kept"},
-}
-_RECORDED: dict[str, Callable[[Any], bool]] = {
-    "adapter_parameters": _is_count,
-    "base_parameters": _is_count,
-    "storage": lambda value: value in list(STORAGES),
-    "base.checksum": _is_word,
-    "base.dtype": _is_dtype,
-    "calibration.steps": _is_count,
-    **dict.fromkeys(["calibration.by", "calibration.objective", "calibration.kept"], _is_word),
-    **dict.fromkeys(
-        ["calibration.loss_before", "calibration.loss_fitted", "calibration.loss_after"],
-        lambda value: value is None or isinstance(value, float),
-    ),
-}
-
-
-def _check_record(name: str, value: Any) -> None:
-    """Refuse a record that this package has not written; what it does not read may be anything."""
-    if wrong := _wrong_in_record(value):
-        raise ValueError(f"{name}={shown(value)} is no record of this package's: {wrong}; leave it out.")
-
-
-def _wrong_in_record(record: Any) -> str:
-    if not isinstance(record, dict):
-        return "it is no dict"
-    for part, keys in _WHOLE.items():
-        if part in record and not (isinstance(record[part], dict) and keys <= record[part].keys()):
-            return f"{part!r} is not whole"
-    for path, is_right in _RECORDED.items():
-        part, _, key = path.rpartition(".")
-        holder = record.get(part, {}) if part else record
-        if key in holder and not is_right(holder[key]):
-            return f"{path} is {shown(holder[key])}"
-    return ""
-
-
 def _depth(value: Any) -> int:
     """Levels of dicts and lists inside each other; what copies or saves them goes one call deeper for each."""
     depth, level = 0, [value]
@@ -223,19 +169,6 @@ def _setting(default: Any, help: str, check: Check | None = None) -> Any:
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class BeforeLoading:
-    """What a model holds with an adapter that a saved config tells of, before the adapter's tensors come.
-
-    Attributes:
-        own: the adapter's tensors.
-        base: checksums of the model's other ones.
-    """
-
-    own: dict[str, torch.Tensor]
-    base: dict[str, str]
 
 
 @dataclass
@@ -278,7 +211,6 @@ class DLQATConfig(PeftConfig):
             grid that one of them cannot hold exactly is refused now rather than after training.
         init_weights: True starts B at zero, so that a fresh adapter is exactly round-to-nearest; False starts it
             at random, for tests.
-        record: what the package did with the adapter (parameter counts, calibration), saved with it. Not for setting.
 
     Raises:
         ValueError: for a value that no layer could take; says the value, the rule and a remedy.
@@ -331,17 +263,17 @@ class DLQATConfig(PeftConfig):
     init: Literal["mse", "minmax"] = _setting("mse", "First scales and zeros of a layer.", _one_of(INITIALISATIONS))
     export: list[str] | None = _setting(None, "Formats that must be able to hold the grid exactly.", _check_export)
     init_weights: bool = _setting(True, "Start B at zero; False starts it at random.", _check_flag)
-    record: dict[str, Any] = _setting({}, "What the package did with the adapter; not for setting.", _check_record)
 
     def __post_init__(self) -> None:
         """Refuse what no layer could take."""
         for name, check in _OF_PEFT.items():
-            check(name, getattr(self, name))
+            check(name, getattr(self, name, None))
+        # PEFT fills its version in, so that only a saved config has one yet. No field: it is not saved.
+        self.was_saved = getattr(self, "peft_version", None) is not None
         super().__post_init__()
-        # No fields: they are not saved.
-        self.record_of_file: dict[str, Any] = {}
-        self.before_loading: BeforeLoading | None = None
         self.peft_type = PeftType.DLQAT  # type: ignore[attr-defined]
+        # What "all-linear" stood for in the last model; the next may be another one. No field: it is not saved.
+        self.all_linear: set[str] | None = None
         checks = {entry.name: entry.metadata["check"] for entry in fields(self) if "check" in entry.metadata}
         for name, check in checks.items():
             check(name, getattr(self, name))

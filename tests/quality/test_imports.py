@@ -22,6 +22,7 @@ ORDER = [
     "float32",
     "deferred",
     "frozen",
+    "record",
     "layer",
     "adapter_file",
     "model",
