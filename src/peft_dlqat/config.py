@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -18,6 +21,7 @@ from .files import allow
 from .formats import FORMATS
 from .hub import write_section
 from .layer_spec import pattern_of
+from .lora_arguments import translated
 from .methods import MAGNITUDES, METHODS, Method
 from .quant.fit import INITIALISATIONS
 from .quant.fixed_point import STORAGES
@@ -300,6 +304,25 @@ class DLQATConfig(PeftConfig):
         self.check_export(self.grids())
 
     @classmethod
+    def from_lora(cls, lora_config: LoraConfig, **settings: Any) -> DLQATConfig:
+        """The config of a LoRA script, for DL-QAT.
+
+        Rank, alpha, modules and patterns are taken as they are. Where LoRA chooses modules by the model's type, every
+        linear layer is adapted, as only adapted layers are quantized. A warning says what is left out.
+
+        Args:
+            lora_config: the script's config.
+            settings: DL-QAT's own, such as `bits=3`; they come before LoRA's of the same name.
+        """
+        own = {"peft_type", "peft_version", "auto_mapping", "inference_mode"}  # of LoRA, and of a trained adapter
+        arguments = {entry.name: getattr(lora_config, entry.name) for entry in fields(lora_config)}
+        arguments = {name: value for name, value in arguments.items() if name not in own}
+        taken, left_out = translated(arguments, {entry.name for entry in fields(cls)})
+        if left_out:
+            warnings.warn(f"left out of the LoRA config: {'; '.join(left_out.values())}.", stacklevel=2)
+        return cls(**{**taken, **settings})
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> Any:
@@ -438,3 +461,21 @@ class DLQATConfig(PeftConfig):
         weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
         if weights.is_file():
             allow(weights, Path(save_directory, CONFIG_NAME).stat().st_mode)
+
+
+def _takes_loras_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that takes what a LoRA script passes to `LoraConfig`, or explains why not."""
+
+    @functools.wraps(init)
+    def constructor(self: DLQATConfig, *args: Any, **kwargs: Any) -> None:
+        settings, left_out = translated(kwargs, {entry.name for entry in fields(self)})
+        if dropout := left_out.pop("lora_dropout", None):
+            warnings.warn(f"{dropout}.", stacklevel=2)
+        if left_out:
+            raise ValueError(f"{'; '.join(left_out.values())}.")
+        init(self, *args, **settings)
+
+    return constructor
+
+
+DLQATConfig.__init__ = _takes_loras_arguments(DLQATConfig.__init__)  # type: ignore[method-assign]

@@ -17,6 +17,7 @@ ORDER = [
     "methods",
     "hub",
     "layer_spec",
+    "lora_arguments",
     "config",
     "placement",
     "float32",

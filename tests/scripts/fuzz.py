@@ -191,7 +191,9 @@ def spoilt_json(value: Any, draw: random.Random) -> Any:
         if kind == 0:
             del holder[key]
         elif kind == 1 and isinstance(holder, dict):
-            holder[draw.choice(["cls", "self", "", "new_key", "files", "x" * 1000])] = holder.pop(key)
+            holder[draw.choice(["cls", "self", "", "new_key", "files", "lora_dropout", "use_dora", "x" * 1000])] = (
+                holder.pop(key)
+            )
         else:
             holder[key] = draw.choice(HOSTILE)()
     return value
@@ -286,7 +288,7 @@ def spoil(file: Path, draw: random.Random) -> None:
 
 def case_constructor(folder: Path, draw: random.Random) -> None:
     """DLQATConfig(...), and what it makes of a model."""
-    names = [entry.name for entry in fields(DLQATConfig)]
+    names = [entry.name for entry in fields(DLQATConfig)] + ["lora_dropout", "use_dora", "init_lora_weights", "other"]
     given = {draw.choice(names): draw.choice(HOSTILE)() for _ in range(draw.choice([1, 1, 1, 2, 3]))}
     with refusable(ValueError, TypeError, says=[*given, "task type"]):
         config = DLQATConfig(**{**SETTINGS, **given})
