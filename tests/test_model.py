@@ -22,7 +22,7 @@ from transformers import (
     MixtralConfig,
 )
 
-from peft_dlqat import DLQATConfig, calibrate
+from peft_dlqat import DLQATConfig, OtherBaseWarning, calibrate
 from peft_dlqat.layer import DLQATLayer, adapter_layers
 
 
@@ -569,6 +569,18 @@ def test_another_base_is_told_of(tmp_path):
         PeftModel.from_pretrained(other, tmp_path)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_another_base_is_refused_where_that_warning_is_an_error(low_cpu_mem_usage, tmp_path):
+    model = get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM"))
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    other = tiny_model()
+    other.model.layers[1].mlp.up_proj.weight.data += 1
+    with warnings.catch_warnings(), pytest.raises(OtherBaseWarning, match="load the base model of its"):
+        warnings.simplefilter("error", OtherBaseWarning)
+        PeftModel.from_pretrained(other, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
 def test_a_record_without_its_tensors_is_not_believed(tmp_path):
     """A config that was trained before, for a new adapter: nothing of it was done to this one."""
     fresh = DLQATConfig(bits=2, group_size=32, task_type="CAUSAL_LM")
@@ -609,7 +621,7 @@ def test_a_second_model_around_the_first_is_refused():
     ("changes", "says"),
     [
         ({"modules_to_save": ["lm_head", "heads"]}, "'heads' is no module of the model"),
-        ({"modules_to_save": "heads"}, "'heads' is no module of the model"),
+        ({"modules_to_save": "lm_head"}, r"must be a list of module names, such as \['lm_head'\]"),
         ({"layers_to_transform": [0, 2]}, "there is no layer 2 with a target; layers are counted from 0"),
         ({"layers_to_transform": 2, "target_modules": ["q_proj"]}, "there is no layer 2 with a target"),
     ],

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class DLQATModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._warned: set[str] = set()
         self._unchecked: set[str] = set()
+        self._before_loading: dict[str, _BeforeLoading] = {}
         super().__init__(*args, **kwargs)
         # Not `forward`: PEFT calls the model itself where there is no task type, and transformers' add_adapter always.
         self._hook = self.model.register_forward_pre_hook(self._before_forward)
@@ -104,6 +105,12 @@ class DLQATModel(BaseTuner):
             asked = setting(config, "group_size", name)
             if config.scale_dtype == "k_quant":
                 check_k_quant(bits, config.zero_point, asked, name, in_features)
+            if (r := setting(config, "r", name)) > max(_out_in(module)):
+                sides = _out_in(module)
+                raise ValueError(
+                    f"r={r} is larger than both sides of {name}, {list(sides)}, whose updates have no such rank; use "
+                    f"at most {min(sides)} (rank_pattern sets it for some modules only)."
+                )
             if asked > in_features and asked != DEFAULT_GROUP_SIZE:
                 raise ValueError(
                     f"group_size={asked} is larger than in_features={in_features} of {name}; use at most "
@@ -169,12 +176,15 @@ class DLQATModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; an adapter that is about to be loaded needs no search for scales and zeros."""
         config = self.peft_config[adapter_name]
+        config.check_matching_ends([name for name, _ in model.named_modules()])
         # PEFT adds these, but only after the injection: too late for "all-linear".
         if config.modules_to_save is None and config.task_type in _HEADS:
             config.modules_to_save = list(_HEADS[config.task_type])
         self._first_init = "minmax" if config.inference_mode else config.init
         self._unchecked.add(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.was_saved and not kwargs.get("low_cpu_mem_usage"):
+            self._before_loading[adapter_name] = _before_loading(model, adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; warns where several adapters become active."""
@@ -221,11 +231,18 @@ class DLQATModel(BaseTuner):
         if torch.compiler.is_compiling():
             return
         while self._unchecked:  # tensors that came by other ways than PEFT's loading, such as transformers'
-            adapter_name = self._unchecked.pop()
+            adapter_name = next(iter(self._unchecked))
             if isinstance(config := self.peft_config.get(adapter_name), DLQATConfig):
+                if adapter_name in self._before_loading:
+                    _check_replaced(model, adapter_name, config, self._before_loading[adapter_name])
                 check_loaded(model, adapter_name, config.storage)
+            self._checked(adapter_name)
         if model.training and torch.is_grad_enabled():
             self._warn_if_never_calibrated(model)
+
+    def _checked(self, adapter_name: str) -> None:
+        self._unchecked.discard(adapter_name)
+        self._before_loading.pop(adapter_name, None)
 
     def _warn_if_never_calibrated(self, model: nn.Module) -> None:
         """Warn once if an adapter that was never calibrated is trained."""
@@ -277,8 +294,58 @@ class DLQATModel(BaseTuner):
             assert kept is not None
             layer.set_storage(adapter_name, kept)
         if isinstance(tuner := getattr(model, "base_model", None), cls):
-            tuner._unchecked.discard(adapter_name)
+            tuner._checked(adapter_name)
         return checked
+
+
+@dataclass(frozen=True)
+class _BeforeLoading:
+    """What a model held when a saved adapter was put into it, before that one's tensors came.
+
+    Attributes:
+        own: the adapter's tensors.
+        base: checksums of the model's other ones.
+    """
+
+    own: dict[str, torch.Tensor]
+    base: dict[str, int]
+
+
+def _before_loading(model: nn.Module, adapter_name: str) -> _BeforeLoading:
+    own, others = _own_and_others(model, adapter_name)
+    here = {key: tensor for key, tensor in others.items() if not tensor.is_meta and tensor.numel()}
+    return _BeforeLoading(own, {key: weight_checksum(tensor) for key, tensor in here.items()})
+
+
+def _own_and_others(model: nn.Module, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """An adapter's tensors, and those of no adapter."""
+    state = model.state_dict(keep_vars=True)
+    own = re.compile(rf"\.{PREFIX}\w+\.{re.escape(adapter_name)}(\.weight)?$")
+    return (
+        {key: tensor for key, tensor in state.items() if own.search(key)},
+        {key: tensor for key, tensor in state.items() if f".{PREFIX}" not in key and ".modules_to_save." not in key},
+    )
+
+
+def _check_replaced(model: nn.Module, adapter_name: str, config: DLQATConfig, before: _BeforeLoading) -> None:
+    """Refuse what transformers' own `load_adapter` has loaded, which asks nobody, as PEFT's loading is refused.
+
+    It puts new Parameters into the places of those that were made, and of the base model's where the file has some.
+
+    Raises:
+        ValueError: as `check_state`.
+    """
+    own, others = _own_and_others(model, adapter_name)
+    loaded = {key: tensor.detach() for key, tensor in own.items() if tensor is not before.own.get(key)}
+    if not any(".dlqat_spec." in key for key in loaded):
+        return
+    changed = {
+        key: tensor.detach()
+        for key, tensor in others.items()
+        if key in before.base and weight_checksum(tensor) != before.base[key]
+    }
+    in_full = {key: tensor for key, tensor in model.state_dict().items() if f".modules_to_save.{adapter_name}." in key}
+    check_state(model, adapter_name, loaded | changed | in_full, config.storage, biases=config.bias != "none")
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -325,8 +392,7 @@ def _check_that_all_match(config: DLQATConfig, model: nn.Module, targets: dict[s
     """Refuse settings that speak of modules or layers which are not there."""
     names = [name for name, _ in model.named_modules()]
     heads = {head for of_task in (*_HEADS.values(), ("classifier", "score")) for head in of_task}  # PEFT's own
-    wanted = config.modules_to_save
-    for saved in {wanted} if isinstance(wanted, str) else set(wanted or ()) - heads:
+    for saved in set(config.modules_to_save or ()) - heads:
         if not any(name == saved or name.endswith(f".{saved}") for name in names):
             raise ValueError(f"modules_to_save={config.modules_to_save!r}: {saved!r} is no module of the model.")
     asked = config.layers_to_transform
