@@ -297,3 +297,9 @@ def test_a_merged_models_state_dict_is_no_unmerged_ones():
     with pytest.warns(UserWarning, match=r"state dict are not those .*taken while merged.*unmerge_adapter"):
         other.load_state_dict(model.state_dict())
     model.load_state_dict(model.state_dict())  # merged it is right
+
+
+def test_a_layer_trains_by_itself():
+    layer = next(iter(adapter_layers(adapted())[1].values()))
+    assert not layer.training and layer.train() is layer and layer.training
+    assert layer.train(False) is layer and not layer.training

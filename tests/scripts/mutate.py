@@ -91,6 +91,7 @@ EQUIVALENT = {
     "formats/llama_cpp.py _Library.__init__: `spec is not None and spec.origin is not None` "
     "-> `(spec is not None or spec.origin is not None)`": "a module of a wheel has both",
     "layer.py DLQATLayer.merge: `False` -> `(True)`": "looked at or not, the same weight",
+    "formats/llama_cpp.py half_gelu: `10` -> `(11)`": "of -10, below which the table has 0, too",
 }
 
 PAIRS = [(ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn)]
