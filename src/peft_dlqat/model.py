@@ -15,6 +15,8 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .adapter_file import base_checksum, base_record, check_state, tensor_key, weight_checksum, with_current_names
@@ -27,6 +29,8 @@ from .quant.fixed_point import STORAGES
 from .quant.grid import Grid, largest_group
 from .quant.super_blocks import check_k_quant
 
+# Modules whose weights nobody expects "all-linear" to adapt, or that it does.
+_KNOWN_WEIGHTS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList)
 # Names of the heads that PEFT trains in full for these tasks.
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -61,6 +65,11 @@ class DLQATModel(BaseTuner):
         self._places = _places(model)
         if peft_config.target_modules == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
+            if not peft_config.target_modules:
+                raise ValueError(
+                    f'target_modules="all-linear" finds no linear layer in {type(model).__name__}; only torch.nn.Linear '
+                    "and transformers' Conv1D can be adapted."
+                )
             _leave_out_special_layers(peft_config, model)
             if peft_config.layers_to_transform is not None:
                 # PEFT does not look at the layer of a module that is named in full.
@@ -74,6 +83,7 @@ class DLQATModel(BaseTuner):
                         f"layers_to_transform={peft_config.layers_to_transform!r} matches no layer with a linear "
                         "module; layers are counted from 0."
                     )
+            _match_no_others(peft_config, model)
         self._check_targets(peft_config, model)
 
     def _check_targets(self, config: DLQATConfig, model: nn.Module) -> None:
@@ -113,7 +123,7 @@ class DLQATModel(BaseTuner):
             ]
             if unused:
                 warnings.warn(f"The following {field} keys did not match any targeted module: {unused}.", stacklevel=2)
-        _warn_of_experts(model, targets)
+        _warn_of_other_weights(model, targets)
         if smaller:
             listing = "; ".join(f"{change}: {', '.join(names)}" for change, names in smaller.items())
             warnings.warn(
@@ -149,9 +159,9 @@ class DLQATModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a module into the place of another, wherever that one is used."""
-        places = self._places.get(id(child), [(parent, child_name)])
-        for user, name in places:
-            setattr(user, name, new_module)
+        places = self._places.get(id(child), [(parent._modules, child_name)])
+        for container, key in places:
+            container[key] = new_module
         self._places[id(new_module)] = places
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -168,6 +178,8 @@ class DLQATModel(BaseTuner):
         config.record = dict(given.record) if config.inference_mode else {}
         # A loaded adapter brings its scales and zeros along: no need to search for them.
         self._first_init = "minmax" if config.record else config.init
+        if not config.inference_mode and not config.record_of_file:
+            _warn_of_an_unsaved_head(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.record = _count_parameters(model, adapter_name, config.bias) | config.record
         config.record = _base_record(model, adapter_name) | config.record
@@ -269,29 +281,47 @@ class DLQATModel(BaseTuner):
         return checked
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """By id of a module: the modules that hold it, and its name in each. Some are used in several places."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
+def _places(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
+    """By id of a module: the containers that hold it, and its key in each. Some are used in several places.
+
+    A container is a module's dict of children, or a list or dict that it keeps beside and may call them from.
+    """
+    places: dict[int, list[tuple[Any, Any]]] = {}
     for module in model.modules():
-        for name, child in module._modules.items():
-            if child is not None:
-                places.setdefault(id(child), []).append((module, name))
+        for container in vars(module).values():
+            entries = enumerate(container) if isinstance(container, list) else ()
+            for key, child in container.items() if isinstance(container, dict) else entries:
+                if isinstance(child, nn.Module):
+                    places.setdefault(id(child), []).append((container, key))
     return places
 
 
 def _leave_out_special_layers(config: DLQATConfig, model: nn.Module) -> None:
     """Take layers that are no ordinary linear ones out of "all-linear", and say so in one line."""
+    # PEFT trains in full what ends in such a name: "pre_classifier" too, where "classifier" is meant.
+    in_full = tuple(config.modules_to_save or ())
+    names = {name for name in config.target_modules or () if not name.endswith(in_full)}
     left_out: dict[str, list[str]] = {}
-    for name in sorted(config.target_modules or ()):
+    for name in sorted(names):
         module = model.get_submodule(name)
         layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
-        if reason := _special(layer):
+        if reason := "the name of an output head" if name.endswith("lm_head") else _special(layer):
             left_out.setdefault(reason, []).append(name)
+    config.target_modules = names - {name for found in left_out.values() for name in found}  # type: ignore[assignment]
     if left_out:
-        names = {name for found in left_out.values() for name in found}
-        config.target_modules = set(config.target_modules or ()) - names  # type: ignore[assignment]
         listing = "; ".join(f"{len(found)} with {reason}, such as {found[0]}" for reason, found in left_out.items())
         warnings.warn(f'"all-linear" leaves out linear layers: {listing}. Name them in target_modules to adapt them.')
+
+
+def _match_no_others(config: DLQATConfig, model: nn.Module) -> None:
+    """Replace full names by a regex where PEFT, which looks for suffixes, would find further modules by them.
+
+    "head" would match "tower.head", which was left out, or is no linear layer.
+    """
+    names = set(config.target_modules or ())
+    if any(name not in names and _is_target(config, name) for name, _ in model.named_modules() if name):
+        config.target_modules = "|".join(re.escape(name) for name in sorted(names))
+        config.layers_to_transform = config.layers_pattern = None  # they are in the names, and go with no regex
 
 
 def _special(layer: Any) -> str:
@@ -390,22 +420,38 @@ def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.M
             )
 
 
-def _warn_of_experts(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """Warn if many of the weights are stacked ones, [experts, out, in], which no linear layer holds."""
-    experts = {
+def _warn_of_an_unsaved_head(config: DLQATConfig, model: nn.Module) -> None:
+    """Warn of a task's head: transformers makes it anew for each base model that has none, and no adapter holds it."""
+    names = {head for heads in _HEADS.values() for head in heads}
+    heads = {name for name, _ in model.named_children() if name in names} - set(config.modules_to_save or ())
+    if heads and isinstance(model, PreTrainedModel):
+        warnings.warn(
+            f"{', '.join(sorted(heads))} of {type(model).__name__} is not saved with the adapter, and is another one "
+            "each time a base model without it is loaded; give the config its task_type, or "
+            f"modules_to_save={sorted(heads)}.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_other_weights(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Warn if much of the weights is in no linear layer: experts [experts, out, in], attention's in_proj_weight, LSTMs.
+
+    A positional embedding of one entry, [1, length, width], is no such weight.
+    """
+    others = {
         f"{prefix}.{name}": parameter
         for prefix, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
+        if not isinstance(module, _KNOWN_WEIGHTS) and f".{PREFIX}" not in prefix
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and len(parameter) > 1
+        if parameter.dim() in (2, 3) and min(parameter.shape) > 1
     }
-    stacked = sum(parameter.numel() for parameter in experts.values())
+    size = sum(parameter.numel() for parameter in others.values())
     linear = sum(out * inputs for out, inputs in map(_out_in, targets.values()))
-    if stacked > linear / 10:
+    if size > linear / 10:
         warnings.warn(
-            f"{next(iter(experts))} and {len(experts) - 1} more parameters like it are no linear layers and stay in "
-            f"full precision: {stacked / (stacked + linear):.0%} of the weights, the experts of a mixture. Only the "
-            "rest of the model is quantized and trained.",
+            f"{next(iter(others))} and {len(others) - 1} more parameters like it belong to no linear layer (experts, "
+            f"attention's own weights, recurrent cells) and stay in full precision: {size / (size + linear):.0%} of "
+            "the weights. Only the rest of the model is quantized and trained.",
             stacklevel=2,
         )
 
