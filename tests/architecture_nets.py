@@ -221,6 +221,6 @@ class low_rank(nn.Module):
 
 
 NETS = (
-    "perceptron transposed hooked subclasses in_place weight_norm spectral_norm pruned convolutional recurrent cell mixer "
-    "unet low_rank attention transformer_encoder transformer mixture tied_autoencoder tied_layers shared_module"
+    "perceptron transposed hooked subclasses in_place weight_norm spectral_norm pruned convolutional recurrent cell "
+    "mixer unet low_rank attention transformer_encoder transformer mixture tied_autoencoder tied_layers shared_module"
 )

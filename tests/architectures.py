@@ -11,7 +11,6 @@ import torch
 import transformers
 from torch import nn
 
-
 VOCAB = 96
 
 Inputs = Callable[[], dict[str, torch.Tensor]]
@@ -92,7 +91,8 @@ class Architecture:
             _without_chance(config)
             model = cls(config)
         for parameter in model.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
+            if parameter.requires_grad:  # sinusoids don't, and are not saved
+                parameter.data += 0.05 * torch.randn_like(parameter)
         return model.requires_grad_(False).eval()
 
 
@@ -109,7 +109,6 @@ def _without_chance(config: Any) -> None:
 
 def each(kind: str, names: str, inputs: Inputs = text, **settings: Any) -> list[Architecture]:
     return [Architecture(kind, name, inputs, settings) for name in names.split()]
-
 
 
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
@@ -147,23 +146,77 @@ WAVE = TEXT | {
     "squeeze_factor": 2,
 }
 TOWERS = {"text_config": TEXT, "vision_config": IMAGE, "projection_dim": 16}
-SPEECHT5 = WAVE | {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_mel_bins": 8, "speech_decoder_prenet_units": 16, "speech_decoder_postnet_units": 16, "speech_decoder_postnet_layers": 2}
-LLAVA = {"text_config": GROUPED | {"model_type": "llama"}, "vision_config": IMAGE | {"model_type": "clip_vision_model"}, "image_token_id": 5, "image_token_index": 5}
+SPEECHT5 = WAVE | {
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_mel_bins": 8,
+    "speech_decoder_prenet_units": 16,
+    "speech_decoder_postnet_units": 16,
+    "speech_decoder_postnet_layers": 2,
+}
+LLAVA = {
+    "text_config": GROUPED | {"model_type": "llama"},
+    "vision_config": IMAGE | {"model_type": "clip_vision_model"},
+    "image_token_id": 5,
+    "image_token_index": 5,
+}
 QWEN = GROUPED | {"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}}
-QWEN_VISION = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 1, "mlp_ratio": 2, "fullatt_block_indexes": [1], "window_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+QWEN_VISION = {
+    "depth": 2,
+    "embed_dim": 32,
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 1,
+    "mlp_ratio": 2,
+    "fullatt_block_indexes": [1],
+    "window_size": 16,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0],
+}
 
 
 def globally():
     return both() | {"global_attention_mask": (torch.arange(12) < 2).long().expand(2, -1)}
 
 
-def video(): return {"pixel_values": numbers(2, 4, 3, 32, 32)}
-def features(*shape): return lambda: {"input_features": numbers(2, *shape)}
-def heard(*shape): return lambda: {"input_features": numbers(2, *shape), "decoder_input_ids": tokens(5)}
-def shown(count): return lambda: {"input_ids": torch.cat([torch.full((2, count), 5), tokens()], 1), "pixel_values": numbers(2, 3, 32, 32)}
-def patches(side): return lambda: {"input_ids": torch.cat([torch.full((1, side * side // 4), 5), tokens()[:1]], 1), "pixel_values": numbers(side * side, 48), "image_grid_thw": torch.tensor([[1, side, side]]), "mm_token_type_ids": (torch.arange(side * side // 4 + 12) < side * side // 4).int()[None]}
+def video():
+    return {"pixel_values": numbers(2, 4, 3, 32, 32)}
 
 
+def features(*shape):
+    return lambda: {"input_features": numbers(2, *shape)}
+
+
+def heard(*shape):
+    return lambda: {"input_features": numbers(2, *shape), "decoder_input_ids": tokens(5)}
+
+
+def shown(count):
+    return lambda: {
+        "input_ids": torch.cat([torch.full((2, count), 5), tokens()], 1),
+        "pixel_values": numbers(2, 3, 32, 32),
+    }
+
+
+def patches(side):
+    return lambda: {
+        "input_ids": torch.cat([torch.full((1, side * side // 4), 5), tokens()[:1]], 1),
+        "pixel_values": numbers(side * side, 48),
+        "image_grid_thw": torch.tensor([[1, side, side]]),
+        "mm_token_type_ids": (torch.arange(side * side // 4 + 12) < side * side // 4).int()[None],
+    }
+
+
+# A row is a line.
+# fmt: off
 ARCHITECTURES = [
     *each("torch", architecture_nets.NETS, vector),
     *each(
@@ -213,7 +266,6 @@ ARCHITECTURES = [
     *each("state space", "Zamba2ForCausalLM", **(TEXT | {"num_hidden_layers": 3}), layers_block_type=["mamba", "hybrid", "hybrid"], mamba_d_state=8, mamba_headdim=8, n_mamba_heads=8, mamba_ngroups=1, chunk_size=8, num_mem_blocks=1, adapter_rank=8, use_mamba_kernels=False),
     *each("state space", "RwkvForCausalLM", **TEXT, attention_hidden_size=32),
     *each("state space", "RecurrentGemmaForCausalLM", **GROUPED, lru_width=32, block_types=["recurrent", "attention"], attention_window_size=8),
-    *each("state space", "xLSTMForCausalLM", vocab_size=VOCAB, hidden_size=32, num_heads=2, num_blocks=2, chunk_size=4, qk_dim_factor=1.0, mode="train"),
     *each("state space", "Lfm2ForCausalLM", **GROUPED, layer_types=["conv", "full_attention"], block_multiple_of=32),
     *each("state space", "Lfm2MoeForCausalLM", **EXPERTS, layer_types=["conv", "full_attention"], num_dense_layers=1),
     *each("state space", "NemotronHForCausalLM", **GROUPED, hybrid_override_pattern="M*-", mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=1, chunk_size=8),
@@ -305,5 +357,3 @@ ARCHITECTURES = [
     *each("time series", "TimesFmModelForPrediction", lambda: {"past_values": numbers(2, 64)}, patch_length=16, context_length=64, horizon_length=16, num_hidden_layers=1, hidden_size=32, intermediate_size=32, head_dim=8, num_attention_heads=4),
     *each("time series", "DecisionTransformerModel", lambda: {"states": numbers(2, 4, 6), "actions": numbers(2, 4, 3), "rewards": numbers(2, 4, 1), "returns_to_go": numbers(2, 4, 1), "timesteps": torch.arange(4).expand(2, -1), "attention_mask": torch.ones(2, 4).long()}, state_dim=6, act_dim=3, hidden_size=32, max_ep_len=16, n_layer=1, n_head=4, n_inner=64, n_positions=64),
 ]
-
-

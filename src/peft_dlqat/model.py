@@ -67,16 +67,16 @@ class DLQATModel(BaseTuner):
             _maybe_include_all_linear_layers(peft_config, model)
             if not peft_config.target_modules:
                 raise ValueError(
-                    f'target_modules="all-linear" finds no linear layer in {type(model).__name__}; only torch.nn.Linear '
-                    "and transformers' Conv1D can be adapted."
+                    f'target_modules="all-linear" finds no linear layer in {type(model).__name__}; only '
+                    "torch.nn.Linear and transformers' Conv1D can be adapted."
                 )
             _leave_out_special_layers(peft_config, model)
             if peft_config.layers_to_transform is not None:
-                # PEFT does not look at the layer of a module that is named in full.
+                # PEFT does not look at the layer of a module that is named in full, and finds none in "layers.1.proj".
                 peft_config.target_modules = {  # type: ignore[assignment]
                     name
                     for name in peft_config.target_modules
-                    if _is_target(replace(peft_config, target_modules=[name.rpartition(".")[2]]), name)
+                    if _is_target(replace(peft_config, target_modules=[name.rpartition(".")[2]]), f"model.{name}")
                 }
                 if not peft_config.target_modules:
                     raise ValueError(
@@ -209,7 +209,7 @@ class DLQATModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        """As PEFT's, but all layers or none."""
+        """As PEFT's, but all layers or none, and a head that stays tied is not called untied."""
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
         else:
@@ -218,7 +218,22 @@ class DLQATModel(BaseTuner):
                     layer.frozen.unpack()
         self._hook.remove()
         self._places = _places(self.model)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        config = getattr(self.model, "config", None)
+        if not (merge and getattr(config, "tie_word_embeddings", False)):
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        # PEFT would compare the head with the encoder's embedding, where it is tied to the decoder's.
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        try:
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        finally:
+            config.tie_word_embeddings = _head_is_tied(self.model)  # type: ignore[union-attr]
+        if not config.tie_word_embeddings:  # type: ignore[union-attr]
+            warnings.warn(
+                "the output head has a weight of its own after merging, and is no longer tied to the embedding: "
+                "tie_word_embeddings is False in the model's config now.",
+                stacklevel=3,
+            )
+        return model
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for layer in self.model.modules():
@@ -284,16 +299,23 @@ class DLQATModel(BaseTuner):
 def _places(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
     """By id of a module: the containers that hold it, and its key in each. Some are used in several places.
 
-    A container is a module's dict of children, or a list or dict that it keeps beside and may call them from.
+    A container is a module's dict of children or of attributes, or a list or dict that it keeps beside and may call
+    them from.
     """
     places: dict[int, list[tuple[Any, Any]]] = {}
     for module in model.modules():
-        for container in vars(module).values():
+        for container in (vars(module), *vars(module).values()):
             entries = enumerate(container) if isinstance(container, list) else ()
             for key, child in container.items() if isinstance(container, dict) else entries:
                 if isinstance(child, nn.Module):
                     places.setdefault(id(child), []).append((container, key))
     return places
+
+
+def _head_is_tied(model: Any) -> bool:
+    """Whether another module uses the output head's weight; True too where the model names no head."""
+    head = getattr(model.get_output_embeddings(), "weight", None) if isinstance(model, PreTrainedModel) else None
+    return head is None or sum(weight is head for _, weight in model.named_parameters(remove_duplicate=False)) > 1
 
 
 def _leave_out_special_layers(config: DLQATConfig, model: nn.Module) -> None:
@@ -434,7 +456,7 @@ def _warn_of_an_unsaved_head(config: DLQATConfig, model: nn.Module) -> None:
 
 
 def _warn_of_other_weights(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """Warn if much of the weights is in no linear layer: experts [experts, out, in], attention's in_proj_weight, LSTMs.
+    """Warn if much of the weights is in no linear layer: experts [experts, out, in], in_proj_weight, LSTMs.
 
     A positional embedding of one entry, [1, length, width], is no such weight.
     """
@@ -448,10 +470,11 @@ def _warn_of_other_weights(model: nn.Module, targets: dict[str, nn.Module]) -> N
     size = sum(parameter.numel() for parameter in others.values())
     linear = sum(out * inputs for out, inputs in map(_out_in, targets.values()))
     if size > linear / 10:
+        largest = max(others, key=lambda name: others[name].numel())
         warnings.warn(
-            f"{next(iter(others))} and {len(others) - 1} more parameters like it belong to no linear layer (experts, "
-            f"attention's own weights, recurrent cells) and stay in full precision: {size / (size + linear):.0%} of "
-            "the weights. Only the rest of the model is quantized and trained.",
+            f"{largest} and {len(others) - 1} more parameters like it belong to no linear layer (experts, attention's "
+            f"own weights, recurrent cells) and stay in full precision: {size / (size + linear):.0%} of the weights. "
+            "Only the rest of the model is quantized and trained.",
             stacklevel=2,
         )
 
