@@ -143,12 +143,21 @@ COLUMNS = (gradient, reload, merge, saved, unmerge, base_untouched)
 
 
 def examine(architecture: Architecture) -> dict[str, str]:
-    """The cells of one line, and under "refused" why weights cannot be packed."""
+    """The cells of one line, and under "refused" the reason where some say so."""
+    names = [column.__name__ for column in COLUMNS]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        case = Case(architecture, folder)
+        try:
+            case = Case(architecture, folder)
+        except ValueError as error:
+            return {
+                "adapted": "0",
+                "left out": "",
+                "refused": str(error),
+                **dict.fromkeys([*names, "packed"], "refused"),
+            }
         cells = {"adapted": str(len(case.layers)), "left out": _left_out(case)}
-        cells |= {column.__name__: column(case) for column in COLUMNS}
+        cells |= {name: column(case) for name, column in zip(names, COLUMNS, strict=True)}
         try:
             packed = Case(architecture, folder, storage="int8")
         except ValueError as error:
@@ -169,10 +178,12 @@ def _left_out(case: Case) -> str:
 
 
 def faults(cells: dict[str, str]) -> dict[str, str]:
-    """Cells that say neither that all is right nor that it was refused."""
-    right = {column.__name__: (EXACT,) for column in COLUMNS} | {"packed": (EXACT, "refused")}
-    right["saved"] = (EXACT, "")
-    right["gradient"] = tuple(f"{reached} of {cells['adapted']}" for reached in range(1, int(cells["adapted"]) + 1))
+    """Cells that say neither that all is right nor, where all may, that it was refused."""
+    adapted = int(cells["adapted"])
+    right = {column.__name__: {EXACT} if adapted else {"refused"} for column in COLUMNS}
+    right |= {"packed": {EXACT, "refused"}, "saved": right["saved"] | {""}}
+    if adapted:
+        right["gradient"] = {f"{reached} of {adapted}" for reached in range(1, adapted + 1)}
     return {column: cells[column] for column, good in right.items() if cells[column] not in good}
 
 
@@ -193,9 +204,7 @@ def page() -> str:
         "|---" * len(head) + "|",
         *(line(architecture, cells) for architecture, cells in found.items()),
     ]
-    refused = [
-        f"- `{architecture.name}`: {cells['refused']}" for architecture, cells in found.items() if "refused" in cells
-    ]
+    refused = [f"- `{each.name}`: {cells['refused']}" for each, cells in found.items() if "refused" in cells]
     text = PAGE.read_text(encoding="utf-8")
     for name, lines in (("table", table), ("refused", refused)):
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
