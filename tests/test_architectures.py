@@ -63,9 +63,9 @@ class Detached(nn.Module):
 
 @pytest.mark.parametrize(
     "net, wrong",
-    [(Counting, {"reload", "merge", "unmerge", "base_untouched", "packed"}), (Detached, {"gradient"})],
+    [(Counting, {"merge", "unmerge", "base_untouched", "packed"}), (Detached, {"gradient"})],
 )
 def test_a_wrong_cell_is_seen(net, wrong, monkeypatch):
-    monkeypatch.setattr(Architecture, "make", lambda self: net())
+    monkeypatch.setattr(Architecture, "make", lambda self: torch.manual_seed(0) and net().requires_grad_(False))
     cells = table.examine(ARCHITECTURES[0])
     assert table.faults(cells).keys() == wrong

@@ -440,6 +440,41 @@ def test_a_model_without_linear_layers_is_refused():
         get_peft_model(nn.LSTM(8, 8), config(task_type=None))
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside, self.norm, self.out = nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.out(self.norm(self.inside(x)))
+
+
+def test_statistics_that_move_in_training_are_told_or_saved(tmp_path):
+    base, x = Normed(), torch.randn(8, 32)
+    model = get_peft_model(copy.deepcopy(base), config(task_type=None)).train()
+    with pytest.warns(UserWarning, match="norm and 0 more batch norms move their statistics") as caught:
+        model(x)
+        model(x)
+    assert len([w for w in caught if "statistics" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*statistics")
+        still = get_peft_model(copy.deepcopy(base), config(task_type=None)).train()
+        still.base_model.model.norm.eval()
+        still(x)
+        kept = get_peft_model(copy.deepcopy(base), config(task_type=None, modules_to_save=["norm"])).train()
+        kept(x)
+    trained = kept.eval()(x)
+    kept.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(x), trained)
+
+
+def test_adapters_are_not_added_up():
+    model = adapted()
+    model.add_adapter("other", config())
+    with pytest.raises(ValueError, match="cannot be added up into one: each has a grid of its own"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
+
+
 def test_weights_of_other_modules_are_told():
     net = nn.ModuleDict({"a": nn.Linear(32, 32), "attention": nn.MultiheadAttention(32, 2)})
     with pytest.warns(UserWarning, match=r"attention\.in_proj_weight and 0 more .*stay in full precision: 60%"):

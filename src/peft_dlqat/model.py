@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -56,9 +57,10 @@ class DLQATModel(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._warned: set[str] = set()
+        self._training_was_seen = False
         super().__init__(*args, **kwargs)
         # Not `forward`: PEFT calls the model itself where there is no task type, and transformers' add_adapter always.
-        self._hook = self.model.register_forward_pre_hook(self._warn_if_never_calibrated)
+        self._hook = self.model.register_forward_pre_hook(self._warn_in_training)
 
     def _prepare_model(self, peft_config: DLQATConfig, model: nn.Module) -> None:
         """Resolve "all-linear", then check every target."""
@@ -240,10 +242,24 @@ class DLQATModel(BaseTuner):
             if isinstance(layer, DLQATLayer):
                 layer.check_mergeable(safe_merge, adapter_names)
 
-    def _warn_if_never_calibrated(self, model: nn.Module, _: Any) -> None:
-        """Warn once if an adapter that was never calibrated is trained."""
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Refuse what PEFT's other methods can.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "DL-QAT adapters cannot be added up into one: each has a grid of its own, on which the sum does not lie. "
+            "set_adapter with a list of them runs their sum without a grid; for a quantized model train one adapter."
+        )
+
+    def _warn_in_training(self, model: nn.Module, _: Any) -> None:
+        """Warn once if an adapter that was never calibrated is trained, and of what training moves beside adapters."""
         if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
+        if not self._training_was_seen:
+            self._training_was_seen = True
+            _warn_of_moving_statistics(model)
         for name, config in getattr(model, "peft_config", {}).items():
             known = not isinstance(config, DLQATConfig) or "calibration" in config.record or name in self._warned
             if known or not self._is_trained(name):
@@ -451,6 +467,23 @@ def _warn_of_an_unsaved_head(config: DLQATConfig, model: nn.Module) -> None:
             f"{', '.join(sorted(heads))} of {type(model).__name__} is not saved with the adapter, and is another one "
             "each time a base model without it is loaded; give the config its task_type, or "
             f"modules_to_save={sorted(heads)}.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_moving_statistics(model: nn.Module) -> None:
+    """Warn of batch norms that move as they train: what they become is in no adapter file."""
+    moving = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+    ]
+    moving = [name for name in moving if ".modules_to_save." not in name and ".original_module" not in name]
+    if moving:
+        warnings.warn(
+            f"{moving[0]} and {len(moving) - 1} more batch norms move their statistics in training mode, which are not "
+            "saved with the adapter: reloaded it is another model. Put them into eval mode, or name them in "
+            "modules_to_save.",
             stacklevel=2,
         )
 
