@@ -249,6 +249,14 @@ def growth(results: dict[str, Any]) -> str:
     return markdown(["", *names], rows)
 
 
+def host(results: dict[str, Any]) -> str:
+    """Time over LoRA's, one line a pass."""
+    rows = results["rows"]
+    names = [name for name in next(iter(rows.values())) if name != "LoRA"]
+    lines = [[what, *(f"{row[name]['ratio']:.2f}" for name in names)] for what, row in rows.items()]
+    return markdown(["", *(f"{name} / LoRA" for name in names)], lines)
+
+
 def model(results: dict[str, Any]) -> str:
     """One line a contender."""
     head = ["", "time / LoRA's", "quartiles", "peak memory / LoRA's", "resident before training, GB", "peak, GB"]
@@ -292,6 +300,7 @@ def tables() -> dict[str, dict[str, str]]:
     makers: dict[str, dict[str, Callable[..., str]]] = {
         "layer.json": {"layer": layer, "growth": growth},
         "model.json": {"model": model},
+        "host.json": {"host": host},
     }
     for file, made in makers.items():
         if (RESULTS / file).exists():

@@ -101,7 +101,7 @@ def positive(text: str) -> int:
 def _setting(entry: str, args: argparse.Namespace) -> tuple[str, Any]:
     """A field of the config and its value: JSON, or else a word."""
     name, equals, value = entry.partition("=")
-    known = set(DLQATConfig.__annotations__) - {"record"}
+    known = set(DLQATConfig.__annotations__)
     if name in vars(args):
         raise InputError(f"--set {entry}: {name} has an argument of its own, --{name}.")
     if not equals or name not in known:

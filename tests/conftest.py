@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-import peft_dlqat  # noqa: F401  registers the method
+from peft_dlqat.layer import adapter_layers, is_calibrated
 
 VOCAB = 64
 HIDDEN = 64
@@ -114,6 +114,24 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
         if ".dlqat_" in name and not name.split(".dlqat_")[1].startswith(("scale", "zero_point", "offset")):
             size = 0.2 if "magnitude" in name else 1.0 if "dlqat_B" in name else 0.1
             parameter.data += size * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+def say_calibrated(model: torch.nn.Module, calibrated: bool = True) -> None:
+    """Say of every adapter that its scales and zeros were fitted to data, where this is no test of that."""
+    for layer in model.modules():
+        for adapter_name in getattr(layer, "specs", ()):
+            layer.set_record(adapter_name, calibrated=calibrated)
+
+
+def calibrated(model: torch.nn.Module) -> bool:
+    """Whether the active adapter says that its scales and zeros were fitted to data."""
+    adapter_name, layers = adapter_layers(model)
+    return is_calibrated(layers.values(), adapter_name)
+
+
+def computing(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All tensors of a model that it computes with: not what an adapter remembers of how it was made."""
+    return {name: tensor for name, tensor in model.state_dict().items() if ".dlqat_record." not in name}
 
 
 def train(model: torch.nn.Module, batches: int = 2) -> None:

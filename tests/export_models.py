@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import perturb, random_model
+from conftest import perturb, random_model, say_calibrated
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
@@ -35,7 +34,6 @@ from peft_dlqat import DLQATConfig
 from peft_dlqat.export.verify import Verification
 from peft_dlqat.formats import FORMATS
 from peft_dlqat.quant.grid import Grid
-from peft_dlqat.train.calibrate import Calibration
 
 EMBEDDED = Path(__file__).parents[1] / "examples" / "embedded" / "model"
 VOCAB, HIDDEN = 96, 256  # a multiple of 256, the block of GGUF's smallest types
@@ -107,10 +105,7 @@ def adapted(
     model = get_peft_model(base.to(dtype), config)
     if trained:
         perturb(model)
-        calibration = Calibration(
-            1, "model", "distill", loss_before=1.0, loss_fitted=0.6, loss_after=0.5, kept="after"
-        )
-        model.peft_config["default"].record["calibration"] = asdict(calibration)
+        say_calibrated(model)
     return model.eval()
 
 

@@ -11,14 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, HIDDEN, tiny_model
+from conftest import CONFIGS, HIDDEN, calibrated, lm_batches, perturb, tiny_model, tokens
 from peft import PeftModel
 from refusals import INF, NAN, adapted, outputs, refused
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from peft_dlqat import DLQATConfig, calibrate
 from peft_dlqat.layer import adapter_layers
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -214,3 +215,31 @@ def test_negative_scales_of_a_symmetric_grid_load(way, tmp_path):
     loaded = call()
     found = outputs(loaded if model is None else model)
     assert torch.equal(found, outputs(saved)) and not torch.equal(found, outputs(tiny_model()))
+
+
+@pytest.mark.parametrize("storage", ["full", "int4"])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_transformers_own_loading_is_checked_at_the_first_forward(storage, is_trainable, tmp_path):
+    """It puts tensors into the model past PEFT's loading."""
+    model = tiny_model()
+    model.add_adapter(DLQATConfig(bits=3, group_size=32, storage=storage))
+    calibrate(model, lm_batches(1), steps=0, progress=False)
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    loaded = tiny_model()
+    loaded.load_adapter(tmp_path, is_trainable=is_trainable)
+    assert torch.equal(loaded(tokens()).logits, model.eval()(tokens()).logits)
+    assert {layer.specs["default"].storage for layer in adapter_layers(loaded)[1].values()} == {storage}
+    assert calibrated(loaded)  # what was done is not done again
+    other = tiny_model()
+    other.model.layers[0].mlp.up_proj.weight.data += 1
+    other.load_adapter(tmp_path, is_trainable=is_trainable)
+    with pytest.warns(UserWarning, match=r"other base weights .*1 of 14 layers, such as .*0\.mlp\.up_proj;"):
+        other(tokens())
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    saved[next(key for key in saved if "dlqat_scale" in key)][0] = -1
+    save_file(saved, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    broken = tiny_model()
+    broken.load_adapter(tmp_path, is_trainable=is_trainable)
+    with pytest.raises(ValueError, match=r"dlqat_scale of the saved adapter must be positive, but holds -1"):
+        broken(tokens())

@@ -31,7 +31,7 @@ VALUES = [
     ("storage", ("int3",), ("must be one of", "'full'", "'int8'")),
     ("gradient", ("fp8",), ("must be one of", "'exact'", "'lowrank'")),
     ("export", ("gguf",), ("list of formats", "['gguf']")),
-    ("bias", ("lora_only",), ("'none', 'all', 'dlqat_only'",)),
+    ("bias", ("lora",), ("'none', 'all', 'dlqat_only'",)),
     ("use_rslora", ("yes",), ("True or False",)),
     ("init_weights", ("gaussian",), ("True or False",)),
     ("bits_pattern", ([3],), ("dict",)),

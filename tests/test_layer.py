@@ -180,7 +180,7 @@ def test_saved_files_hold_just_the_adapter(tmp_path):
     model = adapted(zero_point="integer")
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    kinds = {"dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_scale", "dlqat_zero_point", "dlqat_spec"}
+    kinds = {"dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_scale", "dlqat_zero_point", "dlqat_spec", "dlqat_record"}
     layers = 2 * 7
     assert {key.removesuffix(".weight").rpartition(".")[2] for key in tensors} == kinds
     assert len(tensors) == layers * len(kinds)

@@ -8,18 +8,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, lm_batches, perturb, tiny_model, tokens
+from conftest import CONFIGS, calibrated, lm_batches, perturb, tiny_model, tokens
 from foreign_layers import QUANTIZED, Net
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from refusals import INF, NAN, both_active, refused, small_config
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForCTC,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     BertConfig,
+    CLIPVisionConfig,
     DistilBertConfig,
+    LlamaConfig,
+    LlavaConfig,
     MixtralConfig,
     ResNetConfig,
     Wav2Vec2Config,
@@ -686,11 +690,13 @@ def test_another_base_is_told_of(tmp_path):
     model.save_pretrained(tmp_path)
     PeftModel.from_pretrained(tiny_model(dtype=torch.bfloat16), tmp_path)
     PeftModel.from_pretrained(tiny_model(dtype=torch.bfloat16).float(), tmp_path)  # the very same numbers
-    with pytest.warns(UserWarning, match=r"other base weights than these \(bfloat16 there, float32 here\)"):
+    with pytest.warns(
+        UserWarning, match=r"other base weights than these \(14 of 14 layers, .*; bfloat16 there, float32 here\)"
+    ):
         PeftModel.from_pretrained(tiny_model(), tmp_path)
     other = tiny_model(dtype=torch.bfloat16)
     other.model.layers[1].mlp.up_proj.weight.data += 1
-    with pytest.warns(UserWarning, match=r"other base weights than these \(bfloat16 there, bfloat16 here\)"):
+    with pytest.warns(UserWarning, match=r"1 of 14 layers, .*layers\.1\.mlp\.up_proj; bfloat16 there, bfloat16 here"):
         PeftModel.from_pretrained(other, tmp_path)
 
 
@@ -702,9 +708,77 @@ def test_a_record_without_its_tensors_is_not_believed(tmp_path):
     model.save_pretrained(tmp_path)
     config = DLQATConfig.from_pretrained(tmp_path)
     config.inference_mode = False
-    assert "calibration" in config.record
     new, untouched = get_peft_model(tiny_model(), config), get_peft_model(tiny_model(), fresh)
-    assert "calibration" not in new.peft_config["default"].record
+    assert not calibrated(new)
     assert torch.equal(new.eval()(tokens()).logits, untouched.eval()(tokens()).logits)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
-    assert loaded.peft_config["default"].record == model.peft_config["default"].record
+    assert calibrated(loaded)
+
+
+def test_the_config_is_the_callers_and_another_model_may_have_it_too():
+    """PEFT's own tools rely on it. What "all-linear" stood for in one model is not what it stands for in the next."""
+    given = DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(), given)
+    assert model.peft_config["default"] is given and model.base_model.peft_config["default"] is given
+    calibrate(model, lm_batches(1), steps=0, progress=False)
+    other = get_peft_model(tiny_model("gpt2"), given)
+    assert other.peft_config["default"] is given and not calibrated(other) and calibrated(model)
+    assert len(adapter_layers(other)[1]) == 8  # of GPT-2's own
+    given.target_modules = {"c_attn"}
+    assert len(adapter_layers(get_peft_model(tiny_model("gpt2"), given))[1]) == 2
+
+
+def test_a_second_model_around_the_first_is_refused():
+    """PEFT warns of it; "all-linear" would take in the output head."""
+    model = adapted()
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"PeftModelForCausalLM already; .*add_adapter"):
+        warnings.simplefilter("ignore")
+        get_peft_model(model, config(bits=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"modules_to_save": ["lm_head", "heads"]}, "'heads' is no module of the model"),
+        ({"modules_to_save": "heads"}, "'heads' is no module of the model"),
+        ({"layers_to_transform": [0, 2]}, "there is no layer 2 with a target; layers are counted from 0"),
+        ({"layers_to_transform": 2, "target_modules": ["q_proj"]}, "there is no layer 2 with a target"),
+    ],
+)
+def test_settings_of_what_is_not_there_are_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        get_peft_model(tiny_model(), config(**changes))
+
+
+def test_layers_beside_the_language_model_are_named_in_a_line():
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(image_size=28, patch_size=14, **shape)
+    model_config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=64, **shape), image_token_id=3)
+    given = {"bits": 3, "group_size": 32}
+    with pytest.warns(UserWarning, match=r"8 linear layers beside the language model, such as .*exclude_modules"):
+        model = get_peft_model(AutoModelForImageTextToText.from_config(model_config), DLQATConfig(**given))
+    assert len(adapter_layers(model)[1]) == 8 + 7
+    narrow = DLQATConfig(**given, exclude_modules=".*(vision_tower|projector).*")
+    model = get_peft_model(AutoModelForImageTextToText.from_config(model_config), narrow)  # says nothing
+    assert len(adapter_layers(model)[1]) == 7
+
+
+def test_a_merged_models_state_dict_is_no_unmerged_ones():
+    model, other = adapted(), adapted()
+    perturb(model)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match=r"state dict are not those .*taken while merged.*unmerge_adapter"):
+        other.load_state_dict(model.state_dict())
+    model.load_state_dict(model.state_dict())  # merged it is right
+
+
+def test_other_adapters_around_a_quantized_layer():
+    """LoRA's forward adds to the quantized layer's."""
+    model = adapted()
+    before = logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        around = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), "lora")
+    assert torch.equal(logits(around), before)

@@ -21,6 +21,7 @@ _spec.loader.exec_module(make)
 
 @pytest.mark.parametrize("name", sorted(make.CONFIGS))
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.filterwarnings(r"ignore:Unexpected keyword arguments \['record'\]")  # tensors tell today
 def test_an_adapter_of_an_earlier_version(name, packed):
     expected = load_file(FOLDER / name / "expected.safetensors")
     model = PeftModel.from_pretrained(make.base_model(), FOLDER / name)

@@ -1,60 +1,45 @@
-"""A saved adapter: whether its tensors fit the model they are loaded into, and which base model they belong to."""
+"""A saved adapter: whether its tensors fit the model they are loaded into."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable, Mapping, Set
+import warnings
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from typing import Any
 
 import torch
+from peft import load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .layer import PREFIX, SAVED, DLQATLayer
+from .layer import NUMBERS, PREFIX, SAVED, DLQATLayer, adapter_layers
 from .layer_spec import stored_as
+from .placement import is_partitioned
 from .quant.fixed_point import STORAGES
-
-# Values of a weight that are looked at: other weights differ in nearly all of them, and the whole of a large model
-# would take minutes.
-_SAMPLE = 2**16
-
-
-def weight_checksum(weight: torch.Tensor) -> str:
-    """A checksum of a weight's shape and of up to 2**16 of its values, evenly spread; the same in any exact dtype."""
-    values = weight.detach().reshape(-1)
-    step = -(-values.numel() // _SAMPLE)
-    sample = values[::step].float().cpu().contiguous()
-    digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-    digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def base_record(weights: Mapping[str, str], tensors: Iterable[torch.Tensor]) -> dict[str, dict[str, str]]:
-    """What an adapter's config keeps of its base model: checksum and dtype of the adapted weights."""
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
-    record = {"checksum": base_checksum(weights)}
-    return {"base": record | ({"dtype": dtypes.pop()} if len(dtypes) == 1 else {})}
-
-
-def base_checksum(weights: Mapping[str, str]) -> str:
-    """One checksum for those of all adapted weights, by module name."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(f"{name} {weights[name]}\n".encode())
-    return digest.hexdigest()
+from .record import Record
 
 
 def tensor_key(layer: str, kind: str, adapter_name: str) -> str:
     """The model's own key of a tensor of an adapter: Parameters lie in a module of their own."""
-    return f"{layer}.{kind}.{adapter_name}" + ("" if kind == "dlqat_spec" else ".weight")
+    return f"{layer}.{kind}.{adapter_name}" + ("" if kind in NUMBERS else ".weight")
 
 
 def with_current_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A file's tensors by the keys of today: Parameters had no ".weight" behind their names once."""
-    return {re.sub(rf"(\.{PREFIX}(?!spec)\w+)$", r"\1.weight", key): value for key, value in state_dict.items()}
+    numbers = "|".join(kind.removeprefix(PREFIX) for kind in NUMBERS)
+    return {re.sub(rf"(\.{PREFIX}(?!{numbers})\w+)$", r"\1.weight", key): value for key, value in state_dict.items()}
+
+
+def recorded_dtype(adapter: str) -> torch.dtype | None:
+    """The dtype of the base model that an adapter was trained on, by folder or hub id; None where it is unknown."""
+    dtypes = {
+        Record.decode(value).dtype
+        for key, value in load_peft_weights(adapter, device="cpu").items()
+        if key.endswith(".dlqat_record")
+    }
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def check_state(
@@ -77,17 +62,16 @@ def check_state(
             that is 0 (or negative, where the grid has a zero), a zero point that is no code, or settings that are not
             the config's.
     """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, DLQATLayer) and adapter_name in layer.specs
-    }
+    layers = adapter_layers(model, adapter_name)[1]
     expected = {
         tensor_key(name, kind, adapter_name): entries[adapter_name]
         for name, layer in layers.items()
         for kind in (*layer.adapter_layer_names, *SAVED)
         if adapter_name in (entries := getattr(layer, kind))
     }
+    # Files had none once, of adapters that were calibrated.
+    before = {tensor_key(name, "dlqat_record", adapter_name): Record(calibrated=True).encode() for name in layers}
+    state_dict = before | state_dict
     second_names = _second_names(model)
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith(tuple(second_names))}
     found = {key: value for key, value in state_dict.items() if f".{PREFIX}" in key}
@@ -125,8 +109,7 @@ def check_state(
             raise ValueError(f"{at} of the saved adapter holds NaN or infinity: the file is broken.")
     for name, layer in layers.items():
         own = {kind: found.get(tensor_key(name, kind, adapter_name)) for kind in SAVED}
-        _check_settings(name, layer, adapter_name, own, storage)
-        _check_scales_and_zeros(name, layer, adapter_name, own)
+        _check_layer(name, layer, adapter_name, own, storage)
     again = {
         second + key.removeprefix(first): value
         for second, first in second_names.items()
@@ -134,6 +117,68 @@ def check_state(
         if key.startswith(first)
     }
     return {**state_dict, **found, **again}
+
+
+def check_loaded(model: nn.Module, adapter_name: str, storage: str) -> None:
+    """Refuse tensors that were put into an adapter's layers by others than PEFT's loading, which asks `check_state`.
+
+    Args:
+        model: the model.
+        adapter_name: the adapter.
+        storage: of its config.
+
+    Raises:
+        ValueError: for settings that are not the config's, and scales or zeros that no grid has.
+    """
+    layers, records = adapter_layers(model, adapter_name)[1], {}
+    for name, layer in layers.items():
+        state = {kind: getattr(layer, kind).get(adapter_name) for kind in SAVED}
+        scale = state["dlqat_scale"]
+        if scale is None or scale.is_meta or type(scale.data) is not torch.Tensor or is_partitioned(scale):
+            continue  # not there, or a shard of it
+        encoded = state["dlqat_spec"]
+        assert encoded is not None
+        _check_layer(name, layer, adapter_name, state, storage)
+        kept = stored_as(encoded)
+        if kept is not None and kept != layer.specs[adapter_name].storage:
+            layer.set_storage(adapter_name, kept)
+        if (record := layer.record(adapter_name)).calibrated:  # a new one is not
+            records[name] = record
+    warn_of_other_base(adapter_name, layers, records)
+
+
+def warn_of_other_base(adapter_name: str, layers: Mapping[str, DLQATLayer], records: Mapping[str, Record]) -> None:
+    """Warn if adapted weights are not those that an adapter's records tell of: other codes would come of them."""
+    others, dtypes = [], set()
+    for name, recorded in records.items():
+        found = layers[name].base_record()
+        if recorded.checksum and found.checksum not in (0, recorded.checksum):
+            others.append(name)
+            dtypes.add(f"{_in_words(recorded.dtype)} there, {_in_words(found.dtype)} here")
+    if others:
+        warnings.warn(
+            f"adapter {adapter_name!r} was trained on other base weights than these ({len(others)} of {len(layers)} "
+            f"layers, such as {others[0]}; {'; '.join(sorted(dtypes))}); with these the codes are others, and so is "
+            "the model: load the base model of its adapter_config.json, in the same dtype.",
+            stacklevel=2,
+        )
+
+
+def _in_words(dtype: torch.dtype | None) -> str:
+    return "another dtype" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _check_layer(
+    name: str, layer: DLQATLayer, adapter_name: str, state: dict[str, torch.Tensor | None], storage: str
+) -> None:
+    """Refuse what is wrong with a layer's tensors beside those that train."""
+    _check_settings(name, layer, adapter_name, state, storage)
+    _check_scales_and_zeros(name, layer, adapter_name, state)
+    assert state["dlqat_record"] is not None
+    try:
+        Record.decode(state["dlqat_record"])
+    except ValueError as error:
+        raise ValueError(f"{name}.dlqat_record of the saved adapter: {error}.") from None
 
 
 def _embeddings(model: nn.Module) -> list[str]:

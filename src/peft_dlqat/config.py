@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
@@ -18,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from .formats import FORMATS
 from .hub import write_section
 from .layer_spec import pattern_of
+from .lora_arguments import translated
 from .methods import MAGNITUDES, METHODS, Method
 from .quant.fit import INITIALISATIONS
 from .quant.fixed_point import STORAGES
@@ -150,7 +154,6 @@ class DLQATConfig(PeftConfig):
             grid that one of them cannot hold exactly is refused now rather than after training.
         init_weights: True starts B at zero, so that a fresh adapter is exactly round-to-nearest; False starts it
             at random, for tests.
-        record: what the package did with the adapter (parameter counts, calibration), saved with it. Not for setting.
 
     Raises:
         ValueError: for a value that no layer could take; says the value, the rule and a remedy.
@@ -203,13 +206,13 @@ class DLQATConfig(PeftConfig):
     init: Literal["mse", "minmax"] = _setting("mse", "First scales and zeros of a layer.", _one_of(INITIALISATIONS))
     export: list[str] | None = _setting(None, "Formats that must be able to hold the grid exactly.")
     init_weights: bool = _setting(True, "Start B at zero; False starts it at random.", _check_flag)
-    record: dict[str, Any] = _setting({}, "What the package did with the adapter; not for setting.")
 
     def __post_init__(self) -> None:
         """Refuse what no layer could take."""
         super().__post_init__()
-        self.record_of_file: dict[str, Any] = {}  # not a field: it is not saved
         self.peft_type = PeftType.DLQAT  # type: ignore[attr-defined]
+        # What "all-linear" stood for in the last model; the next may be another one. No field: it is not saved.
+        self.all_linear: set[str] | str | None = None
         checks = {entry.name: entry.metadata["check"] for entry in fields(self) if "check" in entry.metadata}
         for name, check in checks.items():
             check(name, getattr(self, name))
@@ -233,6 +236,25 @@ class DLQATConfig(PeftConfig):
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform; say which layers to adapt."
             )
         self.check_export(self.grids())
+
+    @classmethod
+    def from_lora(cls, lora_config: LoraConfig, **settings: Any) -> DLQATConfig:
+        """The config of a LoRA script, for DL-QAT.
+
+        Rank, alpha, modules and patterns are taken as they are. Where LoRA chooses modules by the model's type, every
+        linear layer is adapted, as only adapted layers are quantized. A warning says what is left out.
+
+        Args:
+            lora_config: the script's config.
+            settings: DL-QAT's own, such as `bits=3`; they come before LoRA's of the same name.
+        """
+        own = {"peft_type", "peft_version", "auto_mapping", "inference_mode"}  # of LoRA, and of a trained adapter
+        arguments = {entry.name: getattr(lora_config, entry.name) for entry in fields(lora_config)}
+        arguments = {name: value for name, value in arguments.items() if name not in own}
+        taken, left_out = translated(arguments, {entry.name for entry in fields(cls)})
+        if left_out:
+            warnings.warn(f"left out of the LoRA config: {'; '.join(left_out.values())}.", stacklevel=2)
+        return cls(**{**taken, **settings})
 
     @classmethod
     def from_pretrained(
@@ -336,3 +358,21 @@ class DLQATConfig(PeftConfig):
         """
         super().save_pretrained(str(save_directory), **kwargs)
         write_section(save_directory, self)
+
+
+def _takes_loras_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that takes what a LoRA script passes to `LoraConfig`, or explains why not."""
+
+    @functools.wraps(init)
+    def constructor(self: DLQATConfig, *args: Any, **kwargs: Any) -> None:
+        settings, left_out = translated(kwargs, {entry.name for entry in fields(self)})
+        if dropout := left_out.pop("lora_dropout", None):
+            warnings.warn(f"{dropout}.", stacklevel=2)
+        if left_out:
+            raise ValueError(f"{'; '.join(left_out.values())}.")
+        init(self, *args, **settings)
+
+    return constructor
+
+
+DLQATConfig.__init__ = _takes_loras_arguments(DLQATConfig.__init__)  # type: ignore[method-assign]

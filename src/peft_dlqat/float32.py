@@ -65,3 +65,7 @@ class Float32BufferDict(_Float32Mixin, BufferDict):
 
     def __init__(self) -> None:
         super().__init__(persistent=True)
+
+    def get(self, adapter_name: str) -> torch.Tensor | None:
+        """The adapter's buffer, or None where it has none."""
+        return self[adapter_name] if adapter_name in self else None  # noqa: SIM401  this is it

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft.utils import PeftType, register_peft_method
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType, register_peft_method
+from safetensors import safe_open
 
 from .methods import METHODS
 
@@ -25,7 +27,7 @@ def write_section(directory: str | os.PathLike[str], config: DLQATConfig) -> Non
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8")
-    section = f"{_START}\n{_section(config)}\n{_END}"
+    section = f"{_START}\n{_section(config, directory)}\n{_END}"
     if _START in text and _END in text:
         text = re.sub(f"{_START}.*?{_END}", lambda _: section, text, flags=re.DOTALL)
     else:
@@ -40,8 +42,8 @@ def _split_metadata(text: str) -> tuple[str, str, str]:
     return (match[1], match[2], text[match.end() :]) if match else ("", "", text)
 
 
-def _section(config: DLQATConfig) -> str:
-    """The section as Markdown: how to load the adapter, its grid, its size, and what calibration did."""
+def _section(config: DLQATConfig, directory: str | os.PathLike[str]) -> str:
+    """The section as Markdown: how to load the adapter, its grid, its size, and whether it was calibrated."""
     method = METHODS[config.method]
     base = config.base_model_name_or_path or "BASE_MODEL"
     group = "one scale a row" if config.group_size == -1 else f"groups of {config.group_size} input channels"
@@ -70,24 +72,29 @@ def _section(config: DLQATConfig) -> str:
     for name in ("bits_pattern", "group_size_pattern", "rank_pattern", "alpha_pattern"):
         if pattern := getattr(config, name):
             lines.append(f"| {name} | {pattern} |")
-    record = config.record
-    if {"adapter_parameters", "base_parameters"} <= record.keys():
-        adapter, base_count = record["adapter_parameters"], record["base_parameters"]
-        share = adapter / (adapter + base_count)
-        lines.append(f"| trained parameters | {adapter:,} of {adapter + base_count:,} ({share:.2%}) |")
-    lines.append(f"| calibration | {_calibration(record.get('calibration'))} |")
-    return "\n".join(lines)
+    return "\n".join(lines + _of_tensors(directory))
 
 
-def _calibration(record: dict[str, Any] | None) -> str:
-    """What calibration did, from the record that it left."""
-    if record is None:
-        return "none: trained on the initial scales and zeros"
-    fitted = "fitted to the layers' inputs, " if record["loss_fitted"] is not None else ""
-    steps = f"{record['steps']} steps{' by blocks' if record['by'] == 'blocks' else ''}, {record['objective']}"
-    loss = f"loss {record['loss_before']:.4f} -> {record['loss_after']:.4f}"
-    kept = "; nothing gained, and the initial scales and zeros were kept" if record["kept"] == "before" else ""
-    return f"{fitted}{steps}: {loss}{kept}"
+def _of_tensors(directory: str | os.PathLike[str]) -> list[str]:
+    """What the saved tensors tell, where they are there."""
+    file = Path(directory, SAFETENSORS_WEIGHTS_NAME)
+    if not file.is_file():
+        return []
+    trained, adapted, calibrated = 0, 0, True
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118  no mapping
+            kind = re.search(r"\.dlqat_(scale|zero_point|offset|spec|record)\b", key)
+            size = math.prod(tensors.get_slice(key).get_shape())
+            if kind is None:
+                trained += size
+            elif kind[1] == "scale":
+                group_size = tensors.get_tensor(re.sub(r"dlqat_scale.*", "dlqat_spec", key))[1]
+                adapted += size * int(group_size)
+            elif kind[1] == "record":
+                calibrated &= bool(tensors.get_tensor(key)[0])
+    share = f", {trained / adapted:.2%} of the weights that they adapt" if adapted else ""
+    how = "done" if calibrated else "none: trained on the initial scales and zeros"
+    return [f"| parameters | {trained:,} beside scales and zeros{share} |", f"| calibration | {how} |"]
 
 
 def extend_peft_type() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -30,14 +30,17 @@ from .methods import AdapterTensors, TrainedTensor
 from .placement import at_hand, check_here, full_shape, gather_with, is_partitioned
 from .quant.dispatch import harden
 from .quant.fit import initialise
+from .quant.fixed_point import as_rows
 from .quant.op import fake_quantize, fake_quantize_linear
 from .quant.quantizer import QuantizedWeight, Quantizer
+from .record import Record, weight_checksum
 
 PREFIX = "dlqat_"
 # What is saved of an adapter beside its trained tensors. Scales and zeros are Parameters that take no gradient: so
 # whoever copies, gathers or broadcasts an adapter by its parameters has all of it.
 CALIBRATED = ("dlqat_scale", "dlqat_zero_point", "dlqat_offset")
-SAVED = (*CALIBRATED, "dlqat_spec")
+NUMBERS = ("dlqat_spec", "dlqat_record")
+SAVED = (*CALIBRATED, *NUMBERS)
 
 
 class DLQATLayer(BaseTunerLayer):
@@ -55,9 +58,10 @@ class DLQATLayer(BaseTunerLayer):
     | `dlqat_zero_point`   | [out, n_groups] | z, integers, frozen as s is; only `zero_point="integer"`         |
     | `dlqat_offset`       | [out, n_groups] | b, frozen as s is; only `zero_point="float"`                     |
     | `dlqat_spec`         | [8 or more]     | buffer: `specs` as numbers, see [`LayerSpec.encode`]             |
+    | `dlqat_record`       | [5]             | buffer: a [`Record`] as numbers                                  |
     | `specs`              |                 | the settings, a [`LayerSpec`]                                    |
 
-    All tensors are float32. But for the buffer they are Parameters; the frozen ones take no gradient. Which of the
+    All tensors are float32. But for the buffers they are Parameters; the frozen ones take no gradient. Which of the
     trained ones there are is the method's choice; one that is not in this table gets a dict of its own when the
     adapter is added. `frozen` is W0, a [`FrozenWeight`].
     """
@@ -73,7 +77,7 @@ class DLQATLayer(BaseTunerLayer):
             setattr(self, name, Float32ParameterDict())
         for name in CALIBRATED:
             setattr(self, name, Float32ParameterDict())
-        self.dlqat_spec = Float32BufferDict()
+        self.dlqat_spec, self.dlqat_record = Float32BufferDict(), Float32BufferDict()
         self.specs: dict[str, LayerSpec] = {}
         self.fan_in_fan_out = fan_in_fan_out
         self._set_aside: list[nn.Parameter] = []  # in a list: as an attribute it would be registered
@@ -100,7 +104,7 @@ class DLQATLayer(BaseTunerLayer):
 
         On a packed W0 they are those that it is packed by: it is known in their units only.
         """
-        weight, grid = self.frozen.as_kept(), spec.grid
+        weight, grid, record = self.frozen.as_kept(), spec.grid, self.base_record()
         # Adapters are initialised where the weight is; under `low_cpu_mem_usage` both are on the meta device.
         device = torch.empty(0).device if torch.empty(0).is_meta else weight.device
         if device.type == "meta" or weight.is_meta:
@@ -119,6 +123,7 @@ class DLQATLayer(BaseTunerLayer):
             zeros = self.dlqat_zero_point if grid.zero_point == "integer" else self.dlqat_offset
             zeros[adapter_name] = nn.Parameter(zero, requires_grad=False)
         self.dlqat_spec[adapter_name] = spec.encode().to(device)
+        self.dlqat_record[adapter_name] = record.encode().to(device)
         for name, tensor in spec.trained(self.out_features, self.in_features).items():
             # All state is float32 whatever the base and `autocast_adapter_dtype`: an A rounded on loading moves codes.
             data = torch.full(tensor.shape, tensor.start or 0.0, device=device, dtype=torch.float32)
@@ -156,6 +161,21 @@ class DLQATLayer(BaseTunerLayer):
         """Say that the adapter belongs to W0 as this storage keeps it."""
         self.specs[adapter_name] = spec = replace(self.specs[adapter_name], storage=storage)
         self.dlqat_spec[adapter_name].copy_(spec.encode())
+
+    def record(self, adapter_name: str) -> Record:
+        """How the adapter was made."""
+        return Record.decode(self.dlqat_record[adapter_name])
+
+    def base_record(self) -> Record:
+        """A new adapter's on this W0: of a packed one that of the adapter whose scales it shares."""
+        if self.frozen.packed:
+            return self.record(next(iter(self.specs)))
+        weight = self.frozen.as_kept()
+        return Record() if weight.is_meta else Record.of_weight(weight)
+
+    def set_record(self, adapter_name: str, **changes: Any) -> None:
+        """Change fields of the [`Record`]."""
+        self.dlqat_record[adapter_name].copy_(replace(self.record(adapter_name), **changes).encode())
 
     def same_scales(self, one: str, other: str) -> bool:
         """Whether two adapters have the same grid, scales and zeros, to the bit: a weight can be packed for both."""
@@ -240,8 +260,8 @@ class DLQATLayer(BaseTunerLayer):
             finite = all(torch.isfinite(tensor).all() for tensor in chosen_by if tensor is not None)
         if not finite:
             raise ValueError(
-                f"NaNs detected in A, B, scales or zeros, which choose the codes. The adapter {adapter_name} seems to "
-                "be broken; load its last good checkpoint."
+                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: A, B, scales or "
+                "zeros, which choose the codes, hold NaN or infinity; load its last good checkpoint."
             )
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
@@ -443,8 +463,23 @@ class DLQATLinear(nn.Module, DLQATLayer):
             return output if autocast or output.dtype == x.dtype else output.to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.frozen.check_same_kind(state_dict.get(f"{prefix}base_layer.weight"))
+        weight = state_dict.get(f"{prefix}base_layer.weight")
+        self.frozen.check_same_kind(weight)
+        if weight is not None and type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point():
+            self._warn_if_other_base(state_dict, f"{prefix}dlqat_record.", as_rows(weight, self.fan_in_fan_out))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _warn_if_other_base(self, state_dict: dict[str, Any], prefix: str, weight: torch.Tensor) -> None:
+        """Warn, in words that are the same for each layer, if the W0 of a state dict is not its adapters' own."""
+        if self.merged or weight.is_meta:
+            return
+        records = [Record.decode(state_dict[key]) for name in self.specs if (key := prefix + name) in state_dict]
+        if any(record.checksum not in (0, weight_checksum(weight)) for record in records):
+            warnings.warn(
+                "the base weights of the state dict are not those that its adapter was trained on: it was taken while "
+                "merged, or in another dtype, and is another model here. Take it after unmerge_adapter(), or save the "
+                "adapter by save_pretrained()."
+            )
 
     def __repr__(self) -> str:
         """Named as PEFT names its layers."""
@@ -493,3 +528,8 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
         known = sorted({adapter for layer in layers.values() for adapter in layer.specs})
         raise ValueError(f"there is no DL-QAT adapter {adapter_name!r}; the model has {known}.")
     return adapter_name, found
+
+
+def is_calibrated(layers: Collection[DLQATLayer], adapter_name: str) -> bool:
+    """Whether the adapter's scales and zeros were fitted to data, in all of its layers."""
+    return all(layer.record(adapter_name).calibrated for layer in layers)

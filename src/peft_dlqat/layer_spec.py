@@ -83,8 +83,9 @@ class LayerSpec:
             scaling=alpha / (math.sqrt(r) if config.use_rslora else r),
             method=config.resolve_method(),
             gradient=config.gradient,
-            # Of an adapter that was trained on a packed weight; a new one's is packed when its scales are frozen.
-            storage=config.record_of_file.get("storage", "full"),
+            # Of one that is about to be loaded, until its tensors tell. A new one's weight is packed when its scales
+            # are frozen.
+            storage=config.storage if config.inference_mode else "full",
             others=values,
             numbers={key: (number(values[key]), number(default)) for key, (number, default) in to_number.items()},
         )

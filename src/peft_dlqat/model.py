@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
@@ -20,15 +20,16 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .adapter_file import base_checksum, base_record, check_state, tensor_key, weight_checksum, with_current_names
+from .adapter_file import check_loaded, check_state, tensor_key, warn_of_other_base, with_current_names
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .frozen import check_float_weight
-from .layer import CALIBRATED, PREFIX, DLQATLayer, DLQATLinear
+from .layer import PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated
 from .layer_spec import LayerSpec, setting, stored_as
 from .placement import at_hand, check_here, full_shape
 from .quant.fixed_point import STORAGES
 from .quant.grid import Grid, largest_group
 from .quant.super_blocks import check_k_quant
+from .record import Record, weight_checksum
 
 # Modules whose weights nobody expects "all-linear" to adapt, or that it does.
 _KNOWN_WEIGHTS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList)
@@ -57,15 +58,22 @@ class DLQATModel(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._warned: set[str] = set()
+        self._unchecked: set[str] = set()
         self._training_was_seen = False
         super().__init__(*args, **kwargs)
         # Not `forward`: PEFT calls the model itself where there is no task type, and transformers' add_adapter always.
-        self._hook = self.model.register_forward_pre_hook(self._warn_in_training)
+        self._hook = self.model.register_forward_pre_hook(self._before_forward)
 
     def _prepare_model(self, peft_config: DLQATConfig, model: nn.Module) -> None:
         """Resolve "all-linear", then check every target."""
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                f"the model is a {type(model).__name__} already; add a further adapter by model.add_adapter(name, "
+                "config), or begin again with model.unload()."
+            )
         self._places = _places(model)
-        if peft_config.target_modules == "all-linear":
+        if peft_config.target_modules == "all-linear" or peft_config.target_modules is peft_config.all_linear:
+            peft_config.target_modules = "all-linear"
             _maybe_include_all_linear_layers(peft_config, model)
             if not peft_config.target_modules:
                 raise ValueError(
@@ -85,6 +93,8 @@ class DLQATModel(BaseTuner):
                         f"layers_to_transform={peft_config.layers_to_transform!r} matches no layer with a linear "
                         "module; layers are counted from 0."
                     )
+            peft_config.all_linear = peft_config.target_modules  # type: ignore[assignment]
+            _say_what_is_no_text(peft_config, model)
             _match_no_others(peft_config, model)
         self._check_targets(peft_config, model)
 
@@ -97,6 +107,7 @@ class DLQATModel(BaseTuner):
             if name and not name.startswith(inside) and _is_target(config, name)
         }
         smaller: dict[str, list[str]] = {}
+        _check_that_all_match(config, model, targets)
         _check_untied(config, model, targets)
         for name, module in targets.items():
             check_target(name, module)
@@ -167,24 +178,16 @@ class DLQATModel(BaseTuner):
         self._places[id(new_module)] = places
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, on a copy of the config; then counts the parameters and notes which base this is."""
-        # The caller's config may make another model too, and must not tell that one that it was calibrated.
-        given = self.peft_config[adapter_name]
-        # PEFT adds these to the caller's config, but only after the injection: too late for the copy and "all-linear".
-        if given.modules_to_save is None and given.task_type in _HEADS:
-            given.modules_to_save = list(_HEADS[given.task_type])
-        config = self.peft_config[adapter_name] = copy.copy(given)
-        # A record is of the tensors that it was saved with. An adapter that is to train may be a new one, of which it
-        # is not true until tensors are loaded; one that isn't can only be about to be loaded.
-        config.record_of_file = dict(given.record)
-        config.record = dict(given.record) if config.inference_mode else {}
-        # A loaded adapter brings its scales and zeros along: no need to search for them.
-        self._first_init = "minmax" if config.record else config.init
-        if not config.inference_mode and not config.record_of_file:
+        """As PEFT's; an adapter that is about to be loaded needs no search for scales and zeros."""
+        config = self.peft_config[adapter_name]
+        # PEFT adds these, but only after the injection: too late for "all-linear".
+        if config.modules_to_save is None and config.task_type in _HEADS:
+            config.modules_to_save = list(_HEADS[config.task_type])
+        self._first_init = "minmax" if config.inference_mode else config.init
+        if not config.inference_mode:
             _warn_of_an_unsaved_head(config, model)
+        self._unchecked.add(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config.record = _count_parameters(model, adapter_name, config.bias) | config.record
-        config.record = _base_record(model, adapter_name) | config.record
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; warns where several adapters become active."""
@@ -253,18 +256,27 @@ class DLQATModel(BaseTuner):
             "set_adapter with a list of them runs their sum without a grid; for a quantized model train one adapter."
         )
 
-    def _warn_in_training(self, model: nn.Module, _: Any) -> None:
-        """Warn once if an adapter that was never calibrated is trained, and of what training moves beside adapters."""
-        if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def _before_forward(self, model: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling():
             return
-        if not self._training_was_seen:
-            self._training_was_seen = True
-            _warn_of_moving_statistics(model)
-        for name, config in getattr(model, "peft_config", {}).items():
-            known = not isinstance(config, DLQATConfig) or "calibration" in config.record or name in self._warned
-            if known or not self._is_trained(name):
+        while self._unchecked:  # tensors that came by other ways than PEFT's loading, such as transformers'
+            adapter_name = self._unchecked.pop()
+            if isinstance(config := self.peft_config.get(adapter_name), DLQATConfig):
+                check_loaded(model, adapter_name, config.storage)
+        if model.training and torch.is_grad_enabled():
+            self._warn_if_never_calibrated(model)
+            if not self._training_was_seen:
+                self._training_was_seen = True
+                _warn_of_moving_statistics(model)
+
+    def _warn_if_never_calibrated(self, model: nn.Module) -> None:
+        """Warn once if an adapter that was never calibrated is trained."""
+        for name, config in self.peft_config.items():
+            if name in self._warned or not isinstance(config, DLQATConfig) or not self._is_trained(name):
                 continue
             self._warned.add(name)
+            if is_calibrated(adapter_layers(model, name)[1].values(), name):
+                continue
             warnings.warn(
                 f"adapter {name!r} is being trained on its initial scales and zeros (init={config.init!r}), never "
                 "calibrated; call `peft_dlqat.calibrate` first or add a `DLQATCallback` to the Trainer for better "
@@ -301,14 +313,13 @@ class DLQATModel(BaseTuner):
         named = with_current_names(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
         checked = check_state(model, adapter_name, remapped, config.storage, biases=config.bias != "none")
-        for name, layer in model.named_modules():
-            if isinstance(layer, DLQATLayer) and adapter_name in layer.specs:
-                kept = stored_as(checked[tensor_key(name, "dlqat_spec", adapter_name)])
-                assert kept is not None
-                layer.set_storage(adapter_name, kept)
-        record, config.record_of_file = config.record_of_file or config.record, {}
-        checked = _with_own_base(model, adapter_name, checked, record)
-        config.record.update(record)
+        checked = _with_own_base(model, adapter_name, checked)
+        for name, layer in adapter_layers(model, adapter_name)[1].items():
+            kept = stored_as(checked[tensor_key(name, "dlqat_spec", adapter_name)])
+            assert kept is not None
+            layer.set_storage(adapter_name, kept)
+        if isinstance(tuner := getattr(model, "base_model", None), cls):
+            tuner._unchecked.discard(adapter_name)
         return checked
 
 
@@ -358,8 +369,41 @@ def _match_no_others(config: DLQATConfig, model: nn.Module) -> None:
     """
     names = set(config.target_modules or ())
     if any(name not in names and _is_target(config, name) for name, _ in model.named_modules() if name):
-        config.target_modules = "|".join(re.escape(name) for name in sorted(names))
+        config.target_modules = regex = "|".join(re.escape(name) for name in sorted(names))
+        if config.layers_to_transform is None:
+            config.all_linear = regex
         config.layers_to_transform = config.layers_pattern = None  # they are in the names, and go with no regex
+
+
+def _say_what_is_no_text(config: DLQATConfig, model: nn.Module) -> None:
+    """Say in one line which layers of "all-linear" are no part of a multimodal model's language model."""
+    if not isinstance(model, PreTrainedModel) or model.config.get_text_config() is model.config:
+        return
+    decoder = model.get_decoder()
+    inside = next((name for name, module in model.named_modules() if module is decoder), "")
+    targets = (name for name in config.target_modules or () if _is_target(config, name))
+    others = sorted(name for name in targets if not name.startswith(f"{inside}."))
+    if inside and others:
+        warnings.warn(
+            f'"all-linear" takes in {len(others)} linear layers beside the language model, such as {others[0]}; '
+            "exclude_modules leaves them in full precision."
+        )
+
+
+def _check_that_all_match(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Refuse settings that speak of modules or layers which are not there."""
+    names = [name for name, _ in model.named_modules()]
+    heads = {head for of_task in (*_HEADS.values(), ("classifier", "score")) for head in of_task}  # PEFT's own
+    wanted = config.modules_to_save
+    for saved in {wanted} if isinstance(wanted, str) else set(wanted or ()) - heads:
+        if not any(name == saved or name.endswith(f".{saved}") for name in names):
+            raise ValueError(f"modules_to_save={config.modules_to_save!r}: {saved!r} is no module of the model.")
+    asked = config.layers_to_transform
+    for index in [asked] if isinstance(asked, int) else asked or ():
+        if not any(f".{index}." in name for name in targets):
+            raise ValueError(
+                f"layers_to_transform={asked!r}: there is no layer {index} with a target; layers are counted from 0."
+            )
 
 
 def _special(layer: Any) -> str:
@@ -481,8 +525,8 @@ def _warn_of_moving_statistics(model: nn.Module) -> None:
     moving = [name for name in moving if ".modules_to_save." not in name and ".original_module" not in name]
     if moving:
         warnings.warn(
-            f"{moving[0]} and {len(moving) - 1} more batch norms move their statistics in training mode, which are not "
-            "saved with the adapter: reloaded it is another model. Put them into eval mode, or name them in "
+            f"{moving[0]} and {len(moving) - 1} more batch norms move their statistics in training mode, which are "
+            "not saved with the adapter: reloaded it is another model. Put them into eval mode, or name them in "
             "modules_to_save.",
             stacklevel=2,
         )
@@ -512,69 +556,24 @@ def _warn_of_other_weights(model: nn.Module, targets: dict[str, nn.Module]) -> N
         )
 
 
-def _count_parameters(model: nn.Module, adapter_name: str, bias: str) -> dict[str, int]:
-    """What trains (modules_to_save and biases included), and all other parameters, scales and zeros among them."""
-    trained_bias = {"none": (), "all": ("bias",), "dlqat_only": (".base_layer.bias",)}[bias]
-    counts = {"adapter_parameters": 0, "base_parameters": 0}
-    for name, parameter in model.named_parameters():
-        if any(f".{kind}.{adapter_name}." in name for kind in CALIBRATED):
-            counts["base_parameters"] += parameter.numel()
-            continue
-        of_adapters = ".dlqat_" in name or ".modules_to_save." in name
-        if f".{adapter_name}." in f"{name}." if of_adapters else name.endswith(trained_bias):
-            counts["adapter_parameters"] += parameter.numel()
-        elif not of_adapters:
-            counts["base_parameters"] += parameter.numel()
-    return counts
-
-
-def _base_record(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """What tells the base model from another one; nothing while its weights are not there, or packed."""
-    weights = _base_weights(model, adapter_name)
-    if not weights or any(weight.is_meta for weight in weights.values()):
-        return {}
-    return base_record({name: weight_checksum(weight) for name, weight in weights.items()}, weights.values())
-
-
-def _base_weights(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """W0 of the adapted layers by the base model's names; not of packed ones."""
-    return {
-        name.removeprefix("base_model.model."): layer.frozen.as_kept()  # PEFT's, where the model is wrapped already
-        for name, layer in model.named_modules()
-        if isinstance(layer, DLQATLayer) and adapter_name in layer.specs and not layer.frozen.packed
-    }
-
-
 def _with_own_base(
-    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], record: dict[str, Any]
+    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The tensors to load; W0 of an adapted head among them only if it is the one that the adapter was trained on.
 
     PEFT saves an adapted head's base weight beside the adapter: W0, but w_hat of a merged one, and codes of a packed
-    one. Warns if the adapted weights are not those that the record tells of: other codes would come of them.
+    one. Warns of other base weights than those that the adapter was trained on.
     """
-    recorded, weights = record.get("base", {}), _base_weights(model, adapter_name)
-    suffix = ".base_layer.weight"
-    given = {
-        key.removesuffix(suffix).removeprefix("base_model.model."): value
-        for key, value in state_dict.items()
-        if key.endswith(suffix)
-    }
-    if any(weight.is_meta for weight in weights.values()):
-        return state_dict
-    checksums = {name: weight_checksum(weight) for name, weight in weights.items()}
-    from_file = {name: weight_checksum(value) for name, value in given.items() if value.is_floating_point()}
-    if given and from_file.keys() == given.keys() and base_checksum(checksums | from_file) == recorded.get("checksum"):
-        return state_dict
-    if recorded and checksums and recorded["checksum"] != base_checksum(checksums):
-        found = base_record(checksums, weights.values())["base"]
-        dtypes = f"{recorded.get('dtype', 'several dtypes')} there, {found.get('dtype', 'several dtypes')} here"
-        warnings.warn(
-            f"adapter {adapter_name!r} was trained on other base weights than these ({dtypes}); with these the codes "
-            "are others, and so is the model: load the base model of its adapter_config.json, in the same dtype.",
-            stacklevel=2,
-        )
-    return {key: value for key, value in state_dict.items() if not key.endswith(suffix)}
+    layers, loaded = adapter_layers(model, adapter_name)[1], dict(state_dict)
+    recorded = {name: Record.decode(state_dict[tensor_key(name, "dlqat_record", adapter_name)]) for name in layers}
+    known = dict(recorded)
+    for name in layers:
+        weight = loaded.pop(key := f"{name}.base_layer.weight", None)
+        if weight is not None and weight.is_floating_point() and weight_checksum(weight) == recorded[name].checksum:
+            loaded[key] = weight
+            del known[name]
+    warn_of_other_base(adapter_name, layers, known)
+    return loaded
 
 
 def _out_in(module: nn.Module) -> tuple[int, int]:

@@ -38,8 +38,6 @@ def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
     warn_if_trained(layers.values(), adapter_name, config)
     for layer in layers.values():
         layer.frozen.pack(adapter_name, config.storage)
-    for name in {name for layer in layers.values() for name in layer.specs}:  # that share the packed weight
-        model.peft_config[name].record["storage"] = config.storage  # type: ignore[union-attr,index]
 
 
 def check_packable(layers: Collection[DLQATLayer], adapter_name: str, config: DLQATConfig) -> None:

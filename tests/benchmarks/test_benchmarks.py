@@ -161,6 +161,13 @@ def test_a_layer_is_timed(tmp_path, main):
     assert kept["DL-QAT"] < kept["DL-QAT, lowrank gradient"] < kept["QAT of the full weight, eager"]
 
 
+def test_the_hosts_time_is_taken(tmp_path, main):
+    pytest.importorskip("triton")
+    main("host", "--quick", "--results", tmp_path / "host.json")
+    rows = json.loads((tmp_path / "host.json").read_text())["rows"]
+    assert len(rows) == 3 and all(row["DL-QAT"]["ratio"] > 0 and row["LoRA"]["ratio"] == 1 for row in rows.values())
+
+
 @pytest.mark.filterwarnings("ignore:.*never calibrated")
 def test_a_layer_that_is_off_is_not_timed(monkeypatch):
     import layer

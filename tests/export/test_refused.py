@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict
 
 import pytest
-from conftest import VOCAB, tiny_model
+from conftest import VOCAB, say_calibrated, tiny_model
 from foreign_layers import Net
 from peft import LoraConfig, get_peft_model
 from refusals import adapted, both_active, refused, small_config
@@ -16,7 +15,6 @@ from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizer
 
 from peft_dlqat import export_model, verify_export
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.train.calibrate import Calibration
 
 
 def of(base):
@@ -60,8 +58,8 @@ def tokenizer_of(tokens):
 
 def calibrated(model):
     """An adapter that was never calibrated warns."""
-    for config in getattr(model, "peft_config", {}).values():
-        config.record.setdefault("calibration", asdict(Calibration(0, "model", "distill", 1.0, 0.5, 0.5, "fitted")))
+    if hasattr(model, "peft_config"):
+        say_calibrated(model)
     return model
 
 
@@ -122,7 +120,7 @@ def test_another_base_than_the_one_trained_on_is_refused(tmp_path):
     base = tiny_model()
     base.model.layers[0].self_attn.q_proj.weight.data += 0.01
     base.save_pretrained(tmp_path / "base")
-    says = ("are not those that the adapter was trained on", "checksum", "base=...")
+    says = ("1 of 4 weights", "are not those that the adapter was trained on", "q_proj", "base=...")
     with refused(ValueError, *says, folder=tmp_path):
         export_model(tmp_path / "adapter", tmp_path / "out", "dense", base=tmp_path / "base")
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import perturb, random_model
+from conftest import perturb, random_model, say_calibrated
 from export_models import CONFIGS, EMBEDDED, GEMMA, GEMMA3, SHAPE, adapted, as_id, held_grids, llama2_tokenizer
 from peft import get_peft_model
 from transformers import (
@@ -76,7 +76,7 @@ def kl(folder):
 def trained(config):
     model = get_peft_model(random_model(config), DLQATConfig(group_size=32, init="minmax", task_type="CAUSAL_LM"))
     perturb(model)
-    model.peft_config["default"].record["calibration"] = {"steps": 0, "objective": "none"}
+    say_calibrated(model)
     return model.eval()
 
 

@@ -118,7 +118,9 @@ def run_trainer(folder: Path) -> dict[str, Any]:
     trainer = Trainer(model, args, train_dataset=Sequences(), callbacks=[callback])
     trainer.train()
     log = trainer.state.log_history
-    return {"initial": initial, "adapter": adapter(model), "batches": batches, "record": record(model), "log": log}
+    figures = [entry for entry in log if "calibration/loss_after" in entry]
+    losses = {name: figures[0][f"calibration/{name}"] for name in ("loss_before", "loss_after")}
+    return {"initial": initial, "adapter": adapter(model), "batches": batches, "losses": losses, "log": log}
 
 
 def run_calibrate(case: str) -> dict[str, Any]:
@@ -146,13 +148,10 @@ def run_calibrate(case: str) -> dict[str, Any]:
     # decide, and these differ between a sum over two processes and one: so the moments are compared, not what is
     # taken. The gradient steps are compared on the same start.
     with mock.patch("peft_dlqat.train.calibrate.fit_to_inputs"):
-        calibrate(model, own, steps=CALIBRATION_STEPS, lr=CALIBRATION_LR, progress=False)
-    state = {"initial": initial, "adapter": adapter(model), "batches": batches, "record": record(model)}
+        result = calibrate(model, own, steps=CALIBRATION_STEPS, lr=CALIBRATION_LR, progress=False)
+    losses = {"loss_before": result.loss_before, "loss_after": result.loss_after}
+    state = {"initial": initial, "adapter": adapter(model), "batches": batches, "losses": losses}
     return {**state, "moments": moments}
-
-
-def record(model: nn.Module) -> dict[str, Any]:
-    return model.peft_config["default"].record["calibration"]
 
 
 def main(folder: Path) -> None:

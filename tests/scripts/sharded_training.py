@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from conftest import lm_batches, tiny_model
+from conftest import lm_batches, say_calibrated, tiny_model
 from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -27,7 +26,6 @@ from torch.distributed.tensor import DTensor
 
 from peft_dlqat import DLQATConfig, TeacherCache, calibrate, pack_weights
 from peft_dlqat.layer import adapter_layers
-from peft_dlqat.train.calibrate import Calibration
 
 STEPS = 4
 BATCH = 4
@@ -63,10 +61,7 @@ def make_model(case: str) -> nn.Module:
     )
     model = get_peft_model(model, config)
     pack_weights(model)
-    # This is no test of calibration.
-    model.peft_config["default"].record["calibration"] = asdict(
-        Calibration(0, "model", "task", 1.0, None, 1.0, "before")
-    )
+    say_calibrated(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

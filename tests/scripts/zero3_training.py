@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from conftest import lm_batches
+from conftest import lm_batches, say_calibrated
 from peft import get_peft_model
 from scripts.sharded_training import BATCH, STEPS, rank, world_size
 from torch import nn
@@ -27,7 +26,6 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from peft_dlqat import DLQATConfig, load_packed
 from peft_dlqat.layer import CALIBRATED
-from peft_dlqat.train.calibrate import Calibration
 
 STORAGES = ("full", "int8")
 
@@ -53,9 +51,7 @@ def make_model(folder: Path, storage: str) -> nn.Module:
         del keep
     else:
         model = load_packed(folder / "base", config)
-    # This is no test of calibration.
-    calibration = Calibration(0, "model", "task", 1.0, None, 1.0, "before")
-    model.peft_config["default"].record["calibration"] = asdict(calibration)
+    say_calibrated(model)
     return model.train()
 
 

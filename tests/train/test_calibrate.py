@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, lm_batches, perturb, tiny_model, tokens
+from conftest import VOCAB, calibrated, computing, lm_batches, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -31,10 +31,11 @@ from peft_dlqat import (
     distillation_loss,
     grid_report,
 )
-from peft_dlqat.layer import adapter_layers
+from peft_dlqat.layer import adapter_layers, is_calibrated
 from peft_dlqat.quant.quantizer import unrounded_codes
+from peft_dlqat.record import Record
 from peft_dlqat.running import adapters_disabled, teacher_logits
-from peft_dlqat.train.fit_to_inputs import fit_to_inputs, input_moments
+from peft_dlqat.train.fit_to_inputs import InputMoments, fit_to_inputs, input_moments
 
 ZERO_POINTS = ("none", "integer", "float")
 
@@ -57,13 +58,13 @@ def kl(model):
 @pytest.mark.parametrize("objective", ["distill", "task"])
 def test_calibration_lowers_the_loss_and_moves_only_the_grid(zero_point, objective):
     model = adapted(zero_point=zero_point, init="minmax")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in computing(model).items()}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     result = calibrate(model, lm_batches(), steps=40, objective=objective, progress=False)
     assert result.kept == "after" and result.loss_after < 0.97 * result.loss_before
     moved = {
         name.removesuffix(".weight").split(".")[-2]
-        for name, tensor in model.state_dict().items()
+        for name, tensor in computing(model).items()
         if not torch.equal(tensor, before[name])
     }
     zero = {"none": set(), "integer": {"dlqat_zero_point"}, "float": {"dlqat_offset"}}[zero_point]
@@ -94,7 +95,7 @@ def test_the_reported_loss_is_of_the_frozen_scales():
     with torch.no_grad():
         losses = [distillation_loss(model(**b).logits, teacher_logits(model, b), b["labels"]).item() for b in batches]
     assert result.loss_after == pytest.approx(sum(losses) / len(losses), rel=1e-4)
-    assert model.peft_config["default"].record["calibration"]["loss_after"] == result.loss_after
+    assert calibrated(model)
 
 
 @pytest.mark.product
@@ -148,7 +149,7 @@ def test_steps_that_gain_nothing_are_undone():
 
 def test_a_fit_that_gains_nothing_is_undone(monkeypatch):
     model = adapted(init="mse")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in computing(model).items()}
     monkeypatch.setattr(
         "peft_dlqat.train.calibrate.fit_to_inputs",
         lambda layers, *_: [layer.dlqat_scale["default"].data.mul_(3) for layer in layers.values()],
@@ -156,7 +157,7 @@ def test_a_fit_that_gains_nothing_is_undone(monkeypatch):
     result = calibrate(model, lm_batches(), progress=False)
     assert result.kept == "before" and result.loss_after == result.loss_before < result.loss_fitted
     assert "put back" in str(result)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in computing(model).items())
 
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
@@ -222,10 +223,10 @@ def test_calibrate_works_on_a_model_with_an_injected_adapter():
 def test_calibrate_one_of_two_adapters():
     model = adapted()
     model.add_adapter("other", DLQATConfig(bits=2, group_size=32, init="minmax", task_type="CAUSAL_LM"))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in computing(model).items()}
     model.set_adapter("other")
     calibrate(model, lm_batches(), steps=10, progress=False)
-    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    moved = [name for name, tensor in computing(model).items() if not torch.equal(tensor, before[name])]
     assert moved and all(name.endswith(".other.weight") for name in moved)
 
 
@@ -288,7 +289,7 @@ def test_callback_calibrates_before_the_first_step_and_logs(tmp_path, capsys):
     assert [entry["step"] for entry in log if "grid/clipped" in entry] == [2, 4]
     first_loss = next(i for i, entry in enumerate(log) if "loss" in entry)
     assert all("calibration/loss" not in entry for entry in log[first_loss:])
-    assert "calibration" in model.peft_config["default"].record
+    assert calibrated(model)
     printed = capsys.readouterr().out.splitlines()
     (line,) = [line for line in printed if line.startswith("calibrated: KL to the full-precision model ")]
     assert f"{gain['calibration/loss_after']:.4f} (8 steps)" in line
@@ -323,21 +324,21 @@ def test_calibration_does_not_change_the_order_of_training_data(tmp_path):
 
 def test_an_adapter_calibrated_before_is_not_calibrated_again(tmp_path):
     model = adapted()
-    first = calibrate(model, lm_batches(), steps=4, progress=False)
+    calibrate(model, lm_batches(), steps=4, progress=False)
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=True)
     run = trainer(loaded, tmp_path, DLQATCallback(calibration_steps=4))
     run.train()
     assert not any("calibration/loss" in entry for entry in run.state.log_history)
-    assert loaded.peft_config["default"].record["calibration"]["loss_after"] == first.loss_after
+    assert calibrated(loaded)
 
 
 def test_checkpoints_carry_the_record(tmp_path):
     trainer(adapted(), tmp_path, DLQATCallback(calibration_steps=4), args={"save_steps": 2}).train()
-    record = json.loads((tmp_path / "checkpoint-2" / "adapter_config.json").read_text())["record"]
-    assert record["calibration"]["steps"] == 4
+    saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert {Record.decode(value).calibrated for key, value in saved.items() if "dlqat_record" in key} == {True}
     card = (tmp_path / "checkpoint-2" / "README.md").read_text()
-    assert "import peft_dlqat" in card and "4 steps, distill" in card
+    assert "import peft_dlqat" in card and "| calibration | done |" in card
 
 
 def test_packed_weights_are_not_resumed_from_a_checkpoint_of_full_ones(tmp_path):
@@ -479,11 +480,11 @@ def test_optimizer_needs_something_to_train():
 
 def test_by_blocks_lowers_the_loss_too():
     model = adapted(init="minmax")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in computing(model).items()}
     result = calibrate(model, iter(lm_batches(10)), steps=20, by="blocks", progress=False)
     assert result.kept == "after" and result.loss_after < result.loss_before
-    assert model.peft_config["default"].record["calibration"]["loss_after"] == result.loss_after
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert calibrated(model)
+    moved = {name for name, tensor in computing(model).items() if not torch.equal(tensor, before[name])}
     assert {name.removesuffix(".weight").split(".")[-2] for name in moved} in (
         {"dlqat_scale"},
         {"dlqat_scale", "dlqat_zero_point"},
@@ -550,52 +551,33 @@ def test_by_blocks_measures_the_inputs_once(monkeypatch):
     assert sorted(fits) == sorted(adapter_layers(model)[1])
 
 
-def test_every_way_leaves_a_record_of_one_shape(tmp_path):
-    ways = {
-        "4 steps, distill": lambda model: calibrate(model, lm_batches(), steps=4, progress=False),
-        "4 steps by blocks, distill": lambda model: calibrate(
-            model, lm_batches(), steps=4, by="blocks", progress=False
-        ),
-        "4 steps by blocks, output": lambda model: calibrate(
-            model, lm_batches(), steps=4, by="blocks", objective="output", progress=False
-        ),
-    }
-    shapes = []
-    for index, (said, way) in enumerate(ways.items()):
-        model = adapted(init="mse")
-        way(model)
-        record = model.peft_config["default"].record["calibration"]
-        shapes.append({name: type(value) for name, value in record.items()})
-        model.save_pretrained(tmp_path / str(index))
-        card = (tmp_path / str(index) / "README.md").read_text()
-        figures = f"loss {record['loss_before']:.4f} -> {record['loss_after']:.4f}"
-        assert f"| calibration | fitted to the layers' inputs, {said}: {figures} |" in card
-    assert shapes[0] == shapes[1] == shapes[2]
+@pytest.mark.parametrize("way", [{}, {"by": "blocks"}, {"by": "blocks", "objective": "output"}])
+def test_every_way_says_that_it_was_done(way):
+    model = adapted(init="mse")
+    assert not calibrated(model)
+    calibrate(model, lm_batches(), steps=4, progress=False, **way)
+    assert calibrated(model)
 
 
 @pytest.mark.parametrize("by", ["model", "blocks"])
-def test_min_max_does_not_look_at_the_inputs_and_claims_no_fit(by, tmp_path, monkeypatch):
+def test_min_max_does_not_look_at_the_inputs_and_claims_no_fit(by, monkeypatch):
     monkeypatch.setattr("peft_dlqat.train.calibrate.input_moments", lambda *_: pytest.fail("measured in vain"))
     model = adapted(init="minmax")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in computing(model).items()}
     result = calibrate(model, lm_batches(), progress=False)
     assert (result.loss_fitted, result.kept) == (None, "before") and "fitted" not in str(result)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in computing(model).items())
     result = calibrate(model, lm_batches(), steps=20, by=by, progress=False)
     assert result.loss_fitted is None and result.kept == "after" and result.loss_after < result.loss_before
-    model.save_pretrained(tmp_path)
-    assert "| calibration | 20 steps" in (tmp_path / "README.md").read_text()
 
 
-def test_a_grid_that_was_put_back_is_not_called_fitted(tmp_path, monkeypatch):
+def test_a_grid_that_was_put_back_is_not_called_fitted(monkeypatch):
     monkeypatch.setattr(
         "peft_dlqat.train.calibrate.fit_to_inputs",
         lambda layers, *_: [layer.dlqat_scale["default"].data.mul_(3) for layer in layers.values()],
     )
-    model = adapted(init="mse")
-    calibrate(model, lm_batches(), progress=False)
-    model.save_pretrained(tmp_path)
-    assert "nothing gained, and the initial scales and zeros were kept |" in (tmp_path / "README.md").read_text()
+    result = calibrate(adapted(init="mse"), lm_batches(), progress=False)
+    assert result.kept == "before" and str(result).endswith("; the initial scales and zeros were put back")
 
 
 @pytest.mark.parametrize("steps", [0, 2])
@@ -607,7 +589,8 @@ def test_an_adapter_that_is_not_active_is_refused(steps):
         calibrate(model, lm_batches(), steps=steps, adapter_name="other", progress=False)
     with model.disable_adapter(), pytest.raises(ValueError, match="switched on"):
         calibrate(model, lm_batches(), steps=steps, progress=False)
-    assert not any("calibration" in config.record for config in model.peft_config.values())
+    for name in model.peft_config:
+        assert not is_calibrated(adapter_layers(model, name)[1].values(), name)
 
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
@@ -627,3 +610,22 @@ def test_the_grid_report_is_the_same_piece_by_piece(zero_point, monkeypatch):
         unrounded = unrounded_codes(weight, layer.quantizer("default"))
         outside = (unrounded.round() < shipped.grid.qmin) | (unrounded.round() > shipped.grid.qmax)
         assert row.clipped == pytest.approx(outside.float().mean().item()) and row.clipped > 0
+
+
+def test_a_merged_adapter_is_not_trained(tmp_path):
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"is merged into the base model.*unmerge_adapter\(\)"):
+        trainer(model, tmp_path, DLQATCallback(calibration=False)).train()
+
+
+def test_inputs_of_one_vector_are_one_row():
+    """A layer may see a vector without a batch beside the batches of the others."""
+    torch.manual_seed(0)
+    config = DLQATConfig(bits=3, group_size=8, target_modules=["0"])
+    layer = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config).base_model.model[0]
+    with InputMoments({"layer": layer}) as moments:
+        rows = torch.randn(5, 8)
+        for x in (rows[0], rows[1:3], rows[3:].view(1, 2, 1, 8)):
+            layer(x)
+    torch.testing.assert_close(moments.means()["layer"], rows.square().mean(0))

@@ -59,7 +59,7 @@ def test_the_reference_is_the_policy_as_training_found_it(kind, trained, tmp_pat
     assert abs(first.get("rewards/margins", first.get("kl"))) < 1e-5
     # Prompts alone are nothing to calibrate on, and a trained adapter has its scales.
     calibrated = not trained and kind != "grpo"
-    assert ("calibration/record" in str(run.state.log_history)) == calibrated
+    assert ("calibration/loss_after" in str(run.state.log_history)) == calibrated
     assert [message[:14] for message in said] == (["not calibrated"] if kind == "grpo" and not trained else [])
     assert torch.equal(start.outputs, before) == (not calibrated)
     assert not torch.equal(outputs(model), start.outputs)
@@ -72,7 +72,7 @@ def test_the_first_loss_is_that_of_the_dense_model(kind, trained, tmp_path):
     model, start = adapted(kind, trained), Start()
     run = trainer(kind, model, tmp_path, start)
     assert train(run) == []
-    assert ("calibration/record" in str(run.state.log_history)) == (not trained)
+    assert ("calibration/loss_after" in str(run.state.log_history)) == (not trained)
     assert not torch.equal(outputs(model), start.outputs) and all(map(math.isfinite, losses(run)))
     dense = trainer(kind, start.model.merge_and_unload().requires_grad_(True), tmp_path)
     dense.remove_callback(DLQATCallback)

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import VOCAB, tiny_model, tokens
+from conftest import VOCAB, calibrated, say_calibrated, tiny_model, tokens
 from datasets import IterableDataset as HubStream
 from peft import get_peft_model
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
@@ -82,20 +82,20 @@ def test_a_stream_that_is_read_once_is_left_to_training(tmp_path, wrap):
     assert rows == tokens(ROWS, 12).tolist() and run.state.global_step == ROWS // 4
     (message,) = said
     assert "is a stream" in message and "stay as fitted to the weights" in message
-    assert "calibration_dataloader=" in message and "calibration" not in run.model.peft_config["default"].record
+    assert "calibration_dataloader=" in message and not calibrated(run.model)
 
 
 def test_such_a_stream_beside_a_loader_for_calibration(tmp_path):
     callback = DLQATCallback(calibration_dataloader=[{"input_ids": tokens(seed=7)}])
     run, rows, said = train(ReadOnce(), tmp_path, callback)
     assert rows == tokens(ROWS, 12).tolist() and said == []
-    assert "calibration" in run.model.peft_config["default"].record
+    assert calibrated(run.model)
 
 
 def test_a_stream_that_starts_again_is_calibrated_on(tmp_path):
     run, rows, said = train(restartable(), tmp_path, DLQATCallback())
     assert rows == tokens(ROWS, 12).tolist() and said == []
-    assert "calibration" in run.model.peft_config["default"].record
+    assert calibrated(run.model)
 
 
 def test_a_stream_that_lost_rows_is_an_error(tmp_path):
@@ -112,7 +112,7 @@ def test_a_stream_that_lost_rows_is_an_error(tmp_path):
 def test_no_calibration_when_none_is_wanted(tmp_path):
     run, rows, said = train(ReadOnce(), tmp_path, DLQATCallback(calibration=False))
     assert len(rows) == ROWS and said == []
-    assert "calibration" not in run.model.peft_config["default"].record
+    assert not calibrated(run.model)
 
 
 def test_samplers_draw_the_same_afterwards():
@@ -181,5 +181,5 @@ def test_seq2seq_trainer(tmp_path):
         collator = DataCollatorForSeq2Seq(word_tokenizer(), model if collate else None)
         run = Seq2SeqTrainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[DLQATCallback()])
         run.train()
-        record = run.model.peft_config["default"].record.pop("calibration")
-        assert record["objective"] == "distill" and record["loss_before"] > 0
+        assert calibrated(run.model)
+        say_calibrated(run.model, False)

@@ -17,6 +17,7 @@ from torch import nn
 from ..formats import FORMATS, Format, Outline, TensorInfo, describe
 from ..formats.engines import TRANSFORMERS
 from ..formats.tensor_files import write_json
+from ..layer import is_calibrated
 from ..quant.quantizer import QuantizedWeight
 from .folder import check_free, companion_folder, copy_companions, keep_unproven, whole_or_nothing
 from .manifest import REPORT, TRAINED, WRITTEN, Manifest, save_reference, trained_on
@@ -230,7 +231,6 @@ def _manifest(source: Source, target: Format, outline: Outline, rounded: list[st
     return Manifest(
         format=target.name,
         base=Path(source.base).name if Path(source.base).is_dir() else source.base,
-        base_checksum=source.base_checksum,
         grids=[
             {"grid": grid, "stored": stored, "trained": trained, "weights": count}
             for (grid, stored, trained), count in rows.items()
@@ -295,15 +295,14 @@ def _check_base(source: Source) -> None:
     """Refuse a base model whose weights are not those that the adapter was trained on.
 
     Raises:
-        ValueError: if the checksums differ. An adapter without one, of an older version, is not checked.
+        ValueError: if the checksums differ. An adapter without them, of an older version, is not checked.
     """
-    recorded = source.adapter.record.get("base", {}).get("checksum")
-    if recorded is not None and recorded != source.base_checksum:
-        name = source.base or source.config.model_type
+    if others := source.on_other_weights:
+        base = source.base or source.config.model_type
         raise ValueError(
-            f"the weights of the base model {name!r} are not those that the adapter was trained on (checksum "
-            f"{source.base_checksum[:12]}, not {recorded[:12]}): codes would be others; export the model as it was "
-            "trained, or pass the folder or hub id of its base by base=..."
+            f"{len(others)} of {len(source.layers)} weights of the base model {base!r}, such as {others[0]}, are not "
+            "those that the adapter was trained on: codes would be others; export the model as it was trained, or "
+            "pass the folder or hub id of its base by base=..."
         )
 
 
@@ -337,7 +336,7 @@ def _warn_if_unfinished(source: Source) -> None:
             "exported is the base model rounded to nearest on its grid.",
             stacklevel=3,
         )
-    elif "calibration" not in source.adapter.record:
+    elif not is_calibrated(source.layers.values(), source.adapter_name):
         warnings.warn(
             f"adapter {source.adapter_name!r} was never calibrated: it was trained on its initial scales and "
             f"zeros (init={source.adapter.init!r}); calibrate before training for better accuracy.",

@@ -30,7 +30,6 @@ class Manifest:
     Attributes:
         format: name of the format.
         base: folder name or hub id of the base model.
-        base_checksum: checksum of the adapted layers' original weights.
         grids: number of weights written on each grid, how it is stored, and the grid that they were trained on.
         exact: whether the artefact holds the trained weights and every other tensor to the bit.
         rounded: dense tensors that the chosen dtype has rounded.
@@ -45,7 +44,6 @@ class Manifest:
 
     format: str
     base: str
-    base_checksum: str
     grids: list[dict[str, Any]]
     exact: bool
     rounded: list[str] = field(default_factory=list)

@@ -103,8 +103,6 @@ def _lines(
             lines.append(f"| {title} | {', '.join(names)} |")
     if manifest.rounded:
         lines.append(f"| rounded to their dtype | {len(manifest.rounded)} dense tensors |")
-    if calibration := config.record.get("calibration"):
-        lines.append(f"| calibration | {calibration['steps']} steps, {calibration['objective']} |")
     lines += ["", *(f"Note: {note}.\n" for note in manifest.notes)]
     if manifest.loss is not None:
         difference = LogitDifference(**manifest.loss)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter_file import base_checksum, weight_checksum
+from ..adapter_file import recorded_dtype
 from ..config import DLQATConfig
 from ..formats import Outline, TensorInfo
 from ..large.checkpoint import Checkpoint, empty_model, weights_folder
@@ -113,12 +112,13 @@ class Source:
         """Whether the adapter is as it was made: B (or QA-LoRA's) zero, and m one."""
         return not any(layer.moved(self.adapter_name) for layer in self.layers.values())
 
-    @cached_property
-    def base_checksum(self) -> str:
-        """Checksum of the adapted layers' original weights, as adapters record it; of packed ones the recorded one."""
-        if any(layer.frozen.packed for layer in self.layers.values()):
-            return str(self.adapter.record.get("base", {}).get("checksum", ""))
-        return base_checksum({path: self._with_weight(path, _checksum) for path in self.layers})
+    @property
+    def on_other_weights(self) -> list[str]:
+        """The layers whose W0 is not the one that the adapter was trained on, as far as its records tell."""
+        return [path for path in self.layers if not self._with_weight(path, self._on_own_weight)]
+
+    def _on_own_weight(self, layer: DLQATLayer) -> bool:
+        return layer.record(self.adapter_name).checksum in (0, layer.base_record().checksum)
 
     @property
     def embedding(self) -> str:
@@ -213,9 +213,8 @@ def open_source(
     if not base:
         raise ValueError(f"{adapter} does not say its base model; name its folder or hub id by base=...")
     folder = weights_folder(base, config.revision)
-    recorded = config.record.get("base", {}).get("dtype")
     model_config = AutoConfig.from_pretrained(folder)
-    skeleton = empty_model(model_config, getattr(torch, recorded) if recorded else None)
+    skeleton = empty_model(model_config, recorded_dtype(adapter))
     skeleton.name_or_path = str(base)
     checkpoint = Checkpoint(folder, skeleton)
     model = PeftModel.from_pretrained(skeleton, adapter, adapter_name="default", low_cpu_mem_usage=True).eval()
@@ -248,10 +247,6 @@ def _resolve(model: nn.Module, key: str) -> torch.Tensor:
     if isinstance(module, DLQATLayer):
         module = module.get_base_layer()
     return getattr(module, leaf)
-
-
-def _checksum(layer: DLQATLayer) -> str:
-    return weight_checksum(layer.frozen.original())
 
 
 def _on_cpu(weight: QuantizedWeight) -> QuantizedWeight:

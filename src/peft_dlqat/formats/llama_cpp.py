@@ -215,8 +215,11 @@ def _write_tensor(library: _Library, source: Any, target: Any, kind: int, size: 
     """Dequantize the next `size` bytes of a file into another."""
     block, block_bytes = library.ggml_blck_size(kind), library.ggml_type_size(kind)
     while size:
-        read = source.read(min(size, _CHUNK // block * block_bytes))
-        size -= len(read)
+        wanted = min(size, _CHUNK // block * block_bytes)
+        read = source.read(wanted)
+        if len(read) != wanted:
+            raise RuntimeError("error: the file is truncated")
+        size -= wanted
         if kind != _F32:
             count = len(read) // block_bytes * block
             numbers = (ctypes.c_float * count)()

@@ -16,7 +16,6 @@ from peft import get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..adapter_file import base_record, weight_checksum
 from ..config import DLQATConfig
 from ..decoder import capture, decoder_layers, hidden_states
 from ..layer import DLQATLayer, adapter_layers
@@ -103,7 +102,6 @@ def calibrate_from_disk(
     _check_inside(inner, blocks)
 
     errors: list[BlockError] = []
-    checksums: dict[str, str] = {}
     with _unfinished(output, cache_dir) as (made, cache):
         with evaluating(model), hidden_states(cache) as hidden:
             before = [name for name in weights.names if not name.startswith(tuple(f"{block}." for block in blocks))]
@@ -118,7 +116,6 @@ def calibrate_from_disk(
                 for part, layer in block.named_modules(prefix=name):
                     if isinstance(layer, DLQATLayer):
                         initialise_layer(model, _ADAPTER, part, layer)
-                        checksums[part] = weight_checksum(layer.frozen.original())
                 own_calls = [call[index] for call in calls]
                 with random_state_kept():
                     error = calibrate_block(f"base_model.model.{name}", block, own_calls, hidden, descent, config.init)
@@ -126,15 +123,9 @@ def calibrate_from_disk(
                 if error is not None:
                     errors.append(error)
                     bar.set_postfix(error=f"{error.before:.3g} -> {error.after:.3g}")
-        layers = adapter_layers(inner, _ADAPTER)[1].values()
-        result = Calibration.of_outputs(descent.steps, errors)
-        record: dict[str, Any] = model.peft_config[_ADAPTER].record  # type: ignore[attr-defined, assignment]
-        record.update(base_record(checksums, [layer.frozen.original() for layer in layers]))
-        record["calibration"] = result.record()
-        if config.storage != "full":  # what packing says of the adapter: it belongs to weights so stored
-            record["storage"] = config.storage
-            for layer in layers:
-                layer.set_storage(_ADAPTER, config.storage)
+        for layer in adapter_layers(inner, _ADAPTER)[1].values():
+            layer.set_record(_ADAPTER, calibrated=True)
+            layer.set_storage(_ADAPTER, config.storage)  # what packing says of it: it belongs to weights so stored
         model.save_pretrained(str(made), save_embedding_layers=False)
     try:
         os.rename(made, output)
@@ -144,7 +135,7 @@ def calibrate_from_disk(
             f"output_dir={str(output)!r} cannot be written any more ({error.strerror}); the adapter is in "
             f"{str(made)!r}",
         ) from error
-    return result
+    return Calibration.of_outputs(descent.steps, errors)
 
 
 @contextmanager

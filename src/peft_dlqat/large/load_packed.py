@@ -11,11 +11,10 @@ from peft import PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..adapter_file import base_checksum, base_record, weight_checksum
 from ..config import DLQATConfig
 from ..layer import adapter_layers
 from ..model import check_target
-from ..packing import pack_weights, warn_if_trained
+from ..packing import warn_if_trained
 from .checkpoint import Checkpoint, holder, initialise_layer, skeleton, weights_folder
 
 
@@ -89,7 +88,7 @@ def load_packed(
     layers = adapter_layers(inner, adapter_name)[1]
     of_layers = {f"{name}.{leaf}" for name in layers for leaf in ("weight", "bias")}
     weights.load(inner, [name for name in weights.names if name not in of_layers and _is_first(weights, inner, name)])
-    checksums: dict[str, str] = {}
+    others = []
     if not new:
         warn_if_trained(layers.values(), adapter_name, config)
     for name, layer in layers.items():
@@ -101,24 +100,20 @@ def load_packed(
             initialise_layer(model, adapter_name, name, layer)
         else:
             check_target(name, layer)
-        checksums[name] = weight_checksum(layer.frozen.original())
+            if layer.record(adapter_name).checksum not in (0, layer.base_record().checksum):
+                others.append(name)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.frozen.pack(adapter_name, config.storage)
     _tie(weights, inner)
     for module in inner.modules():
         if isinstance(module, ModulesToSaveWrapper):
             _fill(module.modules_to_save[adapter_name], module.original_module)
-    pack_weights(model, adapter_name)  # all are; says so in the config
-    recorded = config.record.get("base", {}).get("checksum")
-    if recorded not in (None, base_checksum(checksums)):
+    if others:
         warnings.warn(
-            f"the weights of {str(model_id)!r} are not those that the adapter was trained on, or they are in another "
-            "dtype: its codes are others here.",
+            f"{len(others)} of {len(layers)} weights of {str(model_id)!r}, such as {others[0]}, are not those that "
+            "the adapter was trained on, or they are in another dtype: its codes are others here.",
             stacklevel=2,
         )
-    if new:
-        dtypes = [torch.empty(0, dtype=layer.frozen.dtype) for layer in layers.values()]
-        model.peft_config[adapter_name].record.update(base_record(checksums, dtypes))
     return model.to(device)
 
 

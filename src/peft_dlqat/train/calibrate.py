@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -92,10 +92,6 @@ class Calibration:
             next(stage for stage in latest_first if any(block.kept == stage for block in blocks)),
             tuple(blocks),
         )
-
-    def record(self) -> dict[str, Any]:
-        """What the adapter's config remembers: all but the single layers."""
-        return {name: value for name, value in asdict(self).items() if name != "blocks"}
 
     def __str__(self) -> str:
         """One line, with the figures."""
@@ -215,7 +211,8 @@ def calibrate(
                 compared = "logits"
             loss = ModelLoss(model, compared, dataloader, measured, descent.steps if by == "model" else 0)
             result = _on_model_loss(model, loss, descent, config.init, compared, by, progress, cache_dir, report)
-    config.record["calibration"] = result.record()
+    for layer in layers.values():
+        layer.set_record(adapter_name, calibrated=True)
     if has_reference:
         renew_reference(layers.values(), adapter_name)
     pack_weights(model, adapter_name)

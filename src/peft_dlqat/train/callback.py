@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import DLQATConfig
-from ..layer import DLQATLayer, adapter_layers
+from ..layer import DLQATLayer, adapter_layers, is_calibrated
 from ..model import DLQATModel
 from ..packing import pack_weights
 from .calibrate import By, Objective, calibrate, check_arguments, default_steps
@@ -22,7 +22,6 @@ from .reference import REFERENCE, full_precision_reference
 from .report import grid_report
 from .trainer_batches import TrainerBatches, order_kept, problem
 
-_RECORD = "calibration/record"
 # A learning rate that is so many times lower than the recipe's is taken for an oversight.
 _FAR_BELOW = 10
 
@@ -97,13 +96,14 @@ class DLQATCallback(TrainerCallback):
         adapter_name, layers = adapter_layers(model)
         config: DLQATConfig = model.peft_config[adapter_name]  # type: ignore[union-attr,index,assignment]
         self._warned = False
+        if any(layer.merged for layer in layers.values()):
+            raise ValueError(
+                f"adapter {adapter_name!r} is merged into the base model, where it does not train; call "
+                "unmerge_adapter() first."
+            )
         _warn_if_magnitude_decays(model, optimizer)
         _warn_if_learning_rate_is_low(model, optimizer)
         if state.global_step > 0:
-            # The Trainer has loaded scales and zeros from the checkpoint; its log remembers how they came about.
-            for entry in state.log_history:
-                if _RECORD in entry:
-                    config.record["calibration"] = entry[_RECORD]
             on_full = any(layer.specs[adapter_name].storage == "full" for layer in layers.values())
             if config.storage != "full" and on_full:
                 raise ValueError(
@@ -116,7 +116,7 @@ class DLQATCallback(TrainerCallback):
                 "the reference is the model with its adapter off, in full precision; for a quantized one give the "
                 "trainer get_peft_model(model, config) in the place of peft_config=.",
             )
-        if state.global_step == 0 and "calibration" not in config.record and self.calibration:
+        if state.global_step == 0 and self.calibration and not is_calibrated(layers.values(), adapter_name):
             with order_kept(train_dataloader):
                 self._calibrate(args, state, model, adapter_name, train_dataloader)
         tuner = getattr(model, "base_model", None)
@@ -165,7 +165,6 @@ class DLQATCallback(TrainerCallback):
         known = {f"calibration/loss_{stage}": loss for stage, loss in figures.items() if loss is not None}
         _keep(state, known, steps)
         _say(state, str(result))
-        state.log_history.append({_RECORD: result.record(), "step": 0})
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

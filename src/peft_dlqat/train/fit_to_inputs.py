@@ -47,7 +47,7 @@ class InputMoments:
     def _watch(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         @torch.no_grad()
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x, mask = args[0].detach().float().flatten(0, -2), self.mask
+            x, mask = args[0].detach().float().reshape(-1, args[0].shape[-1]), self.mask
             # A layer that sees other rows than the model's positions (an expert's, say) counts all of them.
             if mask is not None and mask.numel() == len(x):
                 x = x[mask.flatten().to(x.device)]

@@ -31,6 +31,7 @@ def renew_reference(layers: Collection[DLQATLayer], adapter_name: str) -> None:
     """Make the reference the adapter to the bit again."""
     for layer in layers:
         put_values(_tensors(layer, REFERENCE), _tensors(layer, adapter_name))
+        layer.dlqat_record[REFERENCE].copy_(layer.dlqat_record[adapter_name])
 
 
 def full_precision_reference(args: Any, adapters: Collection[str]) -> bool:

@@ -1,0 +1,71 @@
+"""What an adapter remembers, in each layer, of how it was made: numbers beside the tensors that they are true of."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+# Names are only appended; the first stands for any other, or none.
+_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Of so many bits each number of a checksum is: float32 holds them exactly.
+_BITS, _PARTS = 24, 3
+# Values of a weight that are looked at: other weights differ in nearly all of them, and the whole of a large model
+# would take minutes.
+_SAMPLE = 2**16
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is remembered.
+
+    Attributes:
+        calibrated: whether the scales and zeros were fitted to data.
+        dtype: of W0; None where it is not known.
+        checksum: of W0 as it was before it was packed, see `weight_checksum`; 0 where it is not known.
+    """
+
+    calibrated: bool = False
+    dtype: torch.dtype | None = None
+    checksum: int = 0
+
+    @classmethod
+    def of_weight(cls, weight: torch.Tensor) -> Record:
+        """The record of an adapter that is new on this W0 [out, in]."""
+        dtype = weight.dtype if weight.dtype in _DTYPES else None
+        return cls(dtype=dtype, checksum=weight_checksum(weight))
+
+    def encode(self) -> torch.Tensor:
+        """As numbers: [calibrated, dtype, three of the checksum], float32 [5]."""
+        parts = [self.checksum >> _BITS * part & 2**_BITS - 1 for part in range(_PARTS)]
+        return torch.tensor([self.calibrated, _DTYPES.index(self.dtype), *parts], device="cpu", dtype=torch.float32)
+
+    @classmethod
+    def decode(cls, encoded: torch.Tensor) -> Record:
+        """The record of these numbers.
+
+        Raises:
+            ValueError: if they are no record's.
+        """
+        calibrated, dtype, *parts = encoded.tolist()
+        whole = all(0 <= part < 2**_BITS and part == int(part) for part in parts)
+        if calibrated not in (0, 1) or dtype not in range(len(_DTYPES)) or len(parts) != _PARTS or not whole:
+            raise ValueError(
+                f"{encoded.tolist()} is no record of an adapter: the file is broken, or another version's"
+            )
+        checksum = sum(int(part) << _BITS * index for index, part in enumerate(parts))
+        return cls(bool(calibrated), _DTYPES[int(dtype)], checksum)
+
+
+def weight_checksum(weight: torch.Tensor) -> int:
+    """A checksum of a weight's shape and of up to 2**16 of its values, evenly spread; the same in any exact dtype.
+
+    Of 72 bits, and never 0.
+    """
+    values = weight.detach().reshape(-1)
+    step = -(-values.numel() // _SAMPLE)
+    sample = values[::step].float().cpu().contiguous()
+    digest = hashlib.sha256(str(tuple(weight.shape)).encode())
+    digest.update(sample.numpy().tobytes())
+    return int.from_bytes(digest.digest()[: _BITS * _PARTS // 8], "big") or 1

@@ -1,0 +1,48 @@
+"""What an adapter remembers of how it was made."""
+
+import pytest
+import torch
+
+from peft_dlqat.record import Record, weight_checksum
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_numbers_are_the_record(dtype, calibrated):
+    record = Record(calibrated, dtype, weight_checksum(torch.randn(3, 5)))
+    encoded = record.encode()
+    assert encoded.dtype == torch.float32 and Record.decode(encoded) == record
+    assert Record.decode(torch.zeros(5)) == Record()
+
+
+def test_a_checksum_is_that_of_the_numbers_and_their_shape():
+    weight = torch.randn(64, 32).bfloat16()
+    checksum = weight_checksum(weight)
+    assert 2**60 < checksum < 2**72 and checksum == weight_checksum(weight.float()) == weight_checksum(weight.double())
+    changed = weight.clone()
+    changed[63, 31] += 1
+    others = {weight_checksum(other) for other in (changed, weight.t(), weight.view(32, 64))}
+    assert len({checksum} | others) == 4
+    assert weight_checksum(torch.randn(1000, 1000)) != weight_checksum(torch.randn(1000, 1000))
+    assert Record.of_weight(weight) == Record(False, torch.bfloat16, checksum)
+    assert Record.of_weight(torch.zeros(2, 2, dtype=torch.float8_e4m3fn)).dtype is None
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [2, 1, 0, 0, 0],
+        [0, 5, 0, 0, 0],
+        [0, 1.5, 0, 0, 0],
+        [0, 1, 2**24, 0, 0],
+        [0, 1, -1, 0, 0],
+        [0, 1, 0.5, 0, 0],
+        [0, 1, float("nan"), 0, 0],
+        [0, 1, float("inf"), 0, 0],
+        [0, 1, 0, 0],
+        [0, 1, 0, 0, 0, 0],
+    ],
+)
+def test_other_numbers_are_refused(numbers):
+    with pytest.raises(ValueError, match="no record of an adapter"):
+        Record.decode(torch.tensor(numbers))
