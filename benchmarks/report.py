@@ -257,6 +257,17 @@ def host(results: dict[str, Any]) -> str:
     return markdown(["", *(f"{name} / LoRA" for name in names)], lines)
 
 
+def generation(results: dict[str, Any]) -> str:
+    """Tokens a second over LoRA's, and megabytes of weights, one line a model."""
+    names = [name for name in next(iter(results["rows"].values()))["bytes"] if name != "LoRA"]
+    lines = []
+    for size, row in results["rows"].items():
+        rates = (f"{row['tokens_a_second_ratio'][name]:.2f}" for name in names)
+        lines.append([size, *rates, *(f"{row['bytes'][name] / row['bytes']['LoRA']:.2f}" for name in names)])
+    head = [*(f"{name}: tokens a second / LoRA's" for name in names), *(f"{name}: bytes / LoRA's" for name in names)]
+    return markdown(["", *head], lines)
+
+
 def model(results: dict[str, Any]) -> str:
     """One line a contender."""
     head = ["", "time / LoRA's", "quartiles", "peak memory / LoRA's", "resident before training, GB", "peak, GB"]
@@ -301,6 +312,7 @@ def tables() -> dict[str, dict[str, str]]:
         "layer.json": {"layer": layer, "growth": growth},
         "model.json": {"model": model},
         "host.json": {"host": host},
+        "generate.json": {"generate": generation},
     }
     for file, made in makers.items():
         if (RESULTS / file).exists():

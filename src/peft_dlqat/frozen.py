@@ -100,6 +100,7 @@ class FrozenWeight:
         )
         weight.requires_grad_(False)
         weight.data = packed
+        self._layer._kept_weight.clear()
         for name in self._layer.specs:
             self._layer.set_storage(name, storage)
 
@@ -207,11 +208,18 @@ def check_float_weight(layer: nn.Module, action: str) -> None:
     """
     weight = getattr(layer, "weight", None)
     # bitsandbytes keeps packed codes in a Parameter of its own, in a dtype of the user's choice (quant_storage).
-    packed = any(hasattr(weight, name) for name in ("quant_state", "SCB"))
+    packed = any(hasattr(weight, name) for name in ("quant_state", "SCB"))  # as a QLoRA script has it
     plain = isinstance(weight, torch.Tensor) and type(weight.data).__name__ in ("Tensor", "DTensor") and not packed
     if not plain or not weight.is_floating_point() or weight.element_size() < 2:  # type: ignore[union-attr]
         found = "none" if weight is None else f"{type(weight).__name__} of {getattr(weight, 'dtype', None)}"
+        instead = (
+            "in the place of BitsAndBytesConfig, prepare_model_for_kbit_training and get_peft_model write\n"
+            "    config = DLQATConfig(bits=4, storage='int4', task_type='CAUSAL_LM')\n"
+            "    model = peft_dlqat.load_packed(model_id, config, device='cuda')"
+            if packed and action.startswith("adapt")
+            else "load the base model in bfloat16, float16 or float32"
+        )
         raise TypeError(
             f"cannot {action} {type(layer).__name__} (weight: {found}): its weight is quantized already, and rounding "
-            "onto a second grid would change it; load the base model in bfloat16, float16 or float32."
+            f"onto a second grid would change it; {instead}."
         )

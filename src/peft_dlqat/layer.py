@@ -25,13 +25,14 @@ from transformers.pytorch_utils import Conv1D
 from .deferred import DeferredWeight
 from .float32 import Float32BufferDict, Float32ParameterDict
 from .frozen import FrozenWeight
+from .kept_weight import KeptWeight
 from .layer_spec import LayerSpec
 from .methods import AdapterTensors, TrainedTensor
 from .placement import at_hand, check_here, full_shape, gather_with, is_partitioned
 from .quant.dispatch import harden
 from .quant.fit import initialise
 from .quant.fixed_point import as_rows
-from .quant.op import fake_quantize, fake_quantize_linear
+from .quant.op import fake_quantize, fake_quantize_linear, linear, quantized
 from .quant.quantizer import QuantizedWeight, Quantizer
 from .record import Record, weight_checksum
 
@@ -81,6 +82,7 @@ class DLQATLayer(BaseTunerLayer):
         self.specs: dict[str, LayerSpec] = {}
         self.fan_in_fan_out = fan_in_fan_out
         self._set_aside: list[nn.Parameter] = []  # in a list: as an attribute it would be registered
+        self._kept_weight = KeptWeight()
         self._was_read = False  # the weight, by a parent; whoever watches sets it back
         self._disable_adapters = False
         self.merged_adapters = []
@@ -388,15 +390,33 @@ class DLQATLayer(BaseTunerLayer):
         self, base_layer: Any, dtype: torch.dtype, x: torch.Tensor, adapter_name: str
     ) -> torch.Tensor:
         """x @ w_hat.T + bias with one adapter, computed in a dtype."""
-        bias = base_layer.bias
+        weight, bias, spec = base_layer.weight, base_layer.bias, self.specs[adapter_name]
         inputs = x if x.dtype == dtype else self._cast_input_dtype(x, dtype)
+        bias = bias if bias is None or bias.dtype == inputs.dtype else bias.to(inputs.dtype)
+        if not torch.is_grad_enabled() and self._may_keep(weight, spec):
+            entries = (self._modules[name].get(adapter_name) for name in (*self.adapter_layer_names, *CALIBRATED))  # type: ignore[union-attr]
+            w_hat = self._kept_weight.get(
+                (adapter_name, spec, dtype),
+                weight,
+                [tensor for tensor in entries if tensor is not None],
+                inputs.numel() // self.in_features,
+                lambda: quantized(weight, self.quantizer(adapter_name), dtype, self.fan_in_fan_out),
+            )
+            if w_hat is not None:
+                return linear(inputs, bias, w_hat, self.fan_in_fan_out)
         return fake_quantize_linear(
-            inputs,
-            bias if bias is None or bias.dtype == inputs.dtype else bias.to(inputs.dtype),
-            base_layer.weight,
-            self.quantizer(adapter_name),
-            self.fan_in_fan_out,
-            self.specs[adapter_name].gradient,
+            inputs, bias, weight, self.quantizer(adapter_name), self.fan_in_fan_out, spec.gradient
+        )
+
+    def _may_keep(self, weight: torch.Tensor, spec: LayerSpec) -> bool:
+        """Whether w_hat may be kept beside W0: on a CPU. On a GPU comparing takes as long as computing."""
+        return (
+            not self.training  # type: ignore[attr-defined]
+            and weight.device.type == "cpu"
+            and spec.storage == "full"  # a packed weight is packed to save memory
+            and type(weight.data) is torch.Tensor
+            and not weight.is_inference()
+            and not torch.compiler.is_compiling()
         )
 
     def _base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -461,6 +481,12 @@ class DLQATLinear(nn.Module, DLQATLayer):
                 return self._output_with(self._weight_of(names), x, *args, **kwargs)
             output = self._quantized_output(base_layer, product, x, names[0])
             return output if autocast or output.dtype == x.dtype else output.to(x.dtype)
+
+    def train(self, mode: bool = True) -> DLQATLinear:
+        """As torch's; a kept w_hat is let go."""
+        if mode:
+            self._kept_weight.clear()
+        return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight = state_dict.get(f"{prefix}base_layer.weight")

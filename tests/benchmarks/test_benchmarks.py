@@ -168,6 +168,13 @@ def test_the_hosts_time_is_taken(tmp_path, main):
     assert len(rows) == 3 and all(row["DL-QAT"]["ratio"] > 0 and row["LoRA"]["ratio"] == 1 for row in rows.values())
 
 
+def test_generation_is_timed(tmp_path, main):
+    main("generate", "--quick", "--results", tmp_path / "generate.json")
+    (row,) = json.loads((tmp_path / "generate.json").read_text())["rows"].values()
+    assert row["time_ratio"]["LoRA"]["median"] == 1 and row["time_ratio"]["DL-QAT"]["median"] > 0
+    assert row["bytes"]["DL-QAT, int4 storage"] < row["bytes"]["LoRA"] < row["bytes"]["DL-QAT"]
+
+
 @pytest.mark.filterwarnings("ignore:.*never calibrated")
 def test_a_layer_that_is_off_is_not_timed(monkeypatch):
     import layer

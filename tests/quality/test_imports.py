@@ -22,6 +22,7 @@ ORDER = [
     "deferred",
     "frozen",
     "record",
+    "kept_weight",
     "layer",
     "adapter_file",
     "model",

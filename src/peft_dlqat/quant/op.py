@@ -90,8 +90,16 @@ def fake_quantize(
 def _forward(
     x: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor, quantizer: Quantizer, fan_in_fan_out: bool
 ) -> torch.Tensor:
-    w_hat = implementation(weight, quantizer).quantized(weight, quantizer, x.dtype, fan_in_fan_out)
-    # The same call as the base layer's own forward, so that a merged layer gives the same bits.
+    return linear(x, bias, quantized(weight, quantizer, x.dtype, fan_in_fan_out), fan_in_fan_out)
+
+
+def quantized(weight: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype, fan_in_fan_out: bool) -> torch.Tensor:
+    """w_hat [out, in] without a gradient; arguments as `fake_quantize`."""
+    return implementation(weight, quantizer).quantized(weight, quantizer, dtype, fan_in_fan_out)
+
+
+def linear(x: torch.Tensor, bias: torch.Tensor | None, w_hat: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
+    """`F.linear(x, w_hat, bias)` by the call of the base layer's own forward: a merged layer gives the same bits."""
     if fan_in_fan_out:
         flat = x.reshape(-1, x.shape[-1])
         product = flat @ w_hat.t().contiguous() if bias is None else torch.addmm(bias, flat, w_hat.t().contiguous())
