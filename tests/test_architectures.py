@@ -23,7 +23,7 @@ def _as_the_page_was_made(monkeypatch):
     transformers.logging.set_verbosity_warning()
 
 
-@pytest.mark.product(every=24)
+@pytest.mark.product(every=40)
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
 def test_no_cell_is_wrong(architecture):
     cells = table.examine(architecture)
