@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import CONFIGS, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5GemmaConfig
 from transformers.pytorch_utils import Conv1D
 
 from peft_dlqat import DLQATConfig, pack_weights
@@ -155,6 +156,38 @@ def test_all_linear_leaves_out_routers_and_gates():
     assert list(adapter_layers(model)[1]) == ["base_model.model.a"]
 
 
+class Listed(Net):
+    """Calls its layers from a list, as the mask heads of Mask2Former do, or from a dict, or one by another name."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.layers = {"list": [self.a, self.b], "dict": {"a": self.a, "b": self.b}, "attribute": None}[kept]
+        if kept == "attribute":
+            object.__setattr__(self, "first", self.a)
+
+    def forward(self, x):
+        layers = [self.first, self.b] if self.layers is None else self.layers
+        for layer in layers.values() if isinstance(layers, dict) else layers:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("kept", ["list", "dict", "attribute"])
+def test_a_layer_that_its_parent_keeps_elsewhere_too(kept):
+    base = Listed(kept).eval()
+    expected = base(X)
+    model = get_peft_model(Listed(kept), config()).eval()
+    perturb(model)
+    trained = model(X)
+    trained.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    model.merge_adapter()
+    assert torch.equal(model(X), trained)
+    model.unmerge_adapter()
+    assert torch.equal(copy.deepcopy(model).merge_and_unload()(X), trained)
+    assert torch.equal(model.unload()(X), expected)
+
+
 @pytest.mark.parametrize("tie", ["module", "weight"])
 @pytest.mark.parametrize("targets", [["a", "b"], ["b"], "all-linear"])
 def test_shared_weights(tie, targets, tmp_path):
@@ -201,12 +234,28 @@ def test_a_tied_head_leaves_the_embedding_alone(tmp_path):
         assert torch.equal(base.get_input_embeddings().weight, embedding)
         model.unmerge_adapter()
         assert torch.equal(model(tokens()).logits, trained)
-        with pytest.warns(UserWarning, match="no longer tied after merging"):
+        with pytest.warns(UserWarning, match="after merging, and is no longer tied"):
             merged = model.merge_and_unload()
         assert torch.equal(merged(tokens()).logits, trained)
         assert torch.equal(merged.get_input_embeddings().weight, embedding)
         merged.save_pretrained(tmp_path)
         assert torch.equal(type(merged).from_pretrained(tmp_path)(tokens()).logits, trained)
+
+
+def test_a_head_that_is_tied_to_the_decoders_embedding_stays_so(tmp_path):
+    """An encoder-decoder with an embedding each; PEFT asks for the encoder's."""
+    side = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    side |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    base = AutoModelForSeq2SeqLM.from_config(T5GemmaConfig(encoder=side, decoder=side, vocab_size=64)).eval()
+    model = get_peft_model(base, config(target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM")).eval()
+    perturb(model)
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(length=5)}
+    with torch.no_grad():
+        trained = model(**inputs).logits
+        merged = model.merge_and_unload()
+        merged.save_pretrained(tmp_path)
+        assert torch.equal(type(merged).from_pretrained(tmp_path).requires_grad_(False)(**inputs).logits, trained)
+    assert merged.config.tie_word_embeddings
 
 
 def test_several_adapters_are_what_merging_them_is():

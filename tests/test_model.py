@@ -15,11 +15,18 @@ from refusals import INF, NAN, both_active, refused, small_config
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForCTC,
+    AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    BertConfig,
     CLIPVisionConfig,
+    DistilBertConfig,
     LlamaConfig,
     LlavaConfig,
     MixtralConfig,
+    ResNetConfig,
+    Wav2Vec2Config,
 )
 
 from peft_dlqat import DLQATConfig, OtherBaseWarning, calibrate
@@ -354,11 +361,135 @@ def test_other_tasks_train_their_heads(task, tmp_path):
     assert any("modules_to_save" in name and p.requires_grad for name, p in model.named_parameters())
 
 
+BERT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def test_a_layer_that_is_trained_in_full_has_no_adapter(tmp_path):
+    """PEFT finds "pre_classifier" too, where modules_to_save says "classifier"."""
+    settings = DistilBertConfig(vocab_size=64, dim=32, hidden_dim=64, n_layers=1, n_heads=2)
+    base = AutoModelForSequenceClassification.from_config(settings).eval()
+    model = get_peft_model(copy.deepcopy(base), config(task_type="SEQ_CLS"))
+    assert len(adapter_layers(model)[1]) == 6
+    perturb(model)
+    trained = logits(model.eval())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path)), trained)
+
+
+def test_a_head_that_no_file_would_hold_is_told():
+    base = AutoModelForSequenceClassification.from_config(BertConfig(**BERT))
+    with pytest.warns(UserWarning, match=r"classifier of BertFor.* is not saved .*modules_to_save=\['classifier'\]"):
+        model = get_peft_model(copy.deepcopy(base), config(task_type=None))
+    assert "base_model.model.classifier" in adapter_layers(model)[1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*is not saved")
+        for settings in ({"task_type": "SEQ_CLS"}, {"task_type": None, "modules_to_save": ["classifier"]}):
+            get_peft_model(copy.deepcopy(base), config(**settings))
+
+
+@pytest.mark.filterwarnings("ignore:classifier of ResNet")
+def test_a_model_of_images_has_no_embeddings(tmp_path):
+    shapes = {"embedding_size": 32, "hidden_sizes": [32, 32], "depths": [1, 1], "num_labels": 3}
+    base = AutoModelForImageClassification.from_config(ResNetConfig(**shapes)).eval()
+    model = get_peft_model(copy.deepcopy(base), config(task_type=None)).eval()
+    assert list(adapter_layers(model)[1]) == ["base_model.model.classifier.1"]
+    perturb(model)
+    x = torch.randn(2, 3, 32, 32)
+    trained = model(x).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x).logits, trained)
+
+
+def test_an_output_head_that_the_model_does_not_name_is_left_alone(tmp_path):
+    """PEFT cannot save an adapter on it: it asks for embeddings, and speech has none."""
+    conv = {"conv_dim": [32], "conv_stride": [4], "conv_kernel": [8], "num_feat_extract_layers": 1}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    base = AutoModelForCTC.from_config(Wav2Vec2Config(**BERT, **conv, **positions))
+    with pytest.warns(UserWarning, match="1 with the name of an output head, such as lm_head"):
+        get_peft_model(base, config(task_type=None)).save_pretrained(tmp_path)
+
+
+class Tower(nn.Module):
+    """Its own linear layer and one inside have the same last name; the one inside has a single output."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(32, 32), "head": nn.Linear(32, 1)}) for _ in "ab")
+        self.head = nn.Linear(32, 32)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block["a"](x) * block["head"](x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_all_linear_means_the_layers_that_it_names(layers, tmp_path):
+    """PEFT looks for suffixes: "head" would be "blocks.0.head" too, which is left out."""
+    torch.manual_seed(0)
+    base = Tower()
+    with pytest.warns(UserWarning, match="2 with a single output"):
+        model = get_peft_model(copy.deepcopy(base), config(task_type=None, layers_to_transform=layers))
+    names = [name.removeprefix("base_model.model.") for name in adapter_layers(model)[1]]
+    assert names == (["blocks.0.a", "blocks.1.a", "head"] if layers is None else ["blocks.1.a"])
+    perturb(model)
+    x = torch.randn(2, 32)
+    trained = model(x)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), trained)
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(ValueError, match='"all-linear" finds no linear layer in LSTM; only torch'):
+        get_peft_model(nn.LSTM(8, 8), config(task_type=None))
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside, self.norm, self.out = nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.out(self.norm(self.inside(x)))
+
+
+def test_statistics_that_move_in_training_are_told_or_saved(tmp_path):
+    base, x = Normed(), torch.randn(8, 32)
+    model = get_peft_model(copy.deepcopy(base), config(task_type=None)).train()
+    with pytest.warns(UserWarning, match="norm and 0 more batch norms move their statistics") as caught:
+        model(x)
+        model(x)
+    assert len([w for w in caught if "statistics" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*statistics")
+        still = get_peft_model(copy.deepcopy(base), config(task_type=None)).train()
+        still.base_model.model.norm.eval()
+        still(x)
+        kept = get_peft_model(copy.deepcopy(base), config(task_type=None, modules_to_save=["norm"])).train()
+        kept(x)
+    trained = kept.eval()(x)
+    kept.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(x), trained)
+
+
+def test_adapters_are_not_added_up():
+    model = adapted()
+    model.add_adapter("other", config())
+    with pytest.raises(ValueError, match="cannot be added up into one: each has a grid of its own"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
+
+
+def test_weights_of_other_modules_are_told():
+    net = nn.ModuleDict({"a": nn.Linear(32, 32), "attention": nn.MultiheadAttention(32, 2)})
+    with pytest.warns(UserWarning, match=r"attention\.in_proj_weight and 0 more .*stay in full precision: 60%"):
+        get_peft_model(net, config(task_type=None))
+
+
 def test_experts_that_are_no_linear_layers_are_told():
     shapes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     shapes["num_key_value_heads"] = 2
     experts = AutoModelForCausalLM.from_config(MixtralConfig(vocab_size=64, num_local_experts=4, **shapes))
-    with pytest.warns(UserWarning, match=r"experts\.gate_up_proj and 1 more parameters.*stay in full precision: 75%"):
+    with pytest.warns(UserWarning, match=r"experts\.gate_up_proj and 2 more parameters.*stay in full precision: 75%"):
         get_peft_model(experts, config())
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "(?s).*stay in full precision")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Set
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -208,10 +209,11 @@ def _embeddings(model: nn.Module) -> list[str]:
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if not isinstance(base, PreTrainedModel):
         return []
-    embeddings = {
-        id(layer.get_base_layer() if isinstance(layer, DLQATLayer) else layer)
-        for layer in (base.get_input_embeddings(), base.get_output_embeddings())
-    }
+    embeddings = set()
+    for get in (base.get_input_embeddings, base.get_output_embeddings):
+        with suppress(NotImplementedError):  # transformers' word for a model of images or sound, which has none
+            layer = get()
+            embeddings.add(id(layer.get_base_layer() if isinstance(layer, DLQATLayer) else layer))
     return [name for name, module in model.named_modules(remove_duplicate=False) if id(module) in embeddings]
 
 

@@ -277,7 +277,7 @@ class DLQATConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.DLQAT  # type: ignore[attr-defined]
         # What "all-linear" stood for in the last model; the next may be another one. No field: it is not saved.
-        self.all_linear: set[str] | None = None
+        self.all_linear: list[str] | set[str] | str | None = None
         checks = {entry.name: entry.metadata["check"] for entry in fields(self) if "check" in entry.metadata}
         for name, check in checks.items():
             check(name, getattr(self, name))

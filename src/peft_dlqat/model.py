@@ -15,6 +15,8 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -29,6 +31,8 @@ from .quant.grid import Grid, largest_group
 from .quant.super_blocks import check_k_quant
 from .record import Record, weight_checksum
 
+# Modules whose weights nobody expects "all-linear" to adapt, or that it does.
+_KNOWN_WEIGHTS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList)
 # Names of the heads that PEFT trains in full for these tasks.
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -56,6 +60,7 @@ class DLQATModel(BaseTuner):
         self._warned: set[str] = set()
         self._unchecked: set[str] = set()
         self._before_loading: dict[str, _BeforeLoading] = {}
+        self._training_was_seen = False
         super().__init__(*args, **kwargs)
         # Not `forward`: PEFT calls the model itself where there is no task type, and transformers' add_adapter always.
         self._hook = self.model.register_forward_pre_hook(self._before_forward)
@@ -71,21 +76,27 @@ class DLQATModel(BaseTuner):
         if peft_config.target_modules == "all-linear" or peft_config.target_modules is peft_config.all_linear:
             peft_config.target_modules = "all-linear"
             _maybe_include_all_linear_layers(peft_config, model)
+            if not peft_config.target_modules:
+                raise ValueError(
+                    f'target_modules="all-linear" finds no linear layer in {type(model).__name__}; only '
+                    "torch.nn.Linear and transformers' Conv1D can be adapted."
+                )
             _leave_out_special_layers(peft_config, model)
             if peft_config.layers_to_transform is not None:
-                # PEFT does not look at the layer of a module that is named in full.
+                # PEFT does not look at the layer of a module that is named in full, and finds none in "layers.1.proj".
                 peft_config.target_modules = {  # type: ignore[assignment]
                     name
                     for name in peft_config.target_modules
-                    if _is_target(replace(peft_config, target_modules=[name.rpartition(".")[2]]), name)
+                    if _is_target(replace(peft_config, target_modules=[name.rpartition(".")[2]]), f"model.{name}")
                 }
                 if not peft_config.target_modules:
                     raise ValueError(
                         f"layers_to_transform={peft_config.layers_to_transform!r} matches no layer with a linear "
                         "module; layers are counted from 0."
                     )
-            peft_config.all_linear = peft_config.target_modules  # type: ignore[assignment]
+            peft_config.all_linear = peft_config.target_modules
             _say_what_is_no_text(peft_config, model)
+            _match_no_others(peft_config, model)
         self._check_targets(peft_config, model)
 
     def _check_targets(self, config: DLQATConfig, model: nn.Module) -> None:
@@ -132,7 +143,7 @@ class DLQATModel(BaseTuner):
             ]
             if unused:
                 warnings.warn(f"The following {field} keys did not match any targeted module: {unused}.", stacklevel=2)
-        _warn_of_experts(model, targets)
+        _warn_of_other_weights(model, targets)
         if smaller:
             listing = "; ".join(f"{change}: {', '.join(names)}" for change, names in smaller.items())
             warnings.warn(
@@ -168,9 +179,9 @@ class DLQATModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a module into the place of another, wherever that one is used."""
-        places = self._places.get(id(child), [(parent, child_name)])
-        for user, name in places:
-            setattr(user, name, new_module)
+        places = self._places.get(id(child), [(parent._modules, child_name)])
+        for container, key in places:
+            container[key] = new_module
         self._places[id(new_module)] = places
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -181,6 +192,8 @@ class DLQATModel(BaseTuner):
         if config.modules_to_save is None and config.task_type in _HEADS:
             config.modules_to_save = list(_HEADS[config.task_type])
         self._first_init = "minmax" if config.inference_mode else config.init
+        if not config.inference_mode:
+            _warn_of_an_unsaved_head(config, model)
         self._unchecked.add(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.was_saved and not kwargs.get("low_cpu_mem_usage"):
@@ -211,7 +224,7 @@ class DLQATModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        """As PEFT's, but all layers or none."""
+        """As PEFT's, but all layers or none, and a head that stays tied is not called untied."""
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
         else:
@@ -220,12 +233,38 @@ class DLQATModel(BaseTuner):
                     layer.frozen.unpack()
         self._hook.remove()
         self._places = _places(self.model)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        config = getattr(self.model, "config", None)
+        if not (merge and getattr(config, "tie_word_embeddings", False)):
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        # PEFT would compare the head with the encoder's embedding, where it is tied to the decoder's.
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        try:
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        finally:
+            config.tie_word_embeddings = _head_is_tied(self.model)  # type: ignore[union-attr]
+        if not config.tie_word_embeddings:  # type: ignore[union-attr]
+            warnings.warn(
+                "the output head has a weight of its own after merging, and is no longer tied to the embedding: "
+                "tie_word_embeddings is False in the model's config now.",
+                stacklevel=3,
+            )
+        return model
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for layer in self.model.modules():
             if isinstance(layer, DLQATLayer):
                 layer.check_mergeable(safe_merge, adapter_names)
+
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Refuse what PEFT's other methods can.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "DL-QAT adapters cannot be added up into one: each has a grid of its own, on which the sum does not lie. "
+            "set_adapter with a list of them runs their sum without a grid; for a quantized model train one adapter."
+        )
 
     def _before_forward(self, model: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling():
@@ -239,6 +278,9 @@ class DLQATModel(BaseTuner):
             self._checked(adapter_name)
         if model.training and torch.is_grad_enabled():
             self._warn_if_never_calibrated(model)
+            if not self._training_was_seen:
+                self._training_was_seen = True
+                _warn_of_moving_statistics(model)
 
     def _checked(self, adapter_name: str) -> None:
         self._unchecked.discard(adapter_name)
@@ -348,29 +390,56 @@ def _check_replaced(model: nn.Module, adapter_name: str, config: DLQATConfig, be
     check_state(model, adapter_name, loaded | changed | in_full, config.storage, biases=config.bias != "none")
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """By id of a module: the modules that hold it, and its name in each. Some are used in several places."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
+def _places(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
+    """By id of a module: the containers that hold it, and its key in each. Some are used in several places.
+
+    A container is a module's dict of children or of attributes, or a list or dict that it keeps beside and may call
+    them from.
+    """
+    places: dict[int, list[tuple[Any, Any]]] = {}
     for module in model.modules():
-        for name, child in module._modules.items():
-            if child is not None:
-                places.setdefault(id(child), []).append((module, name))
+        for container in (vars(module), *vars(module).values()):
+            entries = enumerate(container) if isinstance(container, list) else ()
+            for key, child in container.items() if isinstance(container, dict) else entries:
+                if isinstance(child, nn.Module):
+                    places.setdefault(id(child), []).append((container, key))
     return places
+
+
+def _head_is_tied(model: Any) -> bool:
+    """Whether another module uses the output head's weight; True too where the model names no head."""
+    head = getattr(model.get_output_embeddings(), "weight", None) if isinstance(model, PreTrainedModel) else None
+    return head is None or sum(weight is head for _, weight in model.named_parameters(remove_duplicate=False)) > 1
 
 
 def _leave_out_special_layers(config: DLQATConfig, model: nn.Module) -> None:
     """Take layers that are no ordinary linear ones out of "all-linear", and say so in one line."""
+    # PEFT trains in full what ends in such a name: "pre_classifier" too, where "classifier" is meant.
+    in_full = tuple(config.modules_to_save or ())
+    names = {name for name in config.target_modules or () if not name.endswith(in_full)}
     left_out: dict[str, list[str]] = {}
-    for name in sorted(config.target_modules or ()):
+    for name in sorted(names):
         module = model.get_submodule(name)
         layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
-        if reason := _special(layer):
+        if reason := "the name of an output head" if name.endswith("lm_head") else _special(layer):
             left_out.setdefault(reason, []).append(name)
+    config.target_modules = names - {name for found in left_out.values() for name in found}  # type: ignore[assignment]
     if left_out:
-        names = {name for found in left_out.values() for name in found}
-        config.target_modules = set(config.target_modules or ()) - names  # type: ignore[assignment]
         listing = "; ".join(f"{len(found)} with {reason}, such as {found[0]}" for reason, found in left_out.items())
         warnings.warn(f'"all-linear" leaves out linear layers: {listing}. Name them in target_modules to adapt them.')
+
+
+def _match_no_others(config: DLQATConfig, model: nn.Module) -> None:
+    """Replace full names by a regex where PEFT, which looks for suffixes, would find further modules by them.
+
+    "head" would match "tower.head", which was left out, or is no linear layer.
+    """
+    names = set(config.target_modules or ())
+    if any(name not in names and _is_target(config, name) for name, _ in model.named_modules() if name):
+        config.target_modules = regex = "|".join(re.escape(name) for name in sorted(names))
+        if config.layers_to_transform is None:
+            config.all_linear = regex
+        config.layers_to_transform = config.layers_pattern = None  # they are in the names, and go with no regex
 
 
 def _say_what_is_no_text(config: DLQATConfig, model: nn.Module) -> None:
@@ -397,7 +466,7 @@ def _check_that_all_match(config: DLQATConfig, model: nn.Module, targets: dict[s
             raise ValueError(f"modules_to_save={config.modules_to_save!r}: {saved!r} is no module of the model.")
     asked = config.layers_to_transform
     for index in [asked] if isinstance(asked, int) else asked or ():
-        if not any(f".{index}." in name for name in targets):
+        if not any(f".{index}." in f".{name}" for name in targets):
             raise ValueError(
                 f"layers_to_transform={asked!r}: there is no layer {index} with a target; layers are counted from 0."
             )
@@ -499,22 +568,56 @@ def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.M
             )
 
 
-def _warn_of_experts(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """Warn if many of the weights are stacked ones, [experts, out, in], which no linear layer holds."""
-    experts = {
+def _warn_of_an_unsaved_head(config: DLQATConfig, model: nn.Module) -> None:
+    """Warn of a task's head: transformers makes it anew for each base model that has none, and no adapter holds it."""
+    names = {head for heads in _HEADS.values() for head in heads}
+    heads = {name for name, _ in model.named_children() if name in names} - set(config.modules_to_save or ())
+    if heads and isinstance(model, PreTrainedModel):
+        warnings.warn(
+            f"{', '.join(sorted(heads))} of {type(model).__name__} is not saved with the adapter, and is another one "
+            "each time a base model without it is loaded; give the config its task_type, or "
+            f"modules_to_save={sorted(heads)}.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_moving_statistics(model: nn.Module) -> None:
+    """Warn of batch norms that move as they train: what they become is in no adapter file."""
+    moving = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+    ]
+    moving = [name for name in moving if ".modules_to_save." not in name and ".original_module" not in name]
+    if moving:
+        warnings.warn(
+            f"{moving[0]} and {len(moving) - 1} more batch norms move their statistics in training mode, which are "
+            "not saved with the adapter: reloaded it is another model. Put them into eval mode, or name them in "
+            "modules_to_save.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_other_weights(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Warn if much of the weights is in no linear layer: experts [experts, out, in], in_proj_weight, LSTMs.
+
+    A positional embedding of one entry, [1, length, width], is no such weight.
+    """
+    others = {
         f"{prefix}.{name}": parameter
         for prefix, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
+        if not isinstance(module, _KNOWN_WEIGHTS) and f".{PREFIX}" not in prefix
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and len(parameter) > 1
+        if parameter.dim() in (2, 3) and min(parameter.shape) > 1
     }
-    stacked = sum(parameter.numel() for parameter in experts.values())
+    size = sum(parameter.numel() for parameter in others.values())
     linear = sum(out * inputs for out, inputs in map(_out_in, targets.values()))
-    if stacked > linear / 10:
+    if size > linear / 10:
+        largest = max(others, key=lambda name: others[name].numel())
         warnings.warn(
-            f"{next(iter(experts))} and {len(experts) - 1} more parameters like it are no linear layers and stay in "
-            f"full precision: {stacked / (stacked + linear):.0%} of the weights, the experts of a mixture. Only the "
-            "rest of the model is quantized and trained.",
+            f"{largest} and {len(others) - 1} more parameters like it belong to no linear layer (experts, attention's "
+            f"own weights, recurrent cells) and stay in full precision: {size / (size + linear):.0%} of the weights. "
+            "Only the rest of the model is quantized and trained.",
             stacklevel=2,
         )
 

@@ -12,6 +12,7 @@ SHARED = {
     "export/test_refused",
     "test_new_parts",
     "test_foreign_bases",
+    "test_architectures",
     "test_old_adapters",
     "test_strangers",
     "formats/test_new_format",

@@ -386,6 +386,7 @@ def test_distilling_an_encoder_decoder():
     assert calibrate(model, [batch], progress=False).loss_before == pytest.approx(divergence.item(), rel=1e-4) != 0
 
 
+@pytest.mark.filterwarnings("ignore:.* is not saved with the adapter")
 @pytest.mark.filterwarnings('ignore:"all-linear" leaves out linear layers')  # the head of one output
 @pytest.mark.parametrize("head", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}], ids=str)
 def test_distilling_a_head_without_a_distribution(head):

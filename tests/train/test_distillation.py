@@ -378,6 +378,7 @@ def bert(kind=BertForSequenceClassification, **head):
     return model.eval()
 
 
+@pytest.mark.filterwarnings("ignore:.* is not saved with the adapter")
 def test_a_classifier():
     model = bert(num_labels=3)
     batch, labels = {"input_ids": tokens(), "attention_mask": torch.ones(4, 16).long()}, torch.tensor([0, 1, 2, 1])
@@ -396,6 +397,7 @@ def test_a_classifier():
         with_cache(outputs, labels)
 
 
+@pytest.mark.filterwarnings("ignore:.* is not saved with the adapter")
 @pytest.mark.parametrize("kind", [BertForTokenClassification, BertForMaskedLM])
 def test_labels_of_a_position_itself(kind):
     """Unlike those of a causal language model, which are the next position's."""
@@ -419,6 +421,7 @@ def test_labels_of_a_position_itself(kind):
         assert found.item() == pytest.approx((divergence if objective == "distill" else own).item(), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.* is not saved with the adapter")
 @pytest.mark.parametrize("head", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}], ids=str)
 def test_a_head_without_a_distribution_is_refused(head):
     with pytest.raises(ValueError, match=r"no distribution over classes.*without compute_loss_func"):
