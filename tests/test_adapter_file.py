@@ -58,6 +58,10 @@ def integers(kind):
     return lambda tensors: tensors.update({first(tensors, kind): tensors[first(tensors, kind)].long()})
 
 
+def as_type(kind, dtype):
+    return lambda tensors: tensors.update({first(tensors, kind): tensors[first(tensors, kind)].to(dtype)})
+
+
 def longer(kind):
     """One number more, as a later version's."""
     return lambda tensors: tensors.update({first(tensors, kind): torch.cat([tensors[first(tensors, kind)], ONE])})
@@ -126,6 +130,28 @@ BAD = {
     "a base weight": Bad(("unexpected", "q_proj.base_layer.weight"), added("0.self_attn.q_proj.base_layer.weight")),
     "a norm": Bad(("unexpected", "norm.weight"), added("0.input_layernorm.weight")),
     "an unadapted weight": Bad(("unexpected", "k_proj.weight"), added("0.self_attn.k_proj.weight")),
+    "float8 in A": Bad(
+        (f"down_proj.{A}", "float8_e4m3fn", "16 bits or more", BROKEN), as_type(A, torch.float8_e4m3fn)
+    ),
+    "complex numbers in B": Bad((f"down_proj.{B}", "complex64", BROKEN), as_type(B, torch.complex64)),
+    "an embedding of another shape": Bad(
+        ("model.embed_tokens.weight", "[3]", "resize_token_embeddings"),
+        lambda tensors: tensors.update({"base_model.model.model.embed_tokens.weight": torch.zeros(3)}),
+    ),
+    "an embedding of integers": Bad(
+        ("model.embed_tokens.weight", "int64", BROKEN),
+        lambda tensors: tensors.update({"base_model.model.model.embed_tokens.weight": torch.zeros(3).long()}),
+    ),
+    "a norm of its shape": Bad(
+        ("unexpected", "model.norm.weight"),
+        lambda tensors: tensors.update({"base_model.model.model.norm.weight": torch.full((HIDDEN,), NAN)}),
+    ),
+    "an unadapted weight of its shape": Bad(
+        ("unexpected", "gate_proj.weight"),
+        lambda tensors: tensors.update(
+            {"base_model.model.model.layers.0.mlp.gate_proj.weight": torch.ones(128, HIDDEN)}
+        ),
+    ),
     "integers in A": Bad((f"down_proj.{A}", "int64", "float"), integers(A)),
     "spec of 3 bits": Bad(("bits: 3 in the file, 4 here", "beside it"), entry(SPEC, 3.0)),
     "an older format": Bad(("format: 1 in the file, 2 here",), entry(SPEC, 1.0, -1)),
@@ -138,6 +164,8 @@ BAD = {
     "zero_point": Bad(("unexpected", "zero_point"), config=settings(zero_point="none")),
     "r": Bad(("shapes", "not [8, "), config=settings(r=8)),
     "group_size": Bad(("shapes", "not [64, 4]"), config=settings(group_size=16)),
+    "r=10**7": Bad(("r=10000000", "larger than both sides", "at most 64"), config=settings(r=10**7)),
+    "storage=int9": Bad((CONFIG, "storage='int9'", "must be one of"), config=settings(storage="int9")),
     "bits=1": Bad(("bits=1", "2 to 8", "use 4"), config=settings(bits=1)),
     "no JSON": Bad((), config=lambda content: content[:50]),
     "base of another shape": Bad(
@@ -215,6 +243,65 @@ def test_negative_scales_of_a_symmetric_grid_load(way, tmp_path):
     loaded = call()
     found = outputs(loaded if model is None else model)
     assert torch.equal(found, outputs(saved)) and not torch.equal(found, outputs(tiny_model()))
+
+
+OWN_WAY = [
+    "a missing tensor", "a norm of its shape", "an unadapted weight of its shape", "NaN in a scale", "infinity in A",
+    "negative scale", "zero point 99", "spec of 3 bits", "a storage that is not known",
+]  # fmt: skip
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("name", OWN_WAY)
+def test_transformers_own_loading_is_looked_at_before_the_model_runs(name, is_trainable, good, tmp_path):
+    bad, model = BAD[name], tiny_model()
+    bad.write(good(bad.zero_point), tmp_path)
+    model.load_adapter(str(tmp_path), is_trainable=is_trainable)
+    for _ in range(2):
+        with refused(ValueError, *bad.says):
+            outputs(model)
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", "low_cpu_mem_usage", "transformers"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_tensors_of_another_dtype_become_float32(dtype, way, good, tmp_path):
+    """As somebody may have converted them."""
+    tensors = load(good("integer")[WEIGHTS])
+    tensors = {key: value if key.endswith((SPEC, "record")) else value.to(dtype) for key, value in tensors.items()}
+    (tmp_path / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    (tmp_path / CONFIG).write_bytes(good("integer")[CONFIG])
+    loaded = tiny_model()
+    if way == "transformers":
+        loaded.load_adapter(str(tmp_path))
+    else:
+        PeftModel.from_pretrained(loaded, tmp_path, low_cpu_mem_usage=way == "low_cpu_mem_usage")
+    assert torch.isfinite(outputs(loaded)).all()
+    for layer in adapter_layers(loaded)[1].values():
+        for kind in layer.adapter_layer_names:
+            if (found := getattr(layer, kind).get("default")) is not None:
+                assert isinstance(found, torch.nn.Parameter) and found.dtype == torch.float32, kind
+
+
+def test_a_fresh_adapter_of_a_saved_config_is_none_that_was_loaded(good, tmp_path):
+    (tmp_path / CONFIG).write_bytes(good("integer")[CONFIG])
+    config = DLQATConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    model = tiny_model()
+    model.add_adapter(config)
+    model.model.norm.weight.data *= 2
+    assert torch.isfinite(outputs(model)).all()
+
+
+def test_transformers_own_loading_of_a_module_that_trains_in_full(tmp_path):
+    adapted(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    tensors = load((tmp_path / WEIGHTS).read_bytes())
+    tensors["base_model.model.lm_head.weight"][0, 0] = NAN
+    (tmp_path / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    model = tiny_model()
+    model.load_adapter(str(tmp_path))
+    with refused(ValueError, "lm_head.modules_to_save.default.weight", "NaN", BROKEN):
+        outputs(model)
 
 
 @pytest.mark.parametrize("storage", ["full", "int4"])

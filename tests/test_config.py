@@ -20,9 +20,9 @@ MAGNITUDE = "'group', 'row', 'none'"
 # Of each setting: wrong values, and what is said beside the setting and the value.
 VALUES = [
     ("bits", (1, 9, 0, -4, 3.5, 4.0, "3", True, None), BITS),
-    ("group_size", (0, -2, 64.0, -1.0, "64", True), GROUP_SIZE),
-    ("r", (0, -1, 4.0, True), RANK),
-    ("lora_alpha", (0, -16, NAN, INF, "16", True), ALPHA),
+    ("group_size", (0, -2, 64.0, -1.0, "64", True, 10**12, torch.ones(2)), GROUP_SIZE),
+    ("r", (0, -1, 4.0, True, 2**31 + 1), RANK),
+    ("lora_alpha", (0, -16, NAN, INF, "16", True, 1e300, 1e-300, 10**100), ALPHA),
     ("zero_point", ("asymmetric", None, True), (ZERO_POINT,)),
     ("scale_dtype", ("int8", torch.bfloat16), (SCALE_DTYPE,)),
     ("method", ("lora", None), ("'dlqat', 'lrqat', 'l4q', 'peqa', 'qalora'",)),
@@ -30,11 +30,19 @@ VALUES = [
     ("init", ("gptq",), ("'mse', 'minmax'",)),
     ("storage", ("int3",), ("must be one of", "'full'", "'int8'")),
     ("gradient", ("fp8",), ("must be one of", "'exact'", "'lowrank'")),
-    ("export", ("gguf",), ("list of formats", "['gguf']")),
     ("bias", ("lora",), ("'none', 'all', 'dlqat_only'",)),
     ("use_rslora", ("yes",), ("True or False",)),
     ("init_weights", ("gaussian",), ("True or False",)),
-    ("bits_pattern", ([3],), ("dict",)),
+    ("bits_pattern", ([3], 0, False, ""), ("dict",)),
+    ("modules_to_save", ("lm_head", 3, [3], [None]), ("list of module names",)),
+    ("task_type", (3, True, []), ("must be a string",)),
+    ("base_model_name_or_path", (3, ["a"]), ("must be a string",)),
+    ("revision", (3, b"main"), ("must be a string",)),
+    ("inference_mode", (None, "no", 1), ("True or False",)),
+    ("auto_mapping", ([], "x"), ("dict",)),
+    ("export", ("gguf", 3, {"gguf": 1}), ("list of formats", "['gguf']")),
+    ("layers_pattern", (3, [3]), ("list of module names",)),
+    ("layers_to_transform", (-1, 1.0, [True], [[1]], 2**40), ("index",)),
     ("target_modules", (5,), ("must be a list of module names, or a regex",)),
     ("target_modules", ("(",), ("neither a module name nor a regex",)),
     ("layers_pattern", ("layers",), ("needs layers_to_transform",)),
@@ -97,3 +105,40 @@ def test_an_unknown_key_in_a_saved_config_is_named(tmp_path):
     with pytest.warns(UserWarning, match="bits_per_head"):
         config = DLQATConfig.from_pretrained(str(tmp_path))
     assert config.bits == 4
+
+
+DEEP = b'{"record": ' + b"[" * 30 + b"]" * 30 + b"}"
+FILES = {
+    "no JSON": (b"{", "cannot be read"),
+    "no text": (b"\xff\xfe\xff", "cannot be read"),
+    "no object": (b"[1]", "names no method that PEFT knows, but [1]"),
+    "a number": (b"3", "cannot be read"),
+    "too deep to be read": (b"[" * 100_000 + b"]" * 100_000, "cannot be read"),
+    "too deep to be copied": (DEEP, "30 levels deep, and a config at most 20"),
+    "another method": (b'{"peft_type": "MORE"}', "no method that PEFT knows, but 'MORE'"),
+    "no method": (b'{"peft_type": [3]}', "but [3]"),
+    "a wrong value": (b'{"peft_type": "DLQAT", "bits": 1}', "bits=1 must be an integer from 2 to 8; use 4"),
+    "a large number": (b'{"peft_type": "DLQAT", "r": 1' + b"0" * 5000 + b"}", "cannot be read"),
+    "an infinite number": (b'{"peft_type": "DLQAT", "lora_alpha": 1e999}', "lora_alpha=inf must be"),
+    "no settings": (b'{"peft_type": "DLQAT", "cls": 3}', "multiple values"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_no_config_is_named(name, tmp_path):
+    content, says = FILES[name]
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    with refused(ValueError, f"{tmp_path}/adapter_config.json", says, folder=tmp_path):
+        DLQATConfig.from_pretrained(str(tmp_path))
+
+
+def test_a_file_too_large_for_a_config_is_not_read(tmp_path):
+    with (tmp_path / "adapter_config.json").open("wb") as file:
+        file.truncate(2**35)
+    with refused(ValueError, "adapter_config.json has 34,359,738,368 bytes, and a config at most"):
+        DLQATConfig.from_pretrained(str(tmp_path))
+
+
+def test_more_names_than_a_model_has_are_refused():
+    with refused(ValueError, "target_modules has 100,001 entries", "use a regex"):
+        DLQATConfig(target_modules=["a"] * 100_001)

@@ -396,3 +396,25 @@ def test_packing_that_fails_changes_nothing(monkeypatch):
     with pytest.raises(MemoryError):
         layer.frozen.pack("default", "int4")
     assert layer.specs["default"].storage == "full" and torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("storage", ["full", "int8"])
+def test_a_weight_that_was_replaced_comes_back(storage):
+    """The very Parameter, also twice replaced, and after the model has moved to another dtype."""
+    model = get_peft_model(tiny_model(), config(storage=storage))
+    pack_weights(model)
+    frozen = next(iter(adapter_layers(model)[1].values())).frozen
+    parameter, before = frozen._parameter, frozen._parameter.data.clone()
+    frozen.restore()  # nothing was replaced
+    assert frozen._parameter is parameter
+    for value in (1.0, 2.0):
+        frozen.replace(torch.full(frozen.original().shape, value))
+        assert frozen._parameter is not parameter and (frozen._parameter == value).all()
+        assert torch.equal(frozen.as_kept(), before)
+    with frozen.in_its_place():
+        assert frozen._parameter is parameter
+    assert (frozen._parameter == 2.0).all()
+    frozen.restore()
+    assert frozen._parameter is parameter and torch.equal(parameter, before)
+    frozen.restore()
+    assert frozen._parameter is parameter

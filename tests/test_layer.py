@@ -286,3 +286,20 @@ def test_a_packed_layer_reads_what_is_kept_and_says_what_it_is_without_its_adapt
     with model.disable_adapter(), pytest.warns(UserWarning, match="the frozen weights are packed") as caught:
         logits(model)
     assert len(caught) == 1
+
+
+def test_a_merged_models_state_dict_is_no_unmerged_ones():
+    model, other = adapted(), adapted()
+    perturb(model)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match=r"state dict are not those .*taken while merged.*unmerge_adapter"):
+        other.load_state_dict(model.state_dict())
+    model.load_state_dict(model.state_dict())  # merged it is right
+
+
+def test_a_layer_trains_by_itself():
+    layer = next(iter(adapter_layers(adapted())[1].values()))
+    assert not layer.training and layer.train() is layer and layer.training
+    assert layer.train(False) is layer and not layer.training

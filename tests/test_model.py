@@ -29,7 +29,7 @@ from transformers import (
     Wav2Vec2Config,
 )
 
-from peft_dlqat import DLQATConfig, calibrate
+from peft_dlqat import DLQATConfig, OtherBaseWarning, calibrate
 from peft_dlqat.layer import DLQATLayer, adapter_layers
 
 
@@ -432,6 +432,8 @@ def test_all_linear_means_the_layers_that_it_names(layers, tmp_path):
         model = get_peft_model(copy.deepcopy(base), config(task_type=None, layers_to_transform=layers))
     names = [name.removeprefix("base_model.model.") for name in adapter_layers(model)[1]]
     assert names == (["blocks.0.a", "blocks.1.a", "head"] if layers is None else ["blocks.1.a"])
+    if layers is None:
+        assert model.peft_config["default"].target_modules == r"blocks\.\d+\.a|head"
     perturb(model)
     x = torch.randn(2, 32)
     trained = model(x)
@@ -700,6 +702,18 @@ def test_another_base_is_told_of(tmp_path):
         PeftModel.from_pretrained(other, tmp_path)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_another_base_is_refused_where_that_warning_is_an_error(low_cpu_mem_usage, tmp_path):
+    model = get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM"))
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    other = tiny_model()
+    other.model.layers[1].mlp.up_proj.weight.data += 1
+    with warnings.catch_warnings(), pytest.raises(OtherBaseWarning, match="load the base model of its"):
+        warnings.simplefilter("error", OtherBaseWarning)
+        PeftModel.from_pretrained(other, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
 def test_a_record_without_its_tensors_is_not_believed(tmp_path):
     """A config that was trained before, for a new adapter: nothing of it was done to this one."""
     fresh = DLQATConfig(bits=2, group_size=32, task_type="CAUSAL_LM")
@@ -740,7 +754,7 @@ def test_a_second_model_around_the_first_is_refused():
     ("changes", "says"),
     [
         ({"modules_to_save": ["lm_head", "heads"]}, "'heads' is no module of the model"),
-        ({"modules_to_save": "heads"}, "'heads' is no module of the model"),
+        ({"modules_to_save": "lm_head"}, r"must be a list of module names, such as \['lm_head'\]"),
         ({"layers_to_transform": [0, 2]}, "there is no layer 2 with a target; layers are counted from 0"),
         ({"layers_to_transform": 2, "target_modules": ["q_proj"]}, "there is no layer 2 with a target"),
     ],
@@ -761,17 +775,6 @@ def test_layers_beside_the_language_model_are_named_in_a_line():
     narrow = DLQATConfig(**given, exclude_modules=".*(vision_tower|projector).*")
     model = get_peft_model(AutoModelForImageTextToText.from_config(model_config), narrow)  # says nothing
     assert len(adapter_layers(model)[1]) == 7
-
-
-def test_a_merged_models_state_dict_is_no_unmerged_ones():
-    model, other = adapted(), adapted()
-    perturb(model)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(logits(other), logits(model))
-    model.merge_adapter()
-    with pytest.warns(UserWarning, match=r"state dict are not those .*taken while merged.*unmerge_adapter"):
-        other.load_state_dict(model.state_dict())
-    model.load_state_dict(model.state_dict())  # merged it is right
 
 
 def test_other_adapters_around_a_quantized_layer():

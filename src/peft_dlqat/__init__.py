@@ -3,6 +3,7 @@
 Importing the package registers the method "DLQAT" with PEFT.
 """
 
+from .adapter_file import OtherBaseWarning
 from .config import DLQATConfig
 from .evaluate import evaluate_model, evaluate_tasks
 from .export import export_formats, export_model, verify_export
@@ -35,6 +36,7 @@ __all__ = [
     "DLQATLayer",
     "DLQATModel",
     "DistillationLoss",
+    "OtherBaseWarning",
     "TeacherCache",
     "adapters_disabled",
     "calibrate",

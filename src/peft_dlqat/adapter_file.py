@@ -20,6 +20,16 @@ from .placement import is_partitioned
 from .quant.fixed_point import STORAGES
 from .record import Record
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class OtherBaseWarning(UserWarning):
+    """An adapter is loaded on other base weights than it was trained on.
+
+    `warnings.simplefilter("error", peft_dlqat.OtherBaseWarning)` makes an error of it, raised before any tensor is
+    loaded, but by transformers' own `load_adapter`: there in the first forward pass.
+    """
+
 
 def tensor_key(layer: str, kind: str, adapter_name: str) -> str:
     """The model's own key of a tensor of an adapter: Parameters lie in a module of their own."""
@@ -76,9 +86,17 @@ def check_state(
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith(tuple(second_names))}
     found = {key: value for key, value in state_dict.items() if f".{PREFIX}" in key}
     _check_names(model, adapter_name, expected.keys(), found.keys(), state_dict.keys() - found.keys(), biases)
-    for key in state_dict.keys() - found.keys():
-        if state_dict[key].is_floating_point() and not torch.isfinite(state_dict[key]).all():
-            raise ValueError(f"{key} of the saved adapter holds NaN or infinity: the file is broken.")
+    own = model.state_dict()
+    for key in sorted(state_dict.keys() - found.keys()):
+        if key.endswith(".base_layer.weight"):
+            continue  # of an adapted head: loaded where it is W0 to the bit, see `model._with_own_base`
+        value = state_dict[key]
+        _check_numbers(key, value, whole=own[key].dtype if key in own and not own[key].is_floating_point() else None)
+        if key in own and value.shape != own[key].shape:
+            raise ValueError(
+                f"{key} of the saved adapter is {list(value.shape)}, not {list(own[key].shape)} as this model's; give "
+                "the model the shape that it was trained with first, by resize_token_embeddings, say."
+            )
     for name, layer in layers.items():
         key = tensor_key(name, "dlqat_spec", adapter_name)
         if found[key].dim() == 1:
@@ -99,14 +117,8 @@ def check_state(
             "load it with its own adapter_config.json on the base model that it was trained on."
         )
     for key in expected:
-        if not found[key].is_floating_point():
-            raise ValueError(
-                f"{key} of the saved adapter is {str(found[key].dtype).removeprefix('torch.')}, but must be floating "
-                "point: the file is broken."
-            )
-        if not torch.isfinite(found[key]).all():
-            at = key.removesuffix(".weight").removesuffix(f".{adapter_name}")
-            raise ValueError(f"{at} of the saved adapter holds NaN or infinity: the file is broken.")
+        _check_numbers(key.removesuffix(".weight").removesuffix(f".{adapter_name}"), found[key])
+        found[key] = found[key].float()  # low_cpu_mem_usage puts it in the place of ours
     for name, layer in layers.items():
         own = {kind: found.get(tensor_key(name, kind, adapter_name)) for kind in SAVED}
         _check_layer(name, layer, adapter_name, own, storage)
@@ -117,6 +129,16 @@ def check_state(
         if key.startswith(first)
     }
     return {**state_dict, **found, **again}
+
+
+def _check_numbers(name: str, value: torch.Tensor, whole: torch.dtype | None = None) -> None:
+    """Refuse what can't be loaded as it is: numbers of another kind (`whole` where integers belong), or no numbers."""
+    if value.dtype not in (_FLOATS if whole is None else (whole,)):
+        found, rule = str(value.dtype).removeprefix("torch."), f"{whole}".removeprefix("torch.")
+        rule = "floating point, of 16 bits or more" if whole is None else rule
+        raise ValueError(f"{name} of the saved adapter is {found}, but must be {rule}: the file is broken.")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{name} of the saved adapter holds NaN or infinity: the file is broken.")
 
 
 def check_loaded(model: nn.Module, adapter_name: str, storage: str) -> None:
@@ -160,6 +182,7 @@ def warn_of_other_base(adapter_name: str, layers: Mapping[str, DLQATLayer], reco
             f"adapter {adapter_name!r} was trained on other base weights than these ({len(others)} of {len(layers)} "
             f"layers, such as {others[0]}; {'; '.join(sorted(dtypes))}); with these the codes are others, and so is "
             "the model: load the base model of its adapter_config.json, in the same dtype.",
+            OtherBaseWarning,
             stacklevel=2,
         )
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
@@ -15,9 +13,11 @@ from typing import Any, Literal
 
 from peft import LoraConfig
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
+from .files import allow
 from .formats import FORMATS
 from .hub import write_section
 from .layer_spec import pattern_of
@@ -28,6 +28,7 @@ from .quant.fixed_point import STORAGES
 from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid
 from .quant.op import GRADIENTS
 from .quant.super_blocks import K_QUANTS, check_k_quant
+from .regexes import LONGEST, check_matching_ends, check_regex, shown
 
 Check = Callable[[str, Any], None]  # of a name and a value; raises a ValueError
 
@@ -35,16 +36,23 @@ DEFAULT_GROUP_SIZE = 128
 _BIAS = ("none", "all", "dlqat_only")
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None, remedy: str) -> None:
+# A config may come from anybody: what would take minutes or gigabytes only to be looked at is no setting.
+_MOST_NAMES = 100_000
+_LARGEST_FILE = 2**25
+_LARGEST_INT = 2**31
+_DEEPEST = 20
+
+
+def _check_int(name: str, value: Any, low: int, high: int, remedy: str) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
-        limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise ValueError(f"{name}={value!r} must be an integer {limits}; {remedy}.")
+    if not whole or not low <= value <= high:
+        limits = f"from {low} to {high}" if high < _LARGEST_INT else f"of at least {low}, and below 2**31"
+        raise ValueError(f"{name}={shown(value)} must be an integer {limits}; {remedy}.")
 
 
 def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
+        raise ValueError(f"{name}={shown(value)} must be one of {', '.join(map(repr, choices))}.")
 
 
 def _one_of(choices: Iterable[str]) -> Check:
@@ -53,7 +61,7 @@ def _one_of(choices: Iterable[str]) -> Check:
 
 def _check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be True or False.")
+        raise ValueError(f"{name}={shown(value)} must be True or False.")
 
 
 def _check_bits(name: str, value: Any) -> None:
@@ -61,50 +69,103 @@ def _check_bits(name: str, value: Any) -> None:
 
 
 def _check_group_size(name: str, value: Any) -> None:
-    if value != -1 or isinstance(value, bool | float):
-        _check_int(name, value, 1, None, f"use {DEFAULT_GROUP_SIZE}, 64 or 32, or -1 for one scale a row")
+    if not isinstance(value, int) or value != -1:
+        remedy = f"use {DEFAULT_GROUP_SIZE}, 64 or 32, or -1 for one scale a row"
+        _check_int(name, value, 1, _LARGEST_INT, remedy)
 
 
 def _check_rank(name: str, value: Any) -> None:
-    _check_int(name, value, 1, None, "use 8 to 64")
+    _check_int(name, value, 1, _LARGEST_INT, "use 8 to 64")
 
 
 def _check_alpha(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name}={value!r} must be a positive number; use r, or twice r.")
+    # Beyond these, lora_alpha / r is no float32.
+    if not number or not 1e-30 <= value <= 1e30:
+        raise ValueError(f"{name}={shown(value)} must be a positive number, at most 1e30; use r, or twice r.")
 
 
-def _check_regex(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{name}={value!r} must be a module name (suffix) or a regex.")
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{name}={value!r} is neither a module name nor a regex: {error}.") from error
+def _check_text(name: str, value: Any) -> None:
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if text is not None and (not isinstance(text, str) or len(text) > LONGEST):
+        raise ValueError(f"{name}={shown(value)} must be a string of at most {LONGEST:,} characters, or None.")
 
 
-def _check_names(name: str, value: Any) -> None:
+def _check_names(name: str, value: Any, what: str = "a list of module names, or a regex") -> None:
     if isinstance(value, str):
-        _check_regex(name, value)
-    elif value is not None and not (
-        isinstance(value, list | tuple | set) and all(isinstance(entry, str) for entry in value)
-    ):
-        raise ValueError(f"{name}={value!r} must be a list of module names, or a regex.")
+        check_regex(name, value, name)
+    elif value is not None:
+        if not isinstance(value, list | tuple | set) or not all(isinstance(entry, str) and entry for entry in value):
+            raise ValueError(f"{name}={shown(value)} must be {what}.")
+        if len(value) > _MOST_NAMES:
+            raise ValueError(f"{name} has {len(value):,} entries, but may have {_MOST_NAMES:,}; use a regex.")
+        for entry in value:
+            _check_text(f"an entry of {name}", entry)
+
+
+def _check_regexes(name: str, value: Any) -> None:
+    """Of fields whose entries PEFT takes for regexes."""
+    _check_names(name, [value] if isinstance(value, str) else value, "a list of module names")
+    for entry in [value] if isinstance(value, str) else value or ():
+        check_regex(f"an entry of {name}", entry, name)
+
+
+def _check_modules_to_save(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        raise ValueError(f"{name}={shown(value)} must be a list of module names, such as ['lm_head'].")
+    _check_regexes(name, value)
 
 
 def _check_indices(name: str, value: Any) -> None:
     for index in value if isinstance(value, list | tuple | set) else [] if value is None else [value]:
-        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-            raise ValueError(f"{name}={value!r} must be an index or a list of indices, from 0.")
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < _LARGEST_INT:
+            raise ValueError(f"{name}={shown(value)} must be an index or a list of indices, from 0.")
+
+
+def _check_export(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, list | tuple | set):
+        raise ValueError(f"{name}={shown(value)} must be a list of formats, such as ['gguf'].")
+    for entry in value:
+        _check_choice(name, entry, FORMATS)
 
 
 def _check_pattern(name: str, value: Any, check: Check) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"{name}={value!r} must be a dict from module names to values.")
+        raise ValueError(f"{name}={shown(value)} must be a dict from module names to values.")
     for key, own in value.items():
-        _check_regex(f"a key of {name}", key)
+        check_regex(f"a key of {name}", key, name)
         check(f"{name}[{key!r}]", own)
+
+
+def _depth(value: Any) -> int:
+    """Levels of dicts and lists inside each other; what copies or saves them goes one call deeper for each."""
+    depth, level = 0, [value]
+    while level := [
+        inner
+        for outer in level
+        if isinstance(outer, dict | list)
+        for inner in (outer.values() if isinstance(outer, dict) else outer)
+    ]:
+        depth += 1
+    return depth
+
+
+def _check_mapping(name: str, value: Any) -> None:
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{name}={shown(value)} must be a dict, or None.")
+
+
+# Fields that PEFT has in all configs, and does not look at.
+_OF_PEFT: dict[str, Check] = {
+    "base_model_name_or_path": _check_text,
+    "revision": _check_text,
+    "peft_version": _check_text,
+    "task_type": _check_text,
+    "inference_mode": _check_flag,
+    "auto_mapping": _check_mapping,
+}
 
 
 def _setting(default: Any, help: str, check: Check | None = None) -> Any:
@@ -186,12 +247,12 @@ class DLQATConfig(PeftConfig):
         None, "Names or a regex of modules to leave alone.", _check_names
     )
     modules_to_save: list[str] | None = _setting(
-        None, "Modules to train in full precision and save beside the adapter."
+        None, "Modules to train in full precision and save beside the adapter.", _check_modules_to_save
     )
     layers_to_transform: list[int] | int | None = _setting(
         None, "Index or indices of the layers to adapt.", _check_indices
     )
-    layers_pattern: list[str] | str | None = _setting(None, "Name of the list of layers.")
+    layers_pattern: list[str] | str | None = _setting(None, "Name of the list of layers.", _check_regexes)
     rank_pattern: dict[str, int] = _setting({}, "r by module name.")
     alpha_pattern: dict[str, float] = _setting({}, "lora_alpha by module name.")
     bits_pattern: dict[str, int] = _setting({}, "bits by module name.")
@@ -204,11 +265,15 @@ class DLQATConfig(PeftConfig):
         "exact", "'exact', 'bf16', or 'lowrank' at LoRA's own cost.", _one_of(GRADIENTS)
     )
     init: Literal["mse", "minmax"] = _setting("mse", "First scales and zeros of a layer.", _one_of(INITIALISATIONS))
-    export: list[str] | None = _setting(None, "Formats that must be able to hold the grid exactly.")
+    export: list[str] | None = _setting(None, "Formats that must be able to hold the grid exactly.", _check_export)
     init_weights: bool = _setting(True, "Start B at zero; False starts it at random.", _check_flag)
 
     def __post_init__(self) -> None:
         """Refuse what no layer could take."""
+        for name, check in _OF_PEFT.items():
+            check(name, getattr(self, name, None))
+        # PEFT fills its version in, so that only a saved config has one yet. No field: it is not saved.
+        self.was_saved = getattr(self, "peft_version", None) is not None
         super().__post_init__()
         self.peft_type = PeftType.DLQAT  # type: ignore[attr-defined]
         # What "all-linear" stood for in the last model; the next may be another one. No field: it is not saved.
@@ -217,7 +282,8 @@ class DLQATConfig(PeftConfig):
         for name, check in checks.items():
             check(name, getattr(self, name))
         for pattern, name in self.patterns().items():
-            setattr(self, pattern, getattr(self, pattern) or {})
+            if getattr(self, pattern) is None:
+                setattr(self, pattern, {})
             _check_pattern(pattern, getattr(self, pattern), checks[name])
         if self.scale_dtype == "k_quant":
             check_k_quant(self.bits, self.zero_point, self.group_size)
@@ -263,17 +329,47 @@ class DLQATConfig(PeftConfig):
         """As PEFT's; refuses a truncated weights file beside the config before a model is touched.
 
         Raises:
-            ValueError: if the folder's adapter_model.safetensors cannot be read.
+            ValueError: if the folder's adapter_model.safetensors cannot be read, or adapter_config.json cannot, or
+                holds a value that no config could have.
         """
-        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        file = folder / SAFETENSORS_WEIGHTS_NAME
         if file.is_file():
             try:
                 safe_open(file, framework="pt").keys()
             except SafetensorError as error:
                 raise ValueError(
-                    f"{file} cannot be read ({error}): the file is truncated or broken; copy or download it again."
+                    f"{file} cannot be read ({str(error)[:300]}): the file is truncated or broken; copy or "
+                    "download it again."
                 ) from error
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (ValueError, TypeError) as error:
+            if CONFIG_NAME in str(error):
+                raise
+            raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """As PEFT's; refuses what is no config by its shape.
+
+        Raises:
+            ValueError: for a file that is too large or no JSON object, or names a method that PEFT does not know.
+        """
+        remedy = "the file is broken; copy or download it again"
+        if (size := os.path.getsize(path_json_file)) > _LARGEST_FILE:
+            raise ValueError(f"{path_json_file} has {size:,} bytes, and a config at most {_LARGEST_FILE:,}: {remedy}.")
+        try:
+            content = super().from_json_file(path_json_file, **kwargs)
+        except (ValueError, TypeError, RecursionError) as error:  # no text, no JSON, no object, or far too deep
+            raise ValueError(f"{path_json_file} cannot be read ({error}): {remedy}.") from error
+        if (depth := _depth(content)) > _DEEPEST:
+            raise ValueError(f"{path_json_file} is {depth} levels deep, and a config at most {_DEEPEST}: {remedy}.")
+        known = [str(member.value) for member in PEFT_TYPE_TO_CONFIG_MAPPING]
+        if not isinstance(content, dict) or content.get("peft_type", known[0]) not in known:
+            found = content.get("peft_type") if isinstance(content, dict) else content
+            raise ValueError(f"{path_json_file} names no method that PEFT knows, but {shown(found)}: {remedy}.")
+        return content
 
     def _check_method(self) -> None:
         method = METHODS[self.method]
@@ -343,13 +439,17 @@ class DLQATConfig(PeftConfig):
         """
         if self.export is None:
             return
-        if isinstance(self.export, str) or not isinstance(self.export, list | tuple | set):
-            raise ValueError(f"export={self.export!r} must be a list of formats, such as ['gguf'].")
-        for name in self.export:
-            _check_choice("export", name, FORMATS)
         for name, grid in product(self.export, grids):
             if problem := FORMATS[name].problem(grid, shape, conv1d):
                 raise ValueError(f"export={self.export!r}: {where}{problem}.")
+
+    def check_matching_ends(self, names: Iterable[str]) -> None:
+        """Refuse regexes that take very long to match the names of a model's modules.
+
+        Raises:
+            ValueError: naming the field and the regex.
+        """
+        check_matching_ends({entry.name: getattr(self, entry.name) for entry in fields(self)}, names)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save adapter_config.json and put this adapter's section into the model card beside it.
@@ -358,6 +458,9 @@ class DLQATConfig(PeftConfig):
         """
         super().save_pretrained(str(save_directory), **kwargs)
         write_section(save_directory, self)
+        weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
+            allow(weights, Path(save_directory, CONFIG_NAME).stat().st_mode)
 
 
 def _takes_loras_arguments(init: Callable[..., None]) -> Callable[..., None]:

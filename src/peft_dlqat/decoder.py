@@ -62,8 +62,12 @@ class Hidden:
 
 @contextmanager
 def hidden_states(cache_dir: str | Path | None) -> Iterator[Hidden]:
-    """Room for hidden states; files are removed at the end, also after an exception."""
-    with nullcontext() if cache_dir is None else tempfile.TemporaryDirectory(dir=cache_dir) as folder:
+    """Room for hidden states; files are removed at the end, also after an exception.
+
+    They lie in `cache_dir`/.hidden-states-*, which stays behind where a run is killed.
+    """
+    room = nullcontext() if cache_dir is None else tempfile.TemporaryDirectory("", ".hidden-states-", cache_dir)
+    with room as folder:
         teacher, student = (None if folder is None else Path(folder) / name for name in ("teacher", "student"))
         yield Hidden(HiddenStates(teacher), HiddenStates(student))
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from peft import LoraConfig
 
+from .regexes import shown
+
 _OWN = "this is LoRA's own, and has no meaning where the update lies inside the quantizer; leave it out"
 # Why an argument that is not as LoRA has it by default cannot be taken, and what to do instead.
 _REASONS = {
@@ -54,5 +56,5 @@ def translated(arguments: Mapping[str, Any], known: set[str]) -> tuple[dict[str,
             settings[name] = value  # for the constructor to refuse
         # Which way round a weight lies is seen by its layer's type.
         elif name not in known and name not in ("fan_in_fan_out", "megatron_core") and value != defaults[name]:
-            left_out[name] = f"{name}={value!r}: {_REASONS.get(name, _OWN)}"
+            left_out[name] = f"{name}={shown(value)}: {_REASONS.get(name, _OWN)}"
     return settings, left_out

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from .quant.fixed_point import STORAGES
 from .quant.grid import Grid, largest_group
 from .quant.super_blocks import check_k_quant
 from .record import Record, weight_checksum
+from .regexes import LONGEST
 
 # Modules whose weights nobody expects "all-linear" to adapt, or that it does.
 _KNOWN_WEIGHTS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList)
@@ -60,6 +61,7 @@ class DLQATModel(BaseTuner):
         self._warned: set[str] = set()
         self._unchecked: set[str] = set()
         self._training_was_seen = False
+        self._before_loading: dict[str, _BeforeLoading] = {}
         super().__init__(*args, **kwargs)
         # Not `forward`: PEFT calls the model itself where there is no task type, and transformers' add_adapter always.
         self._hook = self.model.register_forward_pre_hook(self._before_forward)
@@ -115,6 +117,12 @@ class DLQATModel(BaseTuner):
             asked = setting(config, "group_size", name)
             if config.scale_dtype == "k_quant":
                 check_k_quant(bits, config.zero_point, asked, name, in_features)
+            if (r := setting(config, "r", name)) > max(_out_in(module)):
+                sides = _out_in(module)
+                raise ValueError(
+                    f"r={r} is larger than both sides of {name}, {list(sides)}, whose updates have no such rank; use "
+                    f"at most {min(sides)} (rank_pattern sets it for some modules only)."
+                )
             if asked > in_features and asked != DEFAULT_GROUP_SIZE:
                 raise ValueError(
                     f"group_size={asked} is larger than in_features={in_features} of {name}; use at most "
@@ -180,6 +188,7 @@ class DLQATModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; an adapter that is about to be loaded needs no search for scales and zeros."""
         config = self.peft_config[adapter_name]
+        config.check_matching_ends([name for name, _ in model.named_modules()])
         # PEFT adds these, but only after the injection: too late for "all-linear".
         if config.modules_to_save is None and config.task_type in _HEADS:
             config.modules_to_save = list(_HEADS[config.task_type])
@@ -188,6 +197,8 @@ class DLQATModel(BaseTuner):
             _warn_of_an_unsaved_head(config, model)
         self._unchecked.add(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.was_saved and not kwargs.get("low_cpu_mem_usage"):
+            self._before_loading[adapter_name] = _before_loading(model, adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; warns where several adapters become active."""
@@ -260,14 +271,21 @@ class DLQATModel(BaseTuner):
         if torch.compiler.is_compiling():
             return
         while self._unchecked:  # tensors that came by other ways than PEFT's loading, such as transformers'
-            adapter_name = self._unchecked.pop()
+            adapter_name = next(iter(self._unchecked))
             if isinstance(config := self.peft_config.get(adapter_name), DLQATConfig):
+                if adapter_name in self._before_loading:
+                    _check_replaced(model, adapter_name, config, self._before_loading[adapter_name])
                 check_loaded(model, adapter_name, config.storage)
+            self._checked(adapter_name)
         if model.training and torch.is_grad_enabled():
             self._warn_if_never_calibrated(model)
             if not self._training_was_seen:
                 self._training_was_seen = True
                 _warn_of_moving_statistics(model)
+
+    def _checked(self, adapter_name: str) -> None:
+        self._unchecked.discard(adapter_name)
+        self._before_loading.pop(adapter_name, None)
 
     def _warn_if_never_calibrated(self, model: nn.Module) -> None:
         """Warn once if an adapter that was never calibrated is trained."""
@@ -319,8 +337,58 @@ class DLQATModel(BaseTuner):
             assert kept is not None
             layer.set_storage(adapter_name, kept)
         if isinstance(tuner := getattr(model, "base_model", None), cls):
-            tuner._unchecked.discard(adapter_name)
+            tuner._checked(adapter_name)
         return checked
+
+
+@dataclass(frozen=True)
+class _BeforeLoading:
+    """What a model held when a saved adapter was put into it, before that one's tensors came.
+
+    Attributes:
+        own: the adapter's tensors.
+        base: checksums of the model's other ones.
+    """
+
+    own: dict[str, torch.Tensor]
+    base: dict[str, int]
+
+
+def _before_loading(model: nn.Module, adapter_name: str) -> _BeforeLoading:
+    own, others = _own_and_others(model, adapter_name)
+    here = {key: tensor for key, tensor in others.items() if not tensor.is_meta and tensor.numel()}
+    return _BeforeLoading(own, {key: weight_checksum(tensor) for key, tensor in here.items()})
+
+
+def _own_and_others(model: nn.Module, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """An adapter's tensors, and those of no adapter."""
+    state = model.state_dict(keep_vars=True)
+    own = re.compile(rf"\.{PREFIX}\w+\.{re.escape(adapter_name)}(\.weight)?$")
+    return (
+        {key: tensor for key, tensor in state.items() if own.search(key)},
+        {key: tensor for key, tensor in state.items() if f".{PREFIX}" not in key and ".modules_to_save." not in key},
+    )
+
+
+def _check_replaced(model: nn.Module, adapter_name: str, config: DLQATConfig, before: _BeforeLoading) -> None:
+    """Refuse what transformers' own `load_adapter` has loaded, which asks nobody, as PEFT's loading is refused.
+
+    It puts new Parameters into the places of those that were made, and of the base model's where the file has some.
+
+    Raises:
+        ValueError: as `check_state`.
+    """
+    own, others = _own_and_others(model, adapter_name)
+    loaded = {key: tensor.detach() for key, tensor in own.items() if tensor is not before.own.get(key)}
+    if not any(".dlqat_spec." in key for key in loaded):
+        return
+    changed = {
+        key: tensor.detach()
+        for key, tensor in others.items()
+        if key in before.base and weight_checksum(tensor) != before.base[key]
+    }
+    in_full = {key: tensor for key, tensor in model.state_dict().items() if f".modules_to_save.{adapter_name}." in key}
+    check_state(model, adapter_name, loaded | changed | in_full, config.storage, biases=config.bias != "none")
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
@@ -367,9 +435,19 @@ def _match_no_others(config: DLQATConfig, model: nn.Module) -> None:
 
     "head" would match "tower.head", which was left out, or is no linear layer.
     """
-    names = set(config.target_modules or ())
-    if any(name not in names and _is_target(config, name) for name, _ in model.named_modules() if name):
-        config.target_modules = regex = "|".join(re.escape(name) for name in sorted(names))
+    names, modules = set(config.target_modules or ()), [name for name, _ in model.named_modules() if name]
+    if any(name not in names and _is_target(config, name) for name in modules):
+        in_full = {re.escape(name) for name in names}
+        any_layer = {re.sub(r"(?<=\.)\d+(?=\\?\.|$)", r"\\d+", name) for name in in_full}
+        short, regex = ("|".join(sorted(each)) for each in (any_layer, in_full))
+        if {name for name in modules if re.fullmatch(short, name)} == names:
+            regex = short
+        if len(regex) > LONGEST:
+            raise ValueError(
+                f'"all-linear" finds {len(names)} layers whose names end those of other modules too; a regex '
+                f"for them would have {len(regex):,} characters, more than {LONGEST:,}; name target_modules yourself."
+            )
+        config.target_modules = regex
         if config.layers_to_transform is None:
             config.all_linear = regex
         config.layers_to_transform = config.layers_pattern = None  # they are in the names, and go with no regex
@@ -394,8 +472,7 @@ def _check_that_all_match(config: DLQATConfig, model: nn.Module, targets: dict[s
     """Refuse settings that speak of modules or layers which are not there."""
     names = [name for name, _ in model.named_modules()]
     heads = {head for of_task in (*_HEADS.values(), ("classifier", "score")) for head in of_task}  # PEFT's own
-    wanted = config.modules_to_save
-    for saved in {wanted} if isinstance(wanted, str) else set(wanted or ()) - heads:
+    for saved in set(config.modules_to_save or ()) - heads:
         if not any(name == saved or name.endswith(f".{saved}") for name in names):
             raise ValueError(f"modules_to_save={config.modules_to_save!r}: {saved!r} is no module of the model.")
     asked = config.layers_to_transform

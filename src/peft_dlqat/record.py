@@ -48,7 +48,7 @@ class Record:
         Raises:
             ValueError: if they are no record's.
         """
-        calibrated, dtype, *parts = encoded.tolist()
+        calibrated, dtype, *parts = encoded.tolist() if encoded.dim() == 1 and len(encoded) > 1 else (2, 0)
         whole = all(0 <= part < 2**_BITS and part == int(part) for part in parts)
         if calibrated not in (0, 1) or dtype not in range(len(_DTYPES)) or len(parts) != _PARTS or not whole:
             raise ValueError(

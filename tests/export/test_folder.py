@@ -43,7 +43,7 @@ def test_a_full_disk_keeps_the_folder_to_be_replaced(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tensor_files, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         export_model(adapted(bits=4), tmp_path / "out", "dense", overwrite=True)
     assert {path.name for path in tmp_path.rglob("*")} == {"out", "notes.txt", "dlqat_export.json"}

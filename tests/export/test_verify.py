@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from export_models import ENGINE_MODULES, adapted
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from peft_dlqat import export_model, verify_export
 from peft_dlqat.export import export as exporting
-from peft_dlqat.export.manifest import MANIFEST, REFERENCE
+from peft_dlqat.export.manifest import MANIFEST, REFERENCE, load_manifest
 from peft_dlqat.formats import FORMATS
 from peft_dlqat.formats.engines import TRANSFORMERS
 from peft_dlqat.quant.quantizer import QuantizedWeight
@@ -119,6 +121,50 @@ def test_changed_files_are_named(tmp_path):
     assert "changed since it was written: model.safetensors" in str(found)
 
 
+def test_added_files_are_named(tmp_path):
+    """An engine may read them, as transformers does an adapter; the card is the user's, hidden files are others'."""
+    export_model(adapted(bits=4), tmp_path / "out", "dense")
+    (tmp_path / "out" / "README.md").write_text("mine")
+    (tmp_path / "out" / ".gitattributes").touch()
+    (tmp_path / "out" / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / "out" / ".cache" / "huggingface" / "CACHEDIR.TAG").touch()
+    assert verify_export(tmp_path / "out").ok
+    (tmp_path / "out" / "code").mkdir()
+    for name in ("code/model.py", "adapter_config.json"):
+        (tmp_path / "out" / name).write_text("{}")
+    found = verify_export(tmp_path / "out", engines=[])
+    assert not found.ok and found.added_files == ("adapter_config.json", "code/model.py") and not found.changed_files
+    assert "added since it was written: code/model.py" in str(found)
+
+
+def test_the_hubs_cache_of_links_is_an_export(tmp_path):
+    """It keeps files elsewhere, and links to them."""
+    export_model(adapted(bits=4), tmp_path / "out", "dense", verify=False)
+    (tmp_path / "blobs").mkdir()
+    file = tmp_path / "out" / "model.safetensors"
+    file.rename(tmp_path / "blobs" / "1")
+    file.symlink_to(tmp_path / "blobs" / "1")
+    assert verify_export(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("tensors", [{}, {"logits": torch.zeros(2, 3, 4)}, {"input_ids": torch.ones(2, 3).long()}])
+def test_a_reference_of_no_prompts_is_named(tensors, tmp_path):
+    """Though its checksum is the manifest's."""
+    export_model(adapted(bits=4), tmp_path / "out", "dense", verify=False)
+    save_file(tensors, tmp_path / "out" / REFERENCE)
+    load_manifest(tmp_path / "out").save(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"reference.safetensors holds no prompts with the logits"):
+        verify_export(tmp_path / "out")
+
+
+def test_a_manifest_without_a_reference_shows_nothing(tmp_path):
+    export_model(adapted(bits=4), tmp_path / "out", "dense", verify=False)
+    content = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps({**content, "files": {}}))
+    found = verify_export(tmp_path / "out")
+    assert not found.ok and found.changed_files == (REFERENCE,) and "model.safetensors" in found.added_files
+
+
 def flip(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 0x80
@@ -223,9 +269,35 @@ def test_an_engine_is_held_to_its_own_arithmetic(kind, own, tmp_path, monkeypatc
     assert found.ok and found.figures[0].kl < 1e-10
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b'{"other": 1}'])
-def test_a_damaged_manifest_is_named(content, tmp_path):
-    (tmp_path / MANIFEST).write_bytes(content)
+def manifest(**changes):
+    fields = {"format": "dense", "base": "", "base_checksum": "", "grids": [], "exact": True}
+    return json.dumps({**fields, **changes}).encode()
+
+
+DAMAGED = {
+    "no text": b"\xff\xfe",
+    "no JSON": b"{",
+    "other fields": b'{"other": 1}',
+    "no object": b"[]",
+    "too deep": b"[" * 100_000,
+    "no format": manifest(format=["dense"]),
+    "no files": manifest(files=["model.safetensors"]),
+    "no checksum": manifest(files={"model.safetensors": 3}),
+    "a path out": manifest(files={"../secret": ""}),
+    "a path out, further down": manifest(files={"a/../../secret": ""}),
+    "a path out, backwards": manifest(files={"..\\secret": ""}),
+    "an absolute path": manifest(files={"/etc/passwd": ""}),
+    "a path on a drive": manifest(files={"C:secret": ""}),
+    "no path": manifest(files={"": ""}),
+    "a long path": manifest(files={"x" * 300: ""}),
+    "a loss of text": manifest(loss={"max_difference": "3", "kl": 0.0, "top1": 1.0}),
+    "another loss": manifest(loss={"kl": 0.0}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_manifest_is_named(damage, tmp_path):
+    (tmp_path / MANIFEST).write_bytes(DAMAGED[damage])
     with pytest.raises(ValueError, match=r"dlqat_export.json cannot be read \(.*\); export the model again"):
         verify_export(tmp_path)
 

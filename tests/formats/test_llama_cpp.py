@@ -180,3 +180,11 @@ def test_it_stops_where_the_configs_say(tmp_path, capsys):
     export_model(model, tmp_path / "out", "gguf", tokenizer=tokenizer, verify=False)
     assert Vocabulary(tmp_path / "out").ends() == [1, 7, 8]
     assert "llama.cpp does not stop at [9]" in capsys.readouterr().out
+
+
+def test_gelu_is_a_table_of_half_floats_between_its_limits():
+    x = torch.tensor([-10.5, -10.0, -0.3, 0.7, 9.97, 10.0, 10.3])
+    table = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+    expected = torch.tensor([0.0, 0.0, *table[2:5].tolist(), 10.0, 10.3])
+    found = llama_cpp.half_gelu(x)
+    assert torch.equal(found, expected) and found[4] != 9.97

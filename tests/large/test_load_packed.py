@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -167,6 +168,19 @@ def test_a_damaged_base_is_named(sharded, tmp_path):
         index.write_text(index.read_text()[:100])
         with pytest.raises(ValueError, match=r"index\.json is damaged"):
             load_packed(tmp_path, config())
+
+
+@pytest.mark.parametrize("shard", [3, None, [], "../model.safetensors", "/model.safetensors", "", "x" * 300])
+def test_a_shard_that_is_no_file_beside_its_index_is_refused(shard, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": shard}}))
+    with pytest.raises(ValueError, match=r"index\.json is damaged.*copy or download it again"):
+        load_packed(tmp_path / "base", config())
+    index.write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ValueError, match=r"index\.json is damaged: no file"):
+        load_packed(tmp_path / "base", config())
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ SOURCE = Path(__file__).parents[2] / "src" / "peft_dlqat"
 # Floors, from the lowest to the highest. A sub-package, such as quant, is one: what happens inside it is its own
 # affair. `__init__` stands above all and may import any of them.
 ORDER = [
+    "files",
+    "regexes",
     "quant",
     "formats",
     "methods",

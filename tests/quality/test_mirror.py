@@ -6,7 +6,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE, TESTS = ROOT / "src" / "peft_dlqat", ROOT / "tests"
 # What is no module's: the repository, examples and benchmarks, runs of several processes.
 OTHERS = {"quality", "examples", "benchmarks", "distributed"}
-# Of several modules: what a room refuses, all that talks to the Hub.
+# Of several modules: what a room refuses, all that talks to the Hub, what comes from strangers.
 SHARED = {
     "train/test_refused",
     "export/test_refused",
@@ -14,6 +14,7 @@ SHARED = {
     "test_foreign_bases",
     "test_architectures",
     "test_old_adapters",
+    "test_strangers",
     "formats/test_new_format",
 }
 

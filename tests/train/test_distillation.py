@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from accelerate import cpu_offload
 from conftest import VOCAB, lm_batches, perturb, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -673,8 +674,46 @@ def damage_other_length(file):
     save_file({name: tensor[:-1].contiguous() for name, tensor in load_file(file).items()}, file)
 
 
+def changed(file, name, change):
+    """A whole file, of another content, with the checksum that it had."""
+    with safe_open(file, framework="pt") as tensors:
+        metadata = tensors.metadata()
+    tensors = load_file(file)
+    name = name if name in tensors else "logits"
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, file, metadata=metadata)
+
+
+def damage_nan(file):
+    changed(file, "log_p", lambda values: values.fill_(torch.nan))
+
+
+def damage_ids(file):
+    changed(file, "ids", lambda values: values.fill_(VOCAB + 1))
+
+
+def damage_fewer(file):
+    changed(file, "log_p", lambda values: values[:, 1:])
+    changed(file, "ids", lambda values: values[:, 1:])
+
+
+def damage_another_sequence(file):
+    file.write_bytes(sorted(file.parents[1].rglob("*.safetensors"))[-1].read_bytes())
+
+
+def damage_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = [
+    damage_cut, damage_empty, damage_foreign, damage_other_length, damage_nan, damage_ids, damage_fewer,
+    damage_another_sequence, damage_a_bit,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("k", [None, 4])
-@pytest.mark.parametrize("damage", [damage_cut, damage_empty, damage_foreign, damage_other_length])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_broken_file_is_made_anew(tmp_path, teacher_rows, damage, k):
     model, batch = adapted(), {"input_ids": tokens(3)}
     intact = TeacherCache(k=k, folder=tmp_path).teacher(model, batch)
@@ -724,13 +763,13 @@ def test_a_killed_writer_leaves_whole_files(tmp_path):
 def test_an_entry_appears_when_it_is_whole(tmp_path, monkeypatch):
     """A writer that stops after half a file."""
 
-    def half(entry, path):
+    def half(entry, path, _):
         save_file(entry, path)
         path.write_bytes(path.read_bytes()[:500])
         assert not list(tmp_path.rglob("[!.]*.safetensors"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(peft_dlqat.train.teacher_store, "save_file", half)
+    monkeypatch.setattr(peft_dlqat.train.teacher_store, "save_tensors", half)
     model, batch = adapted(), {"input_ids": tokens(2)}
     with pytest.raises(KeyboardInterrupt):
         TeacherCache(folder=tmp_path).teacher(model, batch)

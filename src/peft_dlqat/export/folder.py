@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+
+from ..files import unfinished
 
 # By which an exported folder is known.
 MANIFEST = "dlqat_export.json"
@@ -53,14 +54,17 @@ def check_free(out_dir: Path, overwrite: bool) -> None:
 def whole_or_nothing(out_dir: Path) -> Iterator[Path]:
     """A folder to write into, that takes the place of `out_dir` at the end; after an exception it is gone.
 
-    It lies beside `out_dir`, on the same disk, so that the last step is a rename.
+    It lies in `.NAME.unfinished` beside `out_dir`, on the same disk, so that the last step is a rename. What a killed
+    run has left there, the next one removes.
+
+    Raises:
+        RuntimeError: if another process is writing `out_dir`.
     """
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as room:
-        made = Path(room) / "new"
+    with unfinished(out_dir) as (room, _):
+        made = room / "new"
         made.mkdir()
         yield made
-        old = Path(room) / "old"
+        old = room / "old"
         if out_dir.exists():
             os.rename(out_dir, old)
         try:
@@ -69,6 +73,7 @@ def whole_or_nothing(out_dir: Path) -> Iterator[Path]:
             if old.exists():
                 os.rename(old, out_dir)
             raise
+        shutil.rmtree(room)
 
 
 def keep_unproven(made: Path, out_dir: Path) -> Path:

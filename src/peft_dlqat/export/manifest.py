@@ -6,20 +6,24 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from ..files import save_tensors
 from ..formats import FORMATS
 from ..formats.tensor_files import write_json
+from ..regexes import shown
 from .folder import MANIFEST
 
 # In a folder of its own: engines read every safetensors file that lies beside config.json.
 REFERENCE = "dlqat_export/reference.safetensors"
 REPORT = "dlqat_export/report.txt"  # of an export with which an engine disagrees
 TRAINED, WRITTEN = "logits", "written"
+_LOSS = {"max_difference", "kl", "top1"}  # the fields of `verify.LogitDifference`
 _PACKAGES = ("peft-dlqat", "torch", "transformers", "peft")
 
 
@@ -55,16 +59,42 @@ class Manifest:
     loss: dict[str, float] | None = None
     figures: list[dict[str, Any]] = field(default_factory=list)
 
+    def check(self) -> None:
+        """Refuse values that are not of their fields' types, and paths that lead out of the folder.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        if not isinstance(self.format, str) or not isinstance(self.files, dict):
+            raise ValueError(f"format={shown(self.format)} or files={shown(self.files)} is of another type")
+        for name, digest in self.files.items():
+            path = PureWindowsPath(name)  # which knows both kinds of slashes
+            strange = [part for part in path.parts if part == ".." or len(part.encode(errors="replace")) > 255]
+            if path.anchor or strange or not path.parts:
+                raise ValueError(f"files[{shown(name)}] is no path inside the folder")
+            if not isinstance(digest, str):
+                raise ValueError(f"files[{shown(name)}]={shown(digest)} is no checksum")
+        loss = self.loss
+        if loss is not None and not (
+            isinstance(loss, dict) and loss.keys() == _LOSS and all(isinstance(part, float) for part in loss.values())
+        ):
+            raise ValueError(f"loss={shown(loss)} is no {', '.join(sorted(_LOSS))}")
+
     def save(self, folder: Path) -> None:
         """Write it, with the checksums of all files that lie there."""
         packages = (*_PACKAGES, FORMATS[self.format].package)
         self.versions = {package: found for package in packages if package and (found := _version(package))}
-        self.files = {
-            str(path.relative_to(folder)): sha256(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in (MANIFEST, "README.md")
-        }
+        self.files = {name: sha256(folder / name) for name in files_of(folder)}
         write_json(folder / MANIFEST, asdict(self))
+
+
+def files_of(folder: Path) -> list[str]:
+    """The files of an exported folder, but for the manifest itself and the card, which anybody may edit."""
+    return [
+        path.relative_to(folder).as_posix()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, "README.md")
+    ]
 
 
 def _version(package: str) -> str:
@@ -92,7 +122,8 @@ def load_manifest(folder: Path) -> Manifest:
         raise FileNotFoundError(f"{folder} has no {MANIFEST}; only folders written by export_model() can be verified.")
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:  # no text, no JSON, or other fields
+        manifest.check()
+    except (ValueError, TypeError, RecursionError) as error:  # no text, no JSON, other fields, or other values
         raise ValueError(f"{path} cannot be read ({error}); export the model again.") from error
     if manifest.format not in FORMATS:
         raise ValueError(
@@ -112,13 +143,26 @@ def save_reference(folder: Path, ids: torch.Tensor, logits: dict[str, torch.Tens
             engine's name, what was written in the arithmetic of that engine, where it has one of its own.
     """
     (folder / REFERENCE).parent.mkdir()
-    save_file({"input_ids": ids, **{name: rows.contiguous() for name, rows in logits.items()}}, folder / REFERENCE)
+    save_tensors({"input_ids": ids, **{name: rows.contiguous() for name, rows in logits.items()}}, folder / REFERENCE)
 
 
 def load_reference(folder: Path, *names: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference prompts, and the logits of the first of some names that are there, else of the trained model."""
-    tensors = load_file(folder / REFERENCE)
-    return tensors["input_ids"], next(tensors[name] for name in (*names, TRAINED) if name in tensors)
+    """The reference prompts, and the logits of the first of some names that are there, else of the trained model.
+
+    Raises:
+        ValueError: if the file holds no such tensors.
+    """
+    path = folder / REFERENCE
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({str(error)[:300]}); export the model again.") from error
+    none = torch.empty(0)
+    ids = tensors.get("input_ids", none)
+    logits = next((tensors[name] for name in (*names, TRAINED) if name in tensors), none)
+    if ids.dtype != torch.int64 or ids.dim() != 2 or logits.dim() != 3 or logits.shape[:2] != ids.shape:
+        raise ValueError(f"{path} holds no prompts with the logits of each token; export the model again.")
+    return ids, logits
 
 
 def sha256(path: Path) -> str:

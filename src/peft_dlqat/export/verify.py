@@ -9,7 +9,7 @@ import torch
 
 from ..formats import FORMATS, Engine
 from ..train.divergence import kl
-from .manifest import REFERENCE, WRITTEN, load_manifest, load_reference, sha256
+from .manifest import REFERENCE, WRITTEN, files_of, load_manifest, load_reference, sha256
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,22 @@ class Verification:
     Attributes:
         figures: one [`EngineFigures`] an engine.
         changed_files: files that are not, or no longer, those that were written.
+        added_files: files that were not written, and that an engine may read: all but the card, and what begins with a
+            dot.
         loss: what rounding for the format has cost, from the trained model to the one that was written; None where
             nothing was rounded. No engine has a part in it.
     """
 
     figures: tuple[EngineFigures, ...]
     changed_files: tuple[str, ...] = ()
+    added_files: tuple[str, ...] = ()
     loss: LogitDifference | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether all engines find what was written, and no file has changed; without an engine nothing was shown."""
-        return bool(self.figures) and all(row.agrees for row in self.figures) and not self.changed_files
+        """Whether all engines find what was written, and no other; without an engine nothing was shown."""
+        as_written = not self.changed_files and not self.added_files
+        return bool(self.figures) and all(row.agrees for row in self.figures) and as_written
 
     def __str__(self) -> str:
         """A line for the loss, and one an engine."""
@@ -97,6 +101,7 @@ class Verification:
             why = "the reference has changed" if lost else "no engine for this format is installed"
             lines.append(f"{why}: nothing was compared")
         lines += [f"changed since it was written: {name}" for name in self.changed_files]
+        lines += [f"added since it was written: {name}" for name in self.added_files]
         return "\n".join(lines)
 
 
@@ -119,11 +124,12 @@ def verify_export(out_dir: str | Path, engines: list[str] | None = None) -> Veri
     """
     folder = Path(out_dir)
     manifest = load_manifest(folder)
+    listed = {REFERENCE: "", **manifest.files}
     changed = [
-        name
-        for name, digest in manifest.files.items()
-        if not (folder / name).is_file() or sha256(folder / name) != digest
+        name for name, digest in listed.items() if not (folder / name).is_file() or sha256(folder / name) != digest
     ]
+    # But for what the Hub or a system adds: .gitattributes, .cache/...
+    added = [name for name in files_of(folder) if name not in listed and not name.startswith(".")]
     found = [
         engine for engine in FORMATS[manifest.format].engines if engine.installed and _knows(engine, folder, changed)
     ]
@@ -135,7 +141,7 @@ def verify_export(out_dir: str | Path, engines: list[str] | None = None) -> Veri
         found = [engine for engine in found if engine.name in engines]
     loss = None if manifest.loss is None else LogitDifference(**manifest.loss)
     figures = [] if REFERENCE in changed else [_figures(engine, folder) for engine in found]
-    return Verification(tuple(figures), tuple(changed), loss)
+    return Verification(tuple(figures), tuple(changed), tuple(added), loss)
 
 
 def _knows(engine: Engine, folder: Path, changed: list[str]) -> bool:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+
+from ..files import save_tensors
 
 
 class TensorFiles:
@@ -45,7 +46,7 @@ class TensorFiles:
 
     def _write(self) -> None:
         path = self._folder / f"shard-{len(self._shards)}"
-        save_file(self._held, path, metadata={"format": "pt"})
+        save_tensors(self._held, path, metadata={"format": "pt"})
         self._shards.append((path, list(self._held)))
         self._held, self._size = {}, 0
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from peft import get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import DLQATConfig
 from ..decoder import capture, decoder_layers, hidden_states
+from ..files import unfinished
 from ..layer import DLQATLayer, adapter_layers
 from ..placement import several_processes
 from ..running import evaluating, random_state_kept
@@ -102,7 +100,7 @@ def calibrate_from_disk(
     _check_inside(inner, blocks)
 
     errors: list[BlockError] = []
-    with _unfinished(output, cache_dir) as (made, cache):
+    with unfinished(output, cache_dir) as (made, cache):
         with evaluating(model), hidden_states(cache) as hidden:
             before = [name for name in weights.names if not name.startswith(tuple(f"{block}." for block in blocks))]
             weights.load(inner, [name for name in before if name not in _head(inner)])
@@ -136,40 +134,6 @@ def calibrate_from_disk(
             f"{str(made)!r}",
         ) from error
     return Calibration.of_outputs(descent.steps, errors)
-
-
-@contextmanager
-def _unfinished(output: Path, cache_dir: str | Path | None) -> Iterator[tuple[Path, Path | None]]:
-    """Empty folders `.NAME.unfinished` beside the output and in `cache_dir`, without what a killed run has left.
-
-    After the block the one in `cache_dir` is gone, the other one only after an exception.
-    """
-    made = output.with_name(f".{output.name}.unfinished").absolute()
-    cache = None if cache_dir is None else Path(cache_dir, made.name).absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{made}.lock")  # the system frees it when the process ends, however that is
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RuntimeError(
-            f"another process is calibrating for output_dir={str(output)!r}; wait for it, or name another folder."
-        ) from error
-    for folder in (made, cache):
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-    made.mkdir(parents=True)
-    if cache is not None:
-        cache.mkdir(exist_ok=cache == made)
-    try:
-        yield made, cache
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
-    finally:
-        if cache is not None and cache != made:
-            shutil.rmtree(cache, ignore_errors=True)
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _check_inside(model: nn.Module, blocks: dict[str, nn.Module]) -> None:

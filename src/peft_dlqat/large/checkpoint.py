@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..layer import DLQATLayer
 from ..model import check_target
+from ..regexes import shown
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 
@@ -87,8 +88,16 @@ class Checkpoint:
         if index.is_file():
             try:
                 files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{index} is damaged ({error!r}); copy or download it again.") from error
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(
+                    f"{index} is damaged ({type(error).__name__}: {error}); copy or download it again."
+                ) from error
+            strange = [name for name in files if not _is_file_name(name)]
+            if strange or not files:
+                raise ValueError(
+                    f"{index} is damaged: {shown(strange[0]) if strange else 'no file'} is no name of a file beside "
+                    "it; copy or download it again."
+                )
         missing_files = sorted(name for name in files if not (folder / name).is_file())
         if missing_files:
             raise FileNotFoundError(
@@ -141,6 +150,12 @@ class Checkpoint:
             replace_tensor(model, name, lambda old: old.to("meta"))
 
 
+def _is_file_name(name: Any) -> bool:
+    return (
+        isinstance(name, str) and name != "" and Path(name).name == name and len(name.encode(errors="replace")) < 256
+    )
+
+
 def _float_tensors(file: Path) -> dict[str, list[int]]:
     """Shapes of a file's tensors, but for codes: those of a quantized checkpoint are no weights.
 
@@ -153,7 +168,7 @@ def _float_tensors(file: Path) -> dict[str, list[int]]:
             floating = ("F64", "F32", "F16", "BF16")
             return {key: entry.get_shape() for key, entry in entries.items() if entry.get_dtype() in floating}
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short ({error}); copy or download it again.") from error
+        raise ValueError(f"{file} is damaged or cut short ({str(error)[:300]}); copy or download it again.") from error
 
 
 def initialise_layer(model: Any, adapter_name: str, name: str, layer: DLQATLayer) -> None:

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ..adapter_file import OtherBaseWarning
 from ..config import DLQATConfig
 from ..layer import adapter_layers
 from ..model import check_target
@@ -112,6 +113,7 @@ def load_packed(
         warnings.warn(
             f"{len(others)} of {len(layers)} weights of {str(model_id)!r}, such as {others[0]}, are not those that "
             "the adapter was trained on, or they are in another dtype: its codes are others here.",
+            OtherBaseWarning,
             stacklevel=2,
         )
     return model.to(device)

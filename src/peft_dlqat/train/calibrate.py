@@ -155,6 +155,7 @@ def calibrate(
             on the same batches, with a warning.
         train_adapter: fit A, B, m and the shift along with scales and zeros.
         cache_dir: an existing folder to keep hidden states in meanwhile, rather than in memory; only by blocks.
+            What a killed run leaves there, `.hidden-states-*`, is to be removed by hand.
         log: called after each step as log(step, {"calibration/loss": ..., "calibration/lr": ...}); by blocks, the loss
             is the decoder layer's, and steps count on over these.
 

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..files import save_tensors
 from ..layer import DLQATLayer
 from ..placement import check_whole, loaded
+from ..regexes import shown
 from ..running import adapter_parameters, unwrapped
 
 Entry = dict[str, torch.Tensor]
 
-_HEADER = "teacher.json"
+_HEADER, _CHECKSUM = "teacher.json", "blake2b"
 # Values of each weight that go into a fingerprint: training moves nearly all of them.
 _SAMPLES = 64
 # What a config's fields are called that change the logits and leave the weights as they are. No others: new releases
@@ -63,26 +64,40 @@ class EntryMemory:
 
 
 class EntryFolder:
-    """Entries by key, each a safetensors file, with the methods of [`EntryMemory`].
+    """Entries by key, each a safetensors file, with the methods of [`EntryMemory`]; to be claimed first.
 
     A file appears under its name when it is whole, so a writer may be killed at any time (what it leaves then are
-    files whose names begin with a dot), and several processes may share the folder.
+    files whose names begin with a dot: `find FOLDER -name ".*.safetensors.*" -delete` while no run goes on), and
+    several processes may share the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self._owner = ""
 
     def get(self, key: str) -> Entry | None:
-        """The entry, or None if there is none or its file cannot be read."""
+        """The entry, or None if there is none, its file cannot be read, or is not as it was written for this key."""
         try:
-            return load_file(self._path(key))
+            with safe_open(self._path(key), framework="pt") as file:
+                entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+                checksum = (file.metadata() or {}).get(_CHECKSUM)
         except (FileNotFoundError, SafetensorError):
             return None
+        return entry if checksum == self._checksum(key, entry) else None
 
     def __setitem__(self, key: str, entry: Entry) -> None:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda temporary: save_file(entry, temporary))
+        checksum = {_CHECKSUM: self._checksum(key, entry)}
+        write_whole(path, lambda temporary: save_tensors(entry, temporary, checksum))
+
+    def _checksum(self, key: str, entry: Entry) -> str:
+        """Of an entry, the sequence that it is of, and the folder's header."""
+        digest = hashlib.blake2b(f"{self._owner} {key}".encode(), digest_size=20)
+        for name in sorted(entry):
+            digest.update(f"{name} {entry[name].dtype} {list(entry[name].shape)}".encode())
+            digest.update(entry[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def claim(self, k: int | None, fingerprint: str) -> None:
         """Say whose predictions the folder holds, or check it.
@@ -91,6 +106,7 @@ class EntryFolder:
             ValueError: if it holds those of another model, another k, or cannot be read.
         """
         header = {"k": k, "teacher": fingerprint}
+        self._owner = json.dumps(header)
         path = self.folder / _HEADER
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -100,10 +116,12 @@ class EntryFolder:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             found_k, found_fingerprint = found["k"], found["teacher"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read ({error}); remove the folder, or use another.") from error
         if found_k != k:
-            raise ValueError(f"{self.folder} was filled with k={found_k}, not k={k}; use that, or another folder.")
+            raise ValueError(
+                f"{self.folder} was filled with k={shown(found_k)}, not k={k}; use that, or another folder."
+            )
         if found_fingerprint != fingerprint:
             raise ValueError(
                 f"{self.folder} holds the predictions of another base model, or of this one in another dtype or with "
