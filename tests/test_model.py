@@ -432,6 +432,8 @@ def test_all_linear_means_the_layers_that_it_names(layers, tmp_path):
         model = get_peft_model(copy.deepcopy(base), config(task_type=None, layers_to_transform=layers))
     names = [name.removeprefix("base_model.model.") for name in adapter_layers(model)[1]]
     assert names == (["blocks.0.a", "blocks.1.a", "head"] if layers is None else ["blocks.1.a"])
+    if layers is None:
+        assert model.peft_config["default"].target_modules == r"blocks\.\d+\.a|head"
     perturb(model)
     x = torch.randn(2, 32)
     trained = model(x)

@@ -30,6 +30,7 @@ from .quant.fixed_point import STORAGES
 from .quant.grid import Grid, largest_group
 from .quant.super_blocks import check_k_quant
 from .record import Record, weight_checksum
+from .regexes import LONGEST
 
 # Modules whose weights nobody expects "all-linear" to adapt, or that it does.
 _KNOWN_WEIGHTS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList)
@@ -434,9 +435,19 @@ def _match_no_others(config: DLQATConfig, model: nn.Module) -> None:
 
     "head" would match "tower.head", which was left out, or is no linear layer.
     """
-    names = set(config.target_modules or ())
-    if any(name not in names and _is_target(config, name) for name, _ in model.named_modules() if name):
-        config.target_modules = regex = "|".join(re.escape(name) for name in sorted(names))
+    names, modules = set(config.target_modules or ()), [name for name, _ in model.named_modules() if name]
+    if any(name not in names and _is_target(config, name) for name in modules):
+        in_full = {re.escape(name) for name in names}
+        any_layer = {re.sub(r"(?<=\.)\d+(?=\\?\.|$)", r"\\d+", name) for name in in_full}
+        short, regex = ("|".join(sorted(each)) for each in (any_layer, in_full))
+        if {name for name in modules if re.fullmatch(short, name)} == names:
+            regex = short
+        if len(regex) > LONGEST:
+            raise ValueError(
+                f'"all-linear" finds {len(names)} layers whose names end those of other modules too; a regex '
+                f"for them would have {len(regex):,} characters, more than {LONGEST:,}; name target_modules yourself."
+            )
+        config.target_modules = regex
         if config.layers_to_transform is None:
             config.all_linear = regex
         config.layers_to_transform = config.layers_pattern = None  # they are in the names, and go with no regex
