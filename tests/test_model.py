@@ -738,6 +738,10 @@ def test_the_config_is_the_callers_and_another_model_may_have_it_too():
     other = get_peft_model(tiny_model("gpt2"), given)
     assert other.peft_config["default"] is given and not calibrated(other) and calibrated(model)
     assert len(adapter_layers(other)[1]) == 8  # of GPT-2's own
+    many = LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    large = get_peft_model(AutoModelForCausalLM.from_config(many), given)  # PEFT shortens the list of so many names
+    assert len(adapter_layers(large)[1]) == 28
+    assert len(adapter_layers(get_peft_model(tiny_model("gpt2"), given))[1]) == 8
     given.target_modules = {"c_attn"}
     assert len(adapter_layers(get_peft_model(tiny_model("gpt2"), given))[1]) == 2
 

@@ -95,7 +95,6 @@ class DLQATModel(BaseTuner):
                         f"layers_to_transform={peft_config.layers_to_transform!r} matches no layer with a linear "
                         "module; layers are counted from 0."
                     )
-            peft_config.all_linear = peft_config.target_modules
             _say_what_is_no_text(peft_config, model)
             _match_no_others(peft_config, model)
         self._check_targets(peft_config, model)
@@ -196,7 +195,10 @@ class DLQATModel(BaseTuner):
         if not config.inference_mode:
             _warn_of_an_unsaved_head(config, model)
         self._unchecked.add(adapter_name)
+        targets, layers = config.target_modules, config.layers_to_transform
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if (targets == "all-linear" or targets is config.all_linear) and layers == config.layers_to_transform:
+            config.all_linear = config.target_modules
         if config.was_saved and not kwargs.get("low_cpu_mem_usage"):
             self._before_loading[adapter_name] = _before_loading(model, adapter_name)
 
@@ -448,8 +450,6 @@ def _match_no_others(config: DLQATConfig, model: nn.Module) -> None:
                 f"for them would have {len(regex):,} characters, more than {LONGEST:,}; name target_modules yourself."
             )
         config.target_modules = regex
-        if config.layers_to_transform is None:
-            config.all_linear = regex
         config.layers_to_transform = config.layers_pattern = None  # they are in the names, and go with no regex
 
 
