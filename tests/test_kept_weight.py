@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import perturb
 from peft import get_peft_model
 from torch import nn
@@ -163,6 +164,14 @@ def test_nothing_is_kept_of_a_packed_weight(made):
     expected = run(model)
     assert made.call_count == 1 and not kept(model)
     assert torch.equal(expected, anew(model))
+
+
+def test_nothing_is_kept_of_an_offloaded_weight(made):
+    model = make()
+    expected = run(copy.deepcopy(model))
+    made.reset_mock()
+    cpu_offload(model.base_model.model, execution_device=torch.device("cpu"))
+    assert torch.equal(run(model), expected) and not kept(model) and made.call_count == 0
 
 
 def test_copies_and_pickles_are_without_it():

@@ -413,7 +413,8 @@ class DLQATLayer(BaseTunerLayer):
         return (
             not self.training  # type: ignore[attr-defined]
             and weight.device.type == "cpu"
-            and spec.storage == "full"  # a packed weight is packed to save memory
+            and spec.storage == "full"  # a packed weight, and one that is offloaded, is so to save memory
+            and "_hf_hook" not in self.get_base_layer().__dict__
             and type(weight.data) is torch.Tensor
             and not weight.is_inference()
             and not torch.compiler.is_compiling()
