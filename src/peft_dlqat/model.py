@@ -194,7 +194,8 @@ class DLQATModel(BaseTuner):
         self._first_init = "minmax" if config.inference_mode else config.init
         if not config.inference_mode:
             _warn_of_an_unsaved_head(config, model)
-        self._unchecked.add(adapter_name)
+        if config.was_saved:
+            self._unchecked.add(adapter_name)
         targets, layers = config.target_modules, config.layers_to_transform
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if (targets == "all-linear" or targets is config.all_linear) and layers == config.layers_to_transform:

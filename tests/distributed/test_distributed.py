@@ -114,6 +114,7 @@ def test_calibrate_in_two_processes_equals_one_with_all_data(two_processes: Path
     moved = differences(single["adapter"], single["initial"])
     _, zero_point, scale_dtype, _ = CALIBRATIONS[case]
     moving = {"dlqat_scale", {"integer": "dlqat_zero_point", "float": "dlqat_offset"}.get(zero_point)}
+    assert moved.pop("dlqat_record") == 1  # calibrated
     for name, movement in moved.items():
         assert movement > 10 * TOLERANCE if name in moving else movement == 0, moved
     assert_same_losses(ranks[0], single)
