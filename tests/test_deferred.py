@@ -82,6 +82,7 @@ class Reader(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:adapter 'default' is being trained")
+@pytest.mark.filterwarnings("ignore:.* of the weights are in no linear layer")
 @pytest.mark.parametrize("storage", ["full", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_parent_that_reads_the_weight_trains_and_merges_alike(storage, dtype):

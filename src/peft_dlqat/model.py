@@ -627,9 +627,9 @@ def _warn_of_other_weights(model: nn.Module, targets: dict[str, nn.Module]) -> N
     if size > linear / 10:
         largest = max(others, key=lambda name: others[name].numel())
         warnings.warn(
-            f"{largest} and {len(others) - 1} more parameters like it belong to no linear layer (experts, attention's "
-            f"own weights, recurrent cells) and stay in full precision: {size / (size + linear):.0%} of the weights. "
-            "Only the rest of the model is quantized and trained.",
+            f"{size / (size + linear):.0%} of the weights are in no linear layer (experts, attention's own weights, "
+            f"recurrent cells) and stay in full precision, {len(others)} tensors such as {largest}. Only the rest of "
+            "the model is quantized and trained.",
             stacklevel=2,
         )
 
