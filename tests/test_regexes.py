@@ -18,7 +18,7 @@ ENDLESS = {
     "of alternatives": "(.|[a-z])*!",
     "in a row": ".*" * 12 + "!",
     "optional": "(?:.?)" * 25 + "!",
-    "alternatives in a row": "(?:.|[a-z_.])" * 20 + "!",
+    "alternatives in a row": "(?:.|[a-z_.])" * 25 + "!",
     "looking ahead": "(?=(.+)+!)q_proj",
 }
 
