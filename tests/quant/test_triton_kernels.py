@@ -393,17 +393,20 @@ def test_a_cpu_has_the_reference(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes for Linux")
-@pytest.mark.parametrize("arch", [80, 90])
-def test_the_kernels_compile_for_a_card(arch, tmp_path):
+@pytest.mark.parametrize(("arch", "zero_points"), [(80, ["integer"]), (90, ZERO_POINTS)])
+def test_the_kernels_compile_for_a_card(arch, zero_points, tmp_path):
     """What the interpreter takes the compiler need not. Nothing may spill; update and division alone are fused."""
     script = Path(__file__).parents[1] / "scripts" / "compile_kernels.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     found = subprocess.run(
-        [sys.executable, script, "--arch", str(arch)], env=environment, capture_output=True, text=True
+        [sys.executable, script, "--arch", str(arch), "--zero-points", *zero_points],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert found.returncode == 0, found.stderr
     numbers = re.findall(r"(\d+) bytes of stack, (\d+) fused of (\d+)", found.stdout)
-    assert len(numbers) == 48, found.stdout
+    assert len(numbers) == 16 * len(zero_points), found.stdout
     for stack, fused, expected in numbers:
         assert stack == "0" and fused == expected, found.stdout

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from peft_dlqat.quant import nvidia as gpu
 from peft_dlqat.quant import triton_kernels as kernels
 from peft_dlqat.quant.fixed_point import STORAGES
-from peft_dlqat.quant.grid import Grid
+from peft_dlqat.quant.grid import ZERO_POINTS, Grid, ZeroPoint
 from peft_dlqat.quant.quantizer import Quantizer
 
 TYPES = {
@@ -110,9 +110,10 @@ def quantizer(n_out: int, n_in: int, r: int, grid: Grid, storage: str) -> Quanti
     return Quantizer(grid, 1.0, torch.ones(r, n_in), torch.ones(n_out, r), groups, zero, groups, zero, False, storage)
 
 
-def compile_all(dtypes: list[torch.dtype], bits: int, group_size: int, r: int, n_out: int, n_in: int) -> None:
+def compile_all(
+    dtypes: list[torch.dtype], zero_points: list[ZeroPoint], bits: int, group_size: int, r: int, n_out: int, n_in: int
+) -> None:
     """All kernels for weights in these dtypes, in full and packed."""
-    zero_points = ("none", "integer", "float")
     for dtype, zero_point in itertools.product(dtypes, zero_points):
         grid = Grid(bits, group_size, zero_point, torch.bfloat16)
         for storage in ("full", "int8", "int4"):
@@ -137,8 +138,9 @@ if __name__ == "__main__":
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--zero-points", nargs="+", choices=ZERO_POINTS, default=ZERO_POINTS)
     args = parser.parse_args()
     target = GPUTarget("cuda", args.arch, 32)
     for name in ("quantize", "weight_grads"):
         setattr(kernels, name, Compiled(getattr(kernels, name), target))
-    compile_all([torch.bfloat16, torch.float32], args.bits, args.group_size, args.rank, 256, 4096)
+    compile_all([torch.bfloat16, torch.float32], args.zero_points, args.bits, args.group_size, args.rank, 256, 4096)
