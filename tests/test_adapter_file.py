@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CONFIGS, HIDDEN, calibrated, lm_batches, perturb, tiny_model, tokens
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from refusals import INF, NAN, adapted, outputs, refused
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from peft_dlqat import DLQATConfig, calibrate
+from peft_dlqat import DLQATConfig, OtherBaseWarning, calibrate, pack_weights
 from peft_dlqat.layer import adapter_layers
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -330,3 +330,32 @@ def test_transformers_own_loading_is_checked_at_the_first_forward(storage, is_tr
     broken.load_adapter(tmp_path, is_trainable=is_trainable)
     with pytest.raises(ValueError, match=r"dlqat_scale of the saved adapter must be positive, but holds -1"):
         broken(tokens())
+
+
+@pytest.mark.parametrize("storage", ["full", "int4"])
+def test_a_model_may_change_before_its_first_forward(storage, tmp_path):
+    """Moved, cast or packed, after transformers' own loading: its Parameters are the same ones."""
+    model = tiny_model()
+    model.add_adapter(DLQATConfig(bits=3, group_size=32, storage=storage))
+    calibrate(model, lm_batches(1), steps=0, progress=False)
+    model.save_pretrained(tmp_path)
+    expected = model.eval()(tokens()).logits
+    loaded = tiny_model()
+    loaded.load_adapter(tmp_path)
+    loaded._apply(torch.clone)
+    pack_weights(loaded)
+    assert torch.equal(loaded(tokens()).logits, expected)
+    cast = tiny_model()
+    cast.load_adapter(tmp_path)
+    with pytest.warns(OtherBaseWarning):  # its W0 is another one now
+        cast.to(torch.bfloat16)(tokens())
+
+
+def test_a_new_adapter_by_a_saved_config(tmp_path):
+    """Nothing is loaded into it, and buffers are new ones after every move."""
+    get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    config = DLQATConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    model = get_peft_model(tiny_model(), config)
+    model._apply(torch.clone)
+    assert torch.isfinite(model(tokens()).logits).all()

@@ -142,3 +142,8 @@ def test_a_file_too_large_for_a_config_is_not_read(tmp_path):
 def test_more_names_than_a_model_has_are_refused():
     with refused(ValueError, "target_modules has 100,001 entries", "use a regex"):
         DLQATConfig(target_modules=["a"] * 100_001)
+
+
+@pytest.mark.parametrize("name", ["all-linear", "All-Linear", None])
+def test_all_linear_in_any_case(name):
+    assert DLQATConfig(target_modules=name).target_modules == "all-linear"

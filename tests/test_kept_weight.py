@@ -127,13 +127,24 @@ def test_a_model_that_has_changed_counts(change):
     assert not torch.equal(found.float(), before)
 
 
+def test_a_part_of_w0_that_was_written_counts():
+    """Whichever columns or rows."""
+    model = make()
+    weight = layer_of(model).base_layer.weight
+    for part in (slice(None), slice(0, 16)), (slice(None), slice(16, 32)), (slice(0, 12), slice(None)):
+        run(model)
+        weight.data[part] = 0
+        assert kept(model)
+        assert torch.equal(run(model), anew(model))
+
+
 def test_merging_and_switching_off():
     model = make()
     active = run(model)
     with model.disable_adapter():
         assert not torch.equal(run(model), active)
     model.merge_adapter()
-    assert torch.equal(run(model), active)
+    assert torch.equal(run(model), active) and not kept(model)
     model.unmerge_adapter()
     assert torch.equal(run(model), active) and torch.equal(anew(model), active)
 

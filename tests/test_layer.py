@@ -12,7 +12,7 @@ from foreign_layers import Net
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from peft_dlqat import DLQATConfig, calibrate, pack_weights
+from peft_dlqat import DLQATConfig, OtherBaseWarning, calibrate, pack_weights
 from peft_dlqat.layer import _warn_that_the_base_is_decoded, adapter_layers
 from peft_dlqat.quant.super_blocks import K_QUANTS
 
@@ -303,3 +303,57 @@ def test_a_layer_trains_by_itself():
     layer = next(iter(adapter_layers(adapted())[1].values()))
     assert not layer.training and layer.train() is layer and layer.training
     assert layer.train(False) is layer and not layer.training
+
+
+def test_a_state_dict_of_another_adapter_is_refused():
+    """Of one in another width of codes, and of one whose frozen parameters were left out."""
+    model, other = adapted(bits=4), adapted(bits=3)
+    before = logits(other)
+    with pytest.raises(ValueError, match=r"dlqat_spec of the state dict .*bits: 4 in the file, 3 here"):
+        other.load_state_dict(model.state_dict())
+    frozen = {name for name, parameter in other.named_parameters() if not parameter.requires_grad}
+    trained = {name: value for name, value in other.state_dict().items() if name not in frozen}
+    with pytest.raises(ValueError, match=r"but not the scales that it goes with.*DeepSpeed.*load_adapter"):
+        other.load_state_dict(trained, strict=False)
+    base = {name: value for name, value in model.state_dict().items() if ".dlqat_" not in name}
+    other.load_state_dict(base, strict=False)  # nothing of an adapter
+    assert torch.equal(logits(other), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_cast_is_the_base_of_its_adapter(dtype, tmp_path):
+    """Whether before or after the calibration; no warning of another base."""
+    for index, cast_first in enumerate((True, False)):
+        model = get_peft_model(tiny_model(), DLQATConfig(bits=3, group_size=32, init="minmax", task_type="CAUSAL_LM"))
+        model = model.to(dtype) if cast_first else model
+        calibrate(model, lm_batches(1), steps=0, progress=False)
+        if cast_first:
+            model.save_pretrained(tmp_path / str(index))
+            loaded = PeftModel.from_pretrained(tiny_model(dtype=dtype), tmp_path / str(index))
+            assert torch.equal(logits(loaded), logits(model))
+            model.load_state_dict(model.state_dict())
+            continue
+        model.to(dtype)  # its codes were of the other W0
+        with pytest.warns(OtherBaseWarning):
+            model.load_state_dict(model.state_dict())
+
+
+def test_replicas_of_data_parallel_find_their_tensors():
+    """torch puts a replica's tensors beside it as attributes, not among its parameters."""
+    entries = next(iter(adapter_layers(adapted())[1].values())).dlqat_A
+    replica = entries._replicate_for_data_parallel()
+    entry = replica._modules["default"]._replicate_for_data_parallel()
+    entry.weight = torch.ones(2)
+    replica._modules["default"] = entry
+    assert torch.equal(replica["default"], torch.ones(2)) and replica.get("default") is not None
+    assert replica.get("other") is None
+    with pytest.raises(KeyError):
+        replica["other"]
+
+
+def test_tracing():
+    config = DLQATConfig(bits=3, group_size=16, target_modules=["0"])
+    model, x = get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 8)), config).eval(), torch.randn(2, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x)
+        assert torch.equal(traced(x), model(x))

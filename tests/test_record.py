@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_dlqat.record import Record, weight_checksum
+from peft_dlqat.record import Record, sample, weight_checksum
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -12,7 +12,7 @@ def test_numbers_are_the_record(dtype, calibrated):
     record = Record(calibrated, dtype, weight_checksum(torch.randn(3, 5)))
     encoded = record.encode()
     assert encoded.dtype == torch.float32 and Record.decode(encoded) == record
-    assert Record.decode(torch.zeros(5)) == Record()
+    assert Record.decode(torch.zeros(11)) == Record()
 
 
 def test_a_checksum_is_that_of_the_numbers_and_their_shape():
@@ -31,18 +31,29 @@ def test_a_checksum_is_that_of_the_numbers_and_their_shape():
 @pytest.mark.parametrize(
     "numbers",
     [
-        [2, 1, 0, 0, 0],
-        [0, 5, 0, 0, 0],
-        [0, 1.5, 0, 0, 0],
-        [0, 1, 2**24, 0, 0],
-        [0, 1, -1, 0, 0],
-        [0, 1, 0.5, 0, 0],
-        [0, 1, float("nan"), 0, 0],
-        [0, 1, float("inf"), 0, 0],
-        [0, 1, 0, 0],
-        [0, 1, 0, 0, 0, 0],
+        [2, 1],
+        [0, 5],
+        [0, 1.5],
+        *([0, 1, value] for value in (2**8, -1, 0.5, float("nan"), float("inf"))),
     ],
 )
 def test_other_numbers_are_refused(numbers):
     with pytest.raises(ValueError, match="no record of an adapter"):
-        Record.decode(torch.tensor(numbers))
+        Record.decode(torch.tensor(numbers + (11 - len(numbers)) * [0]))
+
+
+@pytest.mark.parametrize("length", [2, 10, 12])
+def test_other_lengths_are_refused(length):
+    with pytest.raises(ValueError, match="no record of an adapter"):
+        Record.decode(torch.zeros(length))
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (256, 4096), (48, 36), (7, 5), (1, 9), (3, 1)])
+def test_a_sample_is_of_all_rows_and_columns(shape):
+    """Evenly spread over a row-major weight it would be of one column, where the one divides the other."""
+    rows, columns = torch.meshgrid(torch.arange(shape[0]), torch.arange(shape[1]), indexing="ij")
+    for count in (16, 64, 2**16):
+        found = [sample(which, count) for which in (rows, columns)]
+        assert len(found[0]) <= count
+        for seen, size in zip(found, shape, strict=True):
+            assert len(seen.unique()) >= min(size, count) // 3

@@ -3,7 +3,6 @@
 Importing the package registers the method "DLQAT" with PEFT.
 """
 
-from .adapter_file import OtherBaseWarning
 from .config import DLQATConfig
 from .evaluate import evaluate_model, evaluate_tasks
 from .export import export_formats, export_model, verify_export
@@ -14,6 +13,7 @@ from .large.memory import estimate_memory
 from .layer import DLQATLayer
 from .model import DLQATModel
 from .packing import pack_weights
+from .record import OtherBaseWarning
 from .running import adapters_disabled
 from .train.calibrate import calibrate
 from .train.callback import DLQATCallback

@@ -18,17 +18,9 @@ from .layer import NUMBERS, PREFIX, SAVED, DLQATLayer, adapter_layers
 from .layer_spec import stored_as
 from .placement import is_partitioned
 from .quant.fixed_point import STORAGES
-from .record import Record
+from .record import OtherBaseWarning, Record
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class OtherBaseWarning(UserWarning):
-    """An adapter is loaded on other base weights than it was trained on.
-
-    `warnings.simplefilter("error", peft_dlqat.OtherBaseWarning)` makes an error of it, raised before any tensor is
-    loaded, but by transformers' own `load_adapter`: there in the first forward pass.
-    """
 
 
 def tensor_key(layer: str, kind: str, adapter_name: str) -> str:

@@ -289,7 +289,9 @@ class DLQATConfig(PeftConfig):
             check_k_quant(self.bits, self.zero_point, self.group_size)
         self._check_method()
         self._check_storage()
-        self.target_modules = "all-linear" if self.target_modules is None else self._as_set(self.target_modules)
+        if self.target_modules is None or str(self.target_modules).lower() == "all-linear":  # as PEFT reads it
+            self.target_modules = "all-linear"
+        self.target_modules = self._as_set(self.target_modules)
         self.exclude_modules = self._as_set(self.exclude_modules)
         is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if is_regex and self.layers_to_transform is not None:

@@ -48,12 +48,19 @@ class Float32ParameterDict(nn.ModuleDict):
 
     def __getitem__(self, adapter_name: str) -> nn.Parameter:  # type: ignore[override]
         """The adapter's Parameter."""
-        return self._modules[adapter_name]._parameters["weight"]  # type: ignore[union-attr, return-value]
+        parameter = self.get(adapter_name)
+        if parameter is None:
+            raise KeyError(adapter_name)
+        return parameter
 
     def get(self, adapter_name: str) -> nn.Parameter | None:
         """The adapter's Parameter, or None where it has none."""
         entry = self._modules.get(adapter_name)
-        return None if entry is None else entry._parameters["weight"]
+        if entry is None:
+            return None
+        # Past nn.Module's own lookup. DataParallel's replicas have it as an attribute only.
+        parameter = entry._parameters.get("weight")
+        return entry.weight if parameter is None else parameter  # type: ignore[return-value]
 
     def __setitem__(self, adapter_name: str, parameter: nn.Parameter) -> None:  # type: ignore[override]
         """Add an adapter's, or put another in its place."""

@@ -167,6 +167,7 @@ class FrozenWeight:
 
         It is a Parameter of its own: another module may share W0's, a tied embedding for one, and keeps that.
         """
+        self._layer._kept_weight.clear()
         weight = self.as_base_layer_has_it(replacement)
         if self._layer._set_aside:
             self._parameter.data = weight

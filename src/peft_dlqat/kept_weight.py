@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .record import sample
+
 # Rows of an input up to which it is kept. With more the product costs more than the weight does, and a model that is
 # evaluated need not hold its weights twice.
 MOST_ROWS = 64
@@ -50,8 +52,7 @@ class KeptWeight:
         content = self._content  # once: other threads may run
         if content is None and rows > MOST_ROWS:
             return None
-        step = -(-weight.numel() // _SAMPLE)
-        found = [weight.detach().as_strided((weight.numel() // step,), (step,)), *tensors]
+        found = [sample(weight, _SAMPLE), *tensors]
         key = (*settings, weight.data_ptr(), weight._version, weight.shape, weight.stride())
         if content is not None and content[0] == key and all(map(torch.equal, found, content[1])):
             return content[2]

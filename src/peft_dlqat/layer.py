@@ -34,7 +34,7 @@ from .quant.fit import initialise
 from .quant.fixed_point import as_rows
 from .quant.op import fake_quantize, fake_quantize_linear, linear, quantized
 from .quant.quantizer import QuantizedWeight, Quantizer
-from .record import Record, weight_checksum
+from .record import OtherBaseWarning, Record, weight_checksum
 
 PREFIX = "dlqat_"
 # What is saved of an adapter beside its trained tensors. Scales and zeros are Parameters that take no gradient: so
@@ -59,7 +59,7 @@ class DLQATLayer(BaseTunerLayer):
     | `dlqat_zero_point`   | [out, n_groups] | z, integers, frozen as s is; only `zero_point="integer"`         |
     | `dlqat_offset`       | [out, n_groups] | b, frozen as s is; only `zero_point="float"`                     |
     | `dlqat_spec`         | [8 or more]     | buffer: `specs` as numbers, see [`LayerSpec.encode`]             |
-    | `dlqat_record`       | [5]             | buffer: a [`Record`] as numbers                                  |
+    | `dlqat_record`       | [11]            | buffer: a [`Record`] as numbers                                  |
     | `specs`              |                 | the settings, a [`LayerSpec`]                                    |
 
     All tensors are float32. But for the buffers they are Parameters; the frozen ones take no gradient. Which of the
@@ -416,8 +416,10 @@ class DLQATLayer(BaseTunerLayer):
             and spec.storage == "full"  # a packed weight, and one that is offloaded, is so to save memory
             and "_hf_hook" not in self.get_base_layer().__dict__
             and type(weight.data) is torch.Tensor
+            and weight.is_contiguous()
             and not weight.is_inference()
             and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
         )
 
     def _base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -489,7 +491,21 @@ class DLQATLinear(nn.Module, DLQATLayer):
             self._kept_weight.clear()
         return super().train(mode)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As torch's. A new adapter's record follows W0 to another dtype: a trained one stays that of its own W0."""
+        before = self.frozen.dtype
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        if self.frozen.dtype != before and not self.merged:
+            for name in self.specs:
+                if not self.dlqat_record[name].is_meta and not self.record(name).calibrated:
+                    self.dlqat_record[name].copy_(self.base_record().encode())
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, spec in self.specs.items():
+            kinds = {kind: "" if kind in NUMBERS else ".weight" for kind in (*self.adapter_layer_names, *SAVED)}
+            keys = {kind: f"{prefix}{kind}.{name}{end}" for kind, end in kinds.items()}
+            _check_complete(prefix, spec, {kind: state_dict[key] for kind, key in keys.items() if key in state_dict})
         weight = state_dict.get(f"{prefix}base_layer.weight")
         self.frozen.check_same_kind(weight)
         if weight is not None and type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point():
@@ -505,7 +521,8 @@ class DLQATLinear(nn.Module, DLQATLayer):
             warnings.warn(
                 "the base weights of the state dict are not those that its adapter was trained on: it was taken while "
                 "merged, or in another dtype, and is another model here. Take it after unmerge_adapter(), or save the "
-                "adapter by save_pretrained()."
+                "adapter by save_pretrained().",
+                OtherBaseWarning,
             )
 
     def __repr__(self) -> str:
@@ -516,6 +533,21 @@ class DLQATLinear(nn.Module, DLQATLayer):
         """The grids, by adapter."""
         grids = {name: spec.grid for name, spec in self.specs.items()}
         return f"in_features={self.in_features}, out_features={self.out_features}, grids={grids}"
+
+
+def _check_complete(prefix: str, spec: LayerSpec, found: dict[str, torch.Tensor]) -> None:
+    """Refuse an adapter's tensors of a state dict that mean another weight here, or lack what they go with."""
+    encoded = found.get("dlqat_spec")
+    if encoded is not None and not encoded.is_meta and (differences := spec.differences(encoded)):
+        raise ValueError(
+            f"{prefix}dlqat_spec of the state dict was made with another config ({'; '.join(differences)}); make the "
+            "model with that config."
+        )
+    if found and "dlqat_scale" not in found:
+        raise ValueError(
+            f"the state dict has {prefix}{next(iter(found))}, but not the scales that it goes with: frozen parameters "
+            "were left out, as in DeepSpeed's checkpoints; load the adapter's own file by load_adapter()."
+        )
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from .adapter_file import check_loaded, check_state, tensor_key, warn_of_other_base, with_current_names
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .frozen import check_float_weight
-from .layer import PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated
+from .layer import NUMBERS, PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated
 from .layer_spec import LayerSpec, setting, stored_as
 from .placement import at_hand, check_here, full_shape
 from .quant.fixed_point import STORAGES
@@ -60,7 +60,7 @@ class DLQATModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._warned: set[str] = set()
         self._unchecked: set[str] = set()
-        self._before_loading: dict[str, _BeforeLoading] = {}
+        self._before_loading: dict[str, dict[str, nn.Parameter]] = {}
         self._training_was_seen = False
         super().__init__(*args, **kwargs)
         # Not `forward`: PEFT calls the model itself where there is no task type, and transformers' add_adapter always.
@@ -201,7 +201,7 @@ class DLQATModel(BaseTuner):
         if (targets == "all-linear" or targets is config.all_linear) and layers == config.layers_to_transform:
             config.all_linear = config.target_modules
         if config.was_saved and not kwargs.get("low_cpu_mem_usage"):
-            self._before_loading[adapter_name] = _before_loading(model, adapter_name)
+            self._before_loading[adapter_name] = _parameters(model)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; warns where several adapters become active."""
@@ -344,54 +344,34 @@ class DLQATModel(BaseTuner):
         return checked
 
 
-@dataclass(frozen=True)
-class _BeforeLoading:
-    """What a model held when a saved adapter was put into it, before that one's tensors came.
-
-    Attributes:
-        own: the adapter's tensors.
-        base: checksums of the model's other ones.
-    """
-
-    own: dict[str, torch.Tensor]
-    base: dict[str, int]
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
-def _before_loading(model: nn.Module, adapter_name: str) -> _BeforeLoading:
-    own, others = _own_and_others(model, adapter_name)
-    here = {key: tensor for key, tensor in others.items() if not tensor.is_meta and tensor.numel()}
-    return _BeforeLoading(own, {key: weight_checksum(tensor) for key, tensor in here.items()})
-
-
-def _own_and_others(model: nn.Module, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """An adapter's tensors, and those of no adapter."""
-    state = model.state_dict(keep_vars=True)
-    own = re.compile(rf"\.{PREFIX}\w+\.{re.escape(adapter_name)}(\.weight)?$")
-    return (
-        {key: tensor for key, tensor in state.items() if own.search(key)},
-        {key: tensor for key, tensor in state.items() if f".{PREFIX}" not in key and ".modules_to_save." not in key},
-    )
-
-
-def _check_replaced(model: nn.Module, adapter_name: str, config: DLQATConfig, before: _BeforeLoading) -> None:
+def _check_replaced(model: nn.Module, adapter_name: str, config: DLQATConfig, before: dict[str, nn.Parameter]) -> None:
     """Refuse what transformers' own `load_adapter` has loaded, which asks nobody, as PEFT's loading is refused.
 
     It puts new Parameters into the places of those that were made, and of the base model's where the file has some.
 
+    Args:
+        model: the model.
+        adapter_name: the adapter.
+        config: its config.
+        before: the model's Parameters when the adapter was put into it.
+
     Raises:
         ValueError: as `check_state`.
     """
-    own, others = _own_and_others(model, adapter_name)
-    loaded = {key: tensor.detach() for key, tensor in own.items() if tensor is not before.own.get(key)}
-    if not any(".dlqat_spec." in key for key in loaded):
+    replaced = {key: value.detach() for key, value in _parameters(model).items() if value is not before.get(key)}
+    of_others = re.compile(rf"\.{PREFIX}\w+\.(?!{re.escape(adapter_name)}(\.|$))")
+    replaced = {key: value for key, value in replaced.items() if not of_others.search(key)}
+    if not any(f".{PREFIX}" in key for key in replaced):
         return
-    changed = {
-        key: tensor.detach()
-        for key, tensor in others.items()
-        if key in before.base and weight_checksum(tensor) != before.base[key]
-    }
-    in_full = {key: tensor for key, tensor in model.state_dict().items() if f".modules_to_save.{adapter_name}." in key}
-    check_state(model, adapter_name, loaded | changed | in_full, config.storage, biases=config.bias != "none")
+    numbers = re.compile(rf"\.({'|'.join(NUMBERS)})\.{re.escape(adapter_name)}$")
+    own = re.compile(rf"{numbers.pattern}|\.modules_to_save\.{re.escape(adapter_name)}\.")
+    beside = {key: value for key, value in model.state_dict().items() if own.search(key)}
+    in_full = {key: value for key, value in replaced.items() if ".modules_to_save." not in key}
+    check_state(model, adapter_name, in_full | beside, config.storage, biases=config.bias != "none")
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
 
 # Names are only appended; the first stands for any other, or none.
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Of so many bits each number of a checksum is: float32 holds them exactly.
-_BITS, _PARTS = 24, 3
+# Of so many bits each number of a checksum is, and so many there are: bfloat16 holds them exactly, too.
+_BITS, _PARTS = 8, 9
 # Values of a weight that are looked at: other weights differ in nearly all of them, and the whole of a large model
 # would take minutes.
 _SAMPLE = 2**16
+
+
+class OtherBaseWarning(UserWarning):
+    """An adapter is loaded on other base weights than it was trained on.
+
+    `warnings.simplefilter("error", peft_dlqat.OtherBaseWarning)` makes an error of it, raised before any tensor is
+    loaded, but by transformers' own `load_adapter`: there in the first forward pass.
+    """
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Record:
         return cls(dtype=dtype, checksum=weight_checksum(weight))
 
     def encode(self) -> torch.Tensor:
-        """As numbers: [calibrated, dtype, three of the checksum], float32 [5]."""
+        """As numbers: [calibrated, dtype, nine of the checksum], float32 [11]."""
         parts = [self.checksum >> _BITS * part & 2**_BITS - 1 for part in range(_PARTS)]
         return torch.tensor([self.calibrated, _DTYPES.index(self.dtype), *parts], device="cpu", dtype=torch.float32)
 
@@ -63,9 +72,14 @@ def weight_checksum(weight: torch.Tensor) -> int:
 
     Of 72 bits, and never 0.
     """
-    values = weight.detach().reshape(-1)
-    step = -(-values.numel() // _SAMPLE)
-    sample = values[::step].float().cpu().contiguous()
     digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-    digest.update(sample.numpy().tobytes())
+    digest.update(sample(weight, _SAMPLE).float().cpu().contiguous().numpy().tobytes())
     return int.from_bytes(digest.digest()[: _BITS * _PARTS // 8], "big") or 1
+
+
+def sample(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """At most so many of a weight's values, evenly spread: of all rows and of all columns."""
+    step = max(1, -(-weight.numel() // count))
+    while math.gcd(step, weight.shape[-1]) > 1:  # or only some columns would be seen
+        step += 1
+    return weight.detach().reshape(-1)[::step]

@@ -71,7 +71,7 @@ def check_matching_ends(settings: dict[str, Any], names: Iterable[str]) -> None:
         ValueError: names the first of them.
     """
     slow = [(field, regex) for field, regex in _regexes(settings) if not _surely_quick(regex)]
-    if not slow:
+    if not slow or not sys.executable:  # inside another program there may be no interpreter to try them with
         return
     tried = json.dumps([[_as_used(*entry) for entry in slow], list(names)])
     command = [sys.executable, "-I", "-S", "-c", _TRY]

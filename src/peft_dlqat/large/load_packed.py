@@ -11,11 +11,11 @@ from peft import PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..adapter_file import OtherBaseWarning
 from ..config import DLQATConfig
 from ..layer import adapter_layers
 from ..model import check_target
 from ..packing import warn_if_trained
+from ..record import OtherBaseWarning
 from .checkpoint import Checkpoint, holder, initialise_layer, skeleton, weights_folder
 
 

@@ -16,6 +16,7 @@ from ..config import DLQATConfig
 from ..decoder import NoDecoderLayers
 from ..layer import adapter_layers
 from ..packing import check_packable, pack_weights
+from ..placement import is_partitioned
 from ..quant.fit import WEIGHTED
 from ..running import gives_distribution, random_state_kept
 from .blocks import BlockError, calibrate_by_blocks
@@ -214,6 +215,11 @@ def calibrate(
             result = _on_model_loss(model, loss, descent, config.init, compared, by, progress, cache_dir, report)
     for layer in layers.values():
         layer.set_record(adapter_name, calibrated=True)
+        if layer.record(adapter_name).dtype != layer.frozen.dtype and not is_partitioned(
+            layer.get_base_layer().weight
+        ):
+            own = layer.base_record()  # the model was cast since the adapter was made
+            layer.set_record(adapter_name, dtype=own.dtype, checksum=own.checksum)
     if has_reference:
         renew_reference(layers.values(), adapter_name)
     pack_weights(model, adapter_name)
