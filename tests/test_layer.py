@@ -351,6 +351,8 @@ def test_replicas_of_data_parallel_find_their_tensors():
         replica["other"]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_tracing():
     config = DLQATConfig(bits=3, group_size=16, target_modules=["0"])
     model, x = get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 8)), config).eval(), torch.randn(2, 32)
