@@ -80,19 +80,20 @@ def _of_tensors(directory: str | os.PathLike[str]) -> list[str]:
     file = Path(directory, SAFETENSORS_WEIGHTS_NAME)
     if not file.is_file():
         return []
-    trained, adapted, calibrated = 0, 0, True
+    trained, own, adapted, calibrated = 0, 0, 0, True
     with safe_open(file, framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118  no mapping
             kind = re.search(r"\.dlqat_(scale|zero_point|offset|spec|record)\b", key)
             size = math.prod(tensors.get_slice(key).get_shape())
             if kind is None:
                 trained += size
+                own += size if ".dlqat_" in key else 0  # not modules_to_save and biases
             elif kind[1] == "scale":
                 group_size = tensors.get_tensor(re.sub(r"dlqat_scale.*", "dlqat_spec", key))[1]
                 adapted += size * int(group_size)
             elif kind[1] == "record":
                 calibrated &= bool(tensors.get_tensor(key)[0])
-    share = f", {trained / adapted:.2%} of the weights that they adapt" if adapted else ""
+    share = f", the adapter's own {own / adapted:.2%} of the weights that it adapts" if adapted else ""
     how = "done" if calibrated else "none: trained on the initial scales and zeros"
     return [f"| parameters | {trained:,} beside scales and zeros{share} |", f"| calibration | {how} |"]
 
