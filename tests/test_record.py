@@ -57,3 +57,10 @@ def test_a_sample_is_of_all_rows_and_columns(shape):
         assert len(found[0]) <= count
         for seen, size in zip(found, shape, strict=True):
             assert len(seen.unique()) >= min(size, count) // 3
+
+
+def test_a_record_fits_the_weight_it_is_of_and_what_is_not_known():
+    weight = torch.randn(4, 8)
+    own, other, unknown = Record.of_weight(weight), Record.of_weight(weight + 1), Record()
+    assert own.fits(own) and own.fits(unknown) and unknown.fits(own)
+    assert own.fits(Record.of_weight(weight.double())) and not own.fits(other) and not other.fits(own)

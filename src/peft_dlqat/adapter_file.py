@@ -166,7 +166,7 @@ def warn_of_other_base(adapter_name: str, layers: Mapping[str, DLQATLayer], reco
     others, dtypes = [], set()
     for name, recorded in records.items():
         found = layers[name].base_record()
-        if recorded.checksum and found.checksum not in (0, recorded.checksum):
+        if not recorded.fits(found):
             others.append(name)
             dtypes.add(f"{_in_words(recorded.dtype)} there, {_in_words(found.dtype)} here")
     if others:

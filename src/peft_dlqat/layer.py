@@ -34,7 +34,7 @@ from .quant.fit import initialise
 from .quant.fixed_point import as_rows
 from .quant.op import fake_quantize, fake_quantize_linear, linear, quantized
 from .quant.quantizer import QuantizedWeight, Quantizer
-from .record import OtherBaseWarning, Record, weight_checksum
+from .record import OtherBaseWarning, Record
 
 PREFIX = "dlqat_"
 # What is saved of an adapter beside its trained tensors. Scales and zeros are Parameters that take no gradient: so
@@ -514,10 +514,11 @@ class DLQATLinear(nn.Module, DLQATLayer):
 
     def _warn_if_other_base(self, state_dict: dict[str, Any], prefix: str, weight: torch.Tensor) -> None:
         """Warn, in words that are the same for each layer, if the W0 of a state dict is not its adapters' own."""
-        if self.merged or weight.is_meta:
-            return
         records = [Record.decode(state_dict[key]) for name in self.specs if (key := prefix + name) in state_dict]
-        if any(record.checksum not in (0, weight_checksum(weight)) for record in records):
+        if self.merged or weight.is_meta or not records:
+            return
+        base = Record.of_weight(weight)
+        if not all(record.fits(base) for record in records):
             warnings.warn(
                 "the base weights of the state dict are not those that its adapter was trained on: it was taken while "
                 "merged, or in another dtype, and is another model here. Take it after unmerge_adapter(), or save the "

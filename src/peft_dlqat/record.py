@@ -45,6 +45,10 @@ class Record:
         dtype = weight.dtype if weight.dtype in _DTYPES else None
         return cls(dtype=dtype, checksum=weight_checksum(weight))
 
+    def fits(self, base: Record) -> bool:
+        """Whether an adapter with this record belongs to the W0 that `base` is of, as far as both are known."""
+        return 0 in (self.checksum, base.checksum) or self.checksum == base.checksum
+
     def encode(self) -> torch.Tensor:
         """As numbers: [calibrated, dtype, nine of the checksum], float32 [11]."""
         parts = [self.checksum >> _BITS * part & 2**_BITS - 1 for part in range(_PARTS)]

@@ -118,7 +118,7 @@ class Source:
         return [path for path in self.layers if not self._with_weight(path, self._on_own_weight)]
 
     def _on_own_weight(self, layer: DLQATLayer) -> bool:
-        return layer.record(self.adapter_name).checksum in (0, layer.base_record().checksum)
+        return layer.record(self.adapter_name).fits(layer.base_record())
 
     @property
     def embedding(self) -> str:

@@ -101,7 +101,7 @@ def load_packed(
             initialise_layer(model, adapter_name, name, layer)
         else:
             check_target(name, layer)
-            if layer.record(adapter_name).checksum not in (0, layer.base_record().checksum):
+            if not layer.record(adapter_name).fits(layer.base_record()):
                 others.append(name)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.frozen.pack(adapter_name, config.storage)
