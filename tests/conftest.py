@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from peft_dlqat.layer import adapter_layers, is_calibrated
+from peft_dlqat.layer import DLQATLayer, adapter_layers, is_calibrated
 
 VOCAB = 64
 HIDDEN = 64
@@ -109,11 +109,22 @@ def lm_batches(count: int = 4, batch: int = 4, length: int = 16) -> list[dict[st
 
 def perturb(model: torch.nn.Module, seed: int = 0) -> None:
     """Move all that trains of every adapter away from its start, as training would; B counts in steps of the grid."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, units = torch.Generator().manual_seed(seed), units_of(model)
     for name, parameter in model.named_parameters():
-        if ".dlqat_" in name and not name.split(".dlqat_")[1].startswith(("scale", "zero_point", "offset")):
+        if parameter in units:
             size = 0.2 if "magnitude" in name else 1.0 if "dlqat_B" in name else 0.1
-            parameter.data += size * torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.data += size / units[parameter] * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+def units_of(model: torch.nn.Module) -> dict[torch.nn.Parameter, float]:
+    """All that trains of every adapter, each with its unit."""
+    layers = [layer for layer in model.modules() if isinstance(layer, DLQATLayer)]
+    return {
+        parameter: tensor.unit
+        for layer in layers
+        for name in layer.specs
+        for tensor, parameter in layer.trained(name).values()
+    }
 
 
 def say_calibrated(model: torch.nn.Module, calibrated: bool = True) -> None:

@@ -19,8 +19,6 @@ from .train.calibrate import calibrate
 from .train.callback import DLQATCallback
 from .train.distillation import DistillationLoss, distillation_loss
 from .train.generate import generate_dataset
-from .train.optimizer import create_dlqat_optimizer
-from .train.recipe import RECIPE
 from .train.report import grid_report
 from .train.teacher_cache import TeacherCache
 
@@ -30,7 +28,6 @@ extend_peft_type()
 register(DLQATConfig, DLQATModel)
 
 __all__ = [
-    "RECIPE",
     "DLQATCallback",
     "DLQATConfig",
     "DLQATLayer",
@@ -41,7 +38,6 @@ __all__ = [
     "adapters_disabled",
     "calibrate",
     "calibrate_from_disk",
-    "create_dlqat_optimizer",
     "distillation_loss",
     "estimate_memory",
     "evaluate_model",

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .layer import NUMBERS, PREFIX, SAVED, DLQATLayer, adapter_layers
+from .layer import NUMBERS, PREFIX, SAVED, DLQATLayer, adapter_layers, warn_of_inexact
 from .layer_spec import stored_as
 from .placement import is_partitioned
 from .quant.fixed_point import STORAGES
@@ -111,9 +111,14 @@ def check_state(
     for key in expected:
         _check_numbers(key.removesuffix(".weight").removesuffix(f".{adapter_name}"), found[key])
         found[key] = found[key].float()  # low_cpu_mem_usage puts it in the place of ours
+    inexact = 0
     for name, layer in layers.items():
-        own = {kind: found.get(tensor_key(name, kind, adapter_name)) for kind in SAVED}
-        _check_layer(name, layer, adapter_name, own, storage)
+        keys = {kind: tensor_key(name, kind, adapter_name) for kind in (*layer.adapter_layer_names, *SAVED)}
+        own = {kind: found[key] for kind, key in keys.items() if key in found}
+        inexact += layer.convert(adapter_name, own)
+        found.update({keys[kind]: tensor for kind, tensor in own.items()})
+        _check_layer(name, layer, adapter_name, {kind: own.get(kind) for kind in SAVED}, storage)
+    warn_of_inexact(inexact)
     again = {
         second + key.removeprefix(first): value
         for second, first in second_names.items()
@@ -144,12 +149,13 @@ def check_loaded(model: nn.Module, adapter_name: str, storage: str) -> None:
     Raises:
         ValueError: for settings that are not the config's, and scales or zeros that no grid has.
     """
-    layers, records = adapter_layers(model, adapter_name)[1], {}
+    layers, records, inexact = adapter_layers(model, adapter_name)[1], {}, 0
     for name, layer in layers.items():
         state = {kind: getattr(layer, kind).get(adapter_name) for kind in SAVED}
         scale = state["dlqat_scale"]
         if scale is None or scale.is_meta or type(scale.data) is not torch.Tensor or is_partitioned(scale):
             continue  # not there, or a shard of it
+        inexact += _convert_in_place(layer, adapter_name)
         encoded = state["dlqat_spec"]
         assert encoded is not None
         _check_layer(name, layer, adapter_name, state, storage)
@@ -158,7 +164,21 @@ def check_loaded(model: nn.Module, adapter_name: str, storage: str) -> None:
             layer.set_storage(adapter_name, kept)
         if (record := layer.record(adapter_name)).calibrated:  # a new one is not
             records[name] = record
+    warn_of_inexact(inexact)
     warn_of_other_base(adapter_name, layers, records)
+
+
+@torch.no_grad()
+def _convert_in_place(layer: DLQATLayer, adapter_name: str) -> int:
+    """Bring tensors of an older file up to date where they lie, see `DLQATLayer.convert`."""
+    kinds = (*layer.adapter_layer_names, *SAVED)
+    own = {kind: entries[adapter_name] for kind in kinds if adapter_name in (entries := getattr(layer, kind))}
+    new = dict(own)
+    inexact = layer.convert(adapter_name, new)
+    for kind, tensor in own.items():
+        if new[kind] is not tensor:
+            tensor.data.copy_(new[kind])
+    return inexact
 
 
 def warn_of_other_base(adapter_name: str, layers: Mapping[str, DLQATLayer], records: Mapping[str, Record]) -> None:

@@ -52,8 +52,8 @@ class DLQATLayer(BaseTunerLayer):
     | name                 | shape           | kind                                                             |
     |----------------------|-----------------|------------------------------------------------------------------|
     | `dlqat_A`            | [r, in]         | trained; of QA-LoRA, [r, n_groups]                               |
-    | `dlqat_B`            | [out, r]        | trained; starts at zero                                          |
-    | `dlqat_magnitude`    | [out, n_groups] | m, trained; starts at one; `magnitude="row"`: [out, 1]           |
+    | `dlqat_B`            | [out, r]        | trained; zero at the start                                       |
+    | `dlqat_magnitude`    | [out, n_groups] | m, trained; one at the start; `magnitude="row"`: [out, 1]        |
     | `dlqat_shift`        | [out, n_groups] | trained move of the zero in codes; L4Q, DL-QAT with an offset    |
     | `dlqat_scale`        | [out, n_groups] | s; calibrated, then frozen                                       |
     | `dlqat_zero_point`   | [out, n_groups] | z, integers, frozen as s is; only `zero_point="integer"`         |
@@ -62,9 +62,10 @@ class DLQATLayer(BaseTunerLayer):
     | `dlqat_record`       | [11]            | buffer: a [`Record`] as numbers                                  |
     | `specs`              |                 | the settings, a [`LayerSpec`]                                    |
 
-    All tensors are float32. But for the buffers they are Parameters; the frozen ones take no gradient. Which of the
-    trained ones there are is the method's choice; one that is not in this table gets a dict of its own when the
-    adapter is added. `frozen` is W0, a [`FrozenWeight`].
+    All tensors are float32. But for the buffers they are Parameters; the frozen ones take no gradient. The trained
+    ones count from their start, each in a unit of its own, see [`TrainedTensor`]. Which of them there are is the
+    method's choice; one that is not in this table gets a dict of its own when the adapter is added. `frozen` is W0, a
+    [`FrozenWeight`].
     """
 
     adapter_layer_names: tuple[str, ...] = ("dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_shift")
@@ -128,10 +129,10 @@ class DLQATLayer(BaseTunerLayer):
         self.dlqat_record[adapter_name] = record.encode().to(device)
         for name, tensor in spec.trained(self.out_features, self.in_features).items():
             # All state is float32 whatever the base and `autocast_adapter_dtype`: an A rounded on loading moves codes.
-            data = torch.full(tensor.shape, tensor.start or 0.0, device=device, dtype=torch.float32)
-            self._tensors_named(name)[adapter_name] = parameter = nn.Parameter(data)
+            data = torch.zeros(tensor.shape, device=device, dtype=torch.float32)
             if tensor.start is None or (name == "B" and not init_weights):
-                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+                nn.init.kaiming_uniform_(data, a=math.sqrt(5)).div_(tensor.unit)
+            self._tensors_named(name)[adapter_name] = nn.Parameter(data)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -197,10 +198,28 @@ class DLQATLayer(BaseTunerLayer):
         described = self.specs[adapter_name].trained(self.out_features, self.in_features)
         return {name: (tensor, self._tensors_named(name)[adapter_name]) for name, tensor in described.items()}
 
+    @torch.no_grad()
+    def convert(self, adapter_name: str, state: dict[str, torch.Tensor]) -> int:
+        """Bring an adapter's tensors of the last format up to date, in a dict of them by kind, such as `dlqat_A`.
+
+        Returns:
+            Of how many numbers the value is not the same to the bit.
+        """
+        spec, encoded, inexact = self.specs[adapter_name], state.get("dlqat_spec"), 0
+        if encoded is None or encoded.is_meta or not spec.is_older(encoded):
+            return 0
+        for name, tensor in spec.trained(self.out_features, self.in_features).items():
+            value = state.get(f"{PREFIX}{name}")
+            if value is not None:
+                state[f"{PREFIX}{name}"] = parameter = tensor.parameter(value.float())
+                inexact += int((tensor.value(parameter) != value.float()).sum())
+        state["dlqat_spec"] = spec.of_this_format(encoded)
+        return inexact
+
     def moved(self, adapter_name: str) -> bool:
         """Whether a trained tensor is no longer as it started."""
         return any(
-            tensor.start is not None and bool((parameter != tensor.start).any())
+            tensor.start is not None and bool(parameter.any())
             for tensor, parameter in self.trained(adapter_name).values()
         )
 
@@ -210,20 +229,17 @@ class DLQATLayer(BaseTunerLayer):
         Raises:
             ValueError: for a trained tensor that is not float32.
         """
-        modules, trained = self._modules, {}  # past nn.Module's own lookup, which costs a microsecond each time
-        for name in self.adapter_layer_names:
-            parameter = modules[name].get(adapter_name)  # type: ignore[union-attr]
-            if parameter is not None:
-                trained[name.removeprefix(PREFIX)] = parameter
         spec, (s, zero) = self.specs[adapter_name], self.scales_and_zeros(adapter_name)
-        for name, tensor in (*trained.items(), ("scale", s), ("zero", zero)):
-            if tensor is not None and tensor.dtype != torch.float32:
-                raise ValueError(
-                    f"{name} arrives in {str(tensor.dtype).removeprefix('torch.')}, but codes are chosen in float32: "
-                    "FSDP2's mixed precision has rounded it; leave param_dtype (fsdp mixed precision, bf16=True) out, "
-                    "and load the base model in bfloat16."
-                )
-        return AdapterTensors(spec.grid, spec.scaling, s, zero, trained, spec.others)
+        modules, scaling, trained = self._modules, spec.scaling, {}  # past nn.Module's own, slow lookup
+        for name, tensor in spec.trained(self.out_features, self.in_features).items():
+            parameter: Any = modules[PREFIX + name][adapter_name]  # type: ignore[index]
+            _check_float32(name, parameter)
+            trained[name] = parameter if tensor.in_scaling else tensor.value(parameter)
+            scaling *= tensor.unit if tensor.in_scaling else 1
+        _check_float32("scale", s)
+        if zero is not None:
+            _check_float32("zero", zero)
+        return AdapterTensors(spec.grid, scaling, s, zero, trained, spec.others)
 
     def quantizer(self, adapter_name: str) -> Quantizer:
         """The way of the weight into the grid and out of it, differentiable in what the adapter's method trains."""
@@ -505,7 +521,10 @@ class DLQATLinear(nn.Module, DLQATLayer):
         for name, spec in self.specs.items():
             kinds = {kind: "" if kind in NUMBERS else ".weight" for kind in (*self.adapter_layer_names, *SAVED)}
             keys = {kind: f"{prefix}{kind}.{name}{end}" for kind, end in kinds.items()}
-            _check_complete(prefix, spec, {kind: state_dict[key] for kind, key in keys.items() if key in state_dict})
+            found = {kind: state_dict[key] for kind, key in keys.items() if key in state_dict}
+            warn_of_inexact(self.convert(name, found))
+            state_dict.update({keys[kind]: tensor for kind, tensor in found.items()})
+            _check_complete(prefix, spec, found)
         weight = state_dict.get(f"{prefix}base_layer.weight")
         self.frozen.check_same_kind(weight)
         if weight is not None and type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point():
@@ -551,6 +570,15 @@ def _check_complete(prefix: str, spec: LayerSpec, found: dict[str, torch.Tensor]
         )
 
 
+def _check_float32(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise ValueError(
+            f"{name} arrives in {str(tensor.dtype).removeprefix('torch.')}, but codes are chosen in float32: "
+            "FSDP2's mixed precision has rounded it; leave param_dtype (fsdp mixed precision, bf16=True) out, "
+            "and load the base model in bfloat16."
+        )
+
+
 def is_plain(layer: nn.Module) -> bool:
     """Whether a linear layer does nothing but y = x @ W.T + bias: no forward of its own, and no hooks."""
     own = layer.__dict__
@@ -588,6 +616,16 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
         known = sorted({adapter for layer in layers.values() for adapter in layer.specs})
         raise ValueError(f"there is no DL-QAT adapter {adapter_name!r}; the model has {known}.")
     return adapter_name, found
+
+
+def warn_of_inexact(count: int) -> None:
+    """Say that an older file's numbers have no exact counterpart in the units of today, if some have none."""
+    if count:
+        warnings.warn(
+            f"{count} magnitudes of the saved adapter, which is of an older version, lie below 0.5 and are rounded in "
+            "the units of this one, by less than 1e-7; a few of their scales may ship one bit off.",
+            stacklevel=2,
+        )
 
 
 def is_calibrated(layers: Collection[DLQATLayer], adapter_name: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from .methods import METHODS, Method, TrainedTensor
 from .quant.fixed_point import STORAGES, storage_of
 from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid, largest_group
 
-# Raised when the meaning of saved tensors changes. In 2, B counts in units of the step.
-_FORMAT = 2
+# Raised when the meaning of saved tensors changes. In 2, B counts in units of the step; in 3, all that trains counts
+# from its start, in units of its own.
+_FORMAT = 3
 _STORAGE = "storage"
+_FORMAT_AT = 7  # among the numbers
 _PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # as PEFT calls them
 
 
@@ -92,7 +95,7 @@ class LayerSpec:
 
     def trained(self, out_features: int, in_features: int) -> dict[str, TrainedTensor]:
         """The tensors that train, by name."""
-        return self.method.trained(self.grid, out_features, in_features // self.grid.group_size, self.r)
+        return _trained(self.method, self.grid, out_features, in_features // self.grid.group_size, self.r)
 
     def _numbers(self) -> dict[str, float]:
         numbers = {
@@ -133,6 +136,16 @@ class LayerSpec:
             if name != _STORAGE and not abs(theirs - ours) <= 1e-5 * abs(ours)
         ]
 
+    def is_older(self, encoded: torch.Tensor) -> bool:
+        """Whether a file's numbers are of the last format; `DLQATLayer.convert` brings its tensors up to date."""
+        return encoded.dim() == 1 and len(encoded) > _FORMAT_AT and encoded[_FORMAT_AT].item() == _FORMAT - 1
+
+    def of_this_format(self, encoded: torch.Tensor) -> torch.Tensor:
+        """A file's numbers when its tensors have been brought up to date."""
+        encoded = encoded.clone()
+        encoded[_FORMAT_AT] = _FORMAT
+        return encoded
+
     def _in_words(self, name: str, number: float) -> object:
         known: dict[str, dict[int, str]] = {
             "zero_point": dict(enumerate(ZERO_POINTS)),
@@ -142,6 +155,11 @@ class LayerSpec:
         if name in known:
             return repr(known[name][int(number)]) if int(number) in known[name] else number
         return round(number, 6) if number != int(number) else int(number)
+
+
+@cache
+def _trained(method: Method, grid: Grid, out_features: int, n_groups: int, r: int) -> dict[str, TrainedTensor]:
+    return method.trained(grid, out_features, n_groups, r)
 
 
 def pattern_of(key: str) -> str:

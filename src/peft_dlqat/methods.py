@@ -10,7 +10,7 @@
     QA-LoRA   2309.14717   s, b; no update              s, b + scaling * t * BA     A [r, n_groups], B
 
 To add a method, write a class and put it into `METHODS`. Nothing else has to know of it: saving, loading, merge,
-export, the optimiser's groups and the fit by blocks ask the method.
+export, learning rates and the fit by blocks ask the method.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class AdapterTensors:
 
     Attributes:
         grid: the format of the codes.
-        scaling: lora_alpha / r.
+        scaling: lora_alpha / r, times the units of A and B.
         s: calibrated scale, frozen while training [out, n_groups].
         zero: calibrated zero: z, b, or None [out, n_groups].
-        trained: the method's own tensors, by name.
+        trained: the values of the method's own tensors, by name; of A and B the parameters, see `scaling`.
         others: values of the config's further layer settings, see `layer_spec`.
     """
 
@@ -55,24 +55,37 @@ class AdapterTensors:
 class TrainedTensor:
     """What must be known of a tensor that trains.
 
+    Its parameter counts from the start, in units: value = start + unit * parameter. Adam moves every parameter by
+    about the learning rate, so the unit says how far the value moves. With these units LoRA's learning rates are right
+    for all of them, and weight decay pulls each to its start.
+
     Attributes:
         shape: its shape.
-        start: the value of all its numbers in a fresh adapter. None: drawn at random, as LoRA's A is; such a tensor
-            does not tell whether the adapter was trained.
-        lr_factor: its learning rate over that of A and B.
-        decays: whether weight decay may pull it to 0.
-        block_step: in a calibration by blocks, how far a learning rate of 1 moves one of its numbers.
+        start: its value in a fresh adapter. None: drawn at random, as LoRA's A is; such a tensor does not tell whether
+            the adapter was trained.
+        unit: a power of two, so that no value is rounded by it.
+        in_scaling: whether the method gets the parameter, and its unit as a factor of `AdapterTensors.scaling`: so it
+            is with A and B, of which only the product counts.
+        block_step: in a calibration by blocks, how far a learning rate of 1 moves the parameter.
     """
 
     shape: tuple[int, ...]
     start: float | None
-    lr_factor: float = 1.0
-    decays: bool = True
+    unit: float = 1.0
+    in_scaling: bool = False
     block_step: float | Callable[[AdapterTensors], float] = 1.0
 
+    def value(self, parameter: torch.Tensor) -> torch.Tensor:
+        """What the parameter stands for."""
+        return torch.rsub(parameter, self.start or 0.0, alpha=-self.unit)  # one kernel
 
-# Learning rate of m and shift over that of A and B, found by distilling a model of 260 k parameters.
-_LR_FACTOR = 6.0
+    def parameter(self, value: torch.Tensor) -> torch.Tensor:
+        """What stands for the value; exact unless it lies further below its start than half of it."""
+        return (value - (self.start or 0.0)) / self.unit
+
+
+# Found by distilling models of 64 to 576 hidden units with a learning rate of 2e-4, see docs/benchmarks.md.
+_UNIT = 64.0
 # Steps of the grid by which `block_step` of B moves a weight. Of 0.05 to 2, 0.2 and 0.6 gave the lowest divergence on
 # a small pretrained Llama, at 2 and at 3 bits.
 _UPDATE = 0.4
@@ -90,17 +103,21 @@ def _block_step_of_b(tensors: AdapterTensors) -> float:
     return _UPDATE / (_size_of_a(tensors) * math.sqrt(len(tensors.trained["A"])) * tensors.scaling)
 
 
+def _unit_of_a(columns: int) -> float:
+    return _UNIT
+
+
 def low_rank(out_features: int, columns: int, r: int) -> dict[str, TrainedTensor]:
     """A [r, columns] and B [out, r]."""
     return {
-        "A": TrainedTensor((r, columns), None, block_step=_block_step_of_a),
-        "B": TrainedTensor((out_features, r), 0.0, block_step=_block_step_of_b),
+        "A": TrainedTensor((r, columns), None, _unit_of_a(columns), in_scaling=True, block_step=_block_step_of_a),
+        "B": TrainedTensor((out_features, r), 0.0, _UNIT, in_scaling=True, block_step=_block_step_of_b),
     }
 
 
-def shift(out_features: int, n_groups: int, lr_factor: float = _LR_FACTOR) -> dict[str, TrainedTensor]:
-    """A move of the zero [out, n_groups], in units of codes."""
-    return {"shift": TrainedTensor((out_features, n_groups), 0.0, lr_factor, decays=False)}
+def shift(out_features: int, n_groups: int, unit: float = _UNIT) -> dict[str, TrainedTensor]:
+    """A move of the zero [out, n_groups], in codes."""
+    return {"shift": TrainedTensor((out_features, n_groups), 0.0, unit, block_step=1 / unit)}
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ class Method(ABC):
         magnitudes: those that go with it, its own first.
         zero_points: kinds of zero that go with it.
         trains_step: whether what W0 is divided by moves while training.
-        lr_factor: of m and shift, see `TrainedTensor`.
+        unit: of m and shift, see `TrainedTensor`.
         lowrank: whether gradient="lowrank" goes with it, where no magnitude is a group's (see `quant.lowrank`).
     """
 
@@ -129,7 +146,7 @@ class Method(ABC):
     magnitudes: ClassVar[tuple[Magnitude, ...]] = ("group",)
     zero_points: ClassVar[tuple[ZeroPoint, ...]] = ("none", "integer", "float")
     trains_step: ClassVar[bool] = False
-    lr_factor: ClassVar[float] = _LR_FACTOR
+    unit: ClassVar[float] = _UNIT
     lowrank: ClassVar[bool] = False
 
     @abstractmethod
@@ -144,7 +161,7 @@ class Method(ABC):
         if self.magnitude == "none":
             return {}
         shape = (out_features, n_groups if self.magnitude == "group" else 1)
-        return {"magnitude": TrainedTensor(shape, 1.0, self.lr_factor, decays=False, block_step=0.5)}
+        return {"magnitude": TrainedTensor(shape, 1.0, self.unit, block_step=0.5 / self.unit)}
 
 
 class DLQAT(Method):
@@ -203,12 +220,12 @@ class L4Q(Method):
 
     name, number, title, arxiv = "l4q", 2, "L4Q", "2402.04902"
     trains_step = True
-    lr_factor = _LR_FACTOR / 12  # m rounds here, and at the others' rate it would move all codes of its group
+    unit = _UNIT / 2  # m rounds here, and in the others' unit it would move all codes of its group
 
     def trained(self, grid: Grid, out_features: int, n_groups: int, r: int) -> dict[str, TrainedTensor]:
         """A, B, m and, where the grid has a zero, shift."""
         tensors = {**low_rank(out_features, n_groups * grid.group_size, r), **self._magnitude(out_features, n_groups)}
-        return tensors if grid.zero_point == "none" else {**tensors, **shift(out_features, n_groups, self.lr_factor)}
+        return tensors if grid.zero_point == "none" else {**tensors, **shift(out_features, n_groups, self.unit)}
 
     def quantizer(self, tensors: AdapterTensors) -> Quantizer:
         """Rounded and decoded by the same s and zero."""

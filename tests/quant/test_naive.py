@@ -17,12 +17,13 @@ def test_a_layer_is_the_formula(bits, group_size, zero_point):
     config = DLQATConfig(bits=bits, group_size=group_size, zero_point=zero_point, r=4, lora_alpha=8)
     config.target_modules = {"0"}
     layer = get_peft_model(nn.Sequential(nn.Linear(64, 24, bias=False)), config).base_model.model[0]
-    trained = {name: parameter for name, (_, parameter) in layer.trained("default").items()}
-    for parameter in trained.values():
-        parameter.data += 0.2 * torch.randn(parameter.shape)
+    trained = layer.trained("default")
+    for tensor, parameter in trained.values():
+        parameter.data += 0.2 / tensor.unit * torch.randn(parameter.shape)
     s, zero = layer.scales_and_zeros("default")
     zeros = {"z": zero if zero_point == "integer" else None, "b": zero if zero_point == "float" else None}
-    copies = {name: parameter.detach().clone().requires_grad_(True) for name, parameter in trained.items()}
+    values = {name: tensor.value(parameter.detach()) for name, (tensor, parameter) in trained.items()}
+    copies = {name: value.clone().requires_grad_(True) for name, value in values.items()}
     w_hat = quantize(
         layer.get_base_layer().weight.detach(),
         copies["A"],
@@ -39,6 +40,6 @@ def test_a_layer_is_the_formula(bits, group_size, zero_point):
     weights = torch.randn(5, 24)
     (nn.functional.linear(x, w_hat) * weights).sum().backward()
     (layer(x) * weights).sum().backward()
-    for name, parameter in trained.items():
-        error = (parameter.grad - copies[name].grad).norm() / copies[name].grad.norm()
+    for name, (tensor, parameter) in trained.items():
+        error = (parameter.grad / tensor.unit - copies[name].grad).norm() / copies[name].grad.norm()
         assert error < 1e-5, f"gradient of {name}: relative error {error:.1e}"

@@ -16,14 +16,10 @@ from ..layer import DLQATLayer, adapter_layers, is_calibrated
 from ..model import DLQATModel
 from ..packing import pack_weights
 from .calibrate import By, Objective, calibrate, check_arguments, default_steps
-from .optimizer import described_parameters
 from .recipe import RECIPE
 from .reference import REFERENCE, full_precision_reference
 from .report import grid_report
 from .trainer_batches import TrainerBatches, order_kept, problem
-
-# A learning rate that is so many times lower than the recipe's is taken for an oversight.
-_FAR_BELOW = 10
 
 
 class DLQATCallback(TrainerCallback):
@@ -89,7 +85,6 @@ class DLQATCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module,
         train_dataloader: Any = None,
-        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Calibrate, unless that was done before."""
@@ -101,8 +96,6 @@ class DLQATCallback(TrainerCallback):
                 f"adapter {adapter_name!r} is merged into the base model, where it does not train; call "
                 "unmerge_adapter() first."
             )
-        _warn_if_magnitude_decays(model, optimizer)
-        _warn_if_learning_rate_is_low(model, optimizer)
         if state.global_step > 0:
             on_full = any(layer.specs[adapter_name].storage == "full" for layer in layers.values())
             if config.storage != "full" and on_full:
@@ -229,41 +222,10 @@ def _moved_by(layer: DLQATLayer, adapter_name: str) -> tuple[bool, float, str]:
     """Of the layer's trained tensor that is farthest from its start: whether it is infinite, how far, and its name."""
     moves = []
     for name, (tensor, parameter) in layer.trained(adapter_name).items():
-        distance = (parameter.detach() - (tensor.start or 0.0)).abs().max().item()
+        distance = tensor.unit * parameter.detach().abs().max().item()
         # A tensor drawn at random tells nothing of how far it has moved.
         moves.append((not math.isfinite(distance), distance if tensor.start is not None else 0.0, name))
     return max(moves)
-
-
-def _warn_if_magnitude_decays(model: nn.Module, optimizer: Any) -> None:
-    magnitudes = {id(parameter) for parameter, tensor in described_parameters(model).items() if not tensor.decays}
-    for group in getattr(optimizer, "param_groups", []):
-        if group.get("weight_decay") and any(id(parameter) in magnitudes for parameter in group["params"]):
-            warnings.warn(
-                f"the optimiser decays the magnitudes (weight_decay={group['weight_decay']}), which shrinks every "
-                "layer's output; pass optimizers=(create_dlqat_optimizer(model, ...), None) to the Trainer.",
-                stacklevel=2,
-            )
-            return
-
-
-def _warn_if_learning_rate_is_low(model: nn.Module, optimizer: Any) -> None:
-    """The Trainer's default is for weights; B counts steps of the grid, and hardly moves a code with it."""
-    at_base_rate = {
-        id(parameter) for parameter, tensor in described_parameters(model).items() if tensor.lr_factor == 1
-    }
-    for group in getattr(optimizer, "param_groups", []):
-        # A schedule may begin at 0, or rise to what it calls max_lr; some optimisers find their own.
-        lr = max(group.get(key) or 0.0 for key in ("lr", "initial_lr", "max_lr"))
-        far_below = 0 < lr < RECIPE.lr(model) / _FAR_BELOW
-        if far_below and any(id(parameter) in at_base_rate for parameter in group["params"]):
-            warnings.warn(
-                f"the adapter's learning rate, {lr:g}, is far below the recipe's {RECIPE.lr(model):.2g} for this "
-                "model; raise it, or take arguments = RECIPE.training_arguments(model, output_dir) and "
-                "optimizers=(create_dlqat_optimizer(model, torch.optim.AdamW, lr=arguments.learning_rate), None).",
-                stacklevel=2,
-            )
-            return
 
 
 def _keep(state: TrainerState, values: dict[str, float], step: int) -> None:

@@ -121,7 +121,7 @@ def _examine(name: str, layer: DLQATLayer, adapter_name: str) -> LayerReport:
 
     problem = ""
     if not math.isfinite(error) or max(abs(smallest), abs(largest)) > _LARGEST_MAGNITUDE:
-        problem = "the magnitude has exploded; lower magnitude_lr (create_dlqat_optimizer) or clip gradients"
+        problem = "the magnitude has exploded; lower the learning rate or clip gradients"
     elif share > _MOST_CLIPPED:
         problem = "most codes are clipped; lower the learning rate, or calibrate longer"
     elif levels < _FEWEST_LEVELS and weight.any():
