@@ -6,17 +6,20 @@ import copy
 import importlib
 from typing import Any
 
-import torch
 from peers.common import Batches, Prepared
 from peft import get_peft_model
-from runs import BY_RECIPE
+from runs import BY_DEFAULT
 from transformers import PreTrainedModel
 
-from peft_dlqat import DLQATConfig, calibrate, create_dlqat_optimizer
+from peft_dlqat import DLQATConfig, calibrate
 
+# Experiments give the package's methods so many times the learning rate that an optimizer gets: their rates are from
+# before what trains had units (`TrainedTensor.unit`), and so are those of the committed results.
+LR_FACTOR = 64
+DEFAULT_LR = 2e-4 * LR_FACTOR
 # What each is beside the setting's grid and rank.
 OURS: dict[str, dict[str, Any]] = {
-    BY_RECIPE: {},
+    BY_DEFAULT: {},
     "dlqat-searched": {},
     "dlqat-no-magnitude": {"magnitude": False},
     "lrqat": {"method": "lrqat"},
@@ -75,9 +78,8 @@ def prepare(name: str, model: PreTrainedModel, setting: dict[str, Any], calibrat
         return importlib.import_module(f"peers.{TRAINED[name]}").prepare(model, DLQATConfig(**setting))
     adapted = get_peft_model(model, DLQATConfig(**{**setting, **OURS[name]}, task_type="CAUSAL_LM"))
     calibrate(adapted, calibration, steps=steps, progress=False)
-    optimizer = create_dlqat_optimizer(adapted, torch.optim.AdamW, lr=1.0)
     return Prepared(
         adapted,
-        [{"params": group["params"], "lr_factor": group["lr"]} for group in optimizer.param_groups],
+        [{"params": [p for p in adapted.parameters() if p.requires_grad], "lr_factor": 1 / LR_FACTOR}],
         lambda: copy.deepcopy(adapted).merge_and_unload(safe_merge=True),
     )

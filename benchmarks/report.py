@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from run import rates_of
-from runs import BY_RECIPE, Results, Run, best_rates, kl, next_rates, that_count, whole
+from runs import BY_DEFAULT, Results, Run, best_rates, kl, next_rates, that_count, whole
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGES = HERE / "results", HERE.parent / "docs"
@@ -132,7 +132,7 @@ def comparison(wanted: dict[str, Column]) -> str:
     if not columns:
         return "Not run yet."
     width = {
-        label: found.get(BY_RECIPE, next(iter(found.values())))[0]["bits_per_weight"]
+        label: found.get(BY_DEFAULT, next(iter(found.values())))[0]["bits_per_weight"]
         for label, found in columns.items()
     }
     contenders = sorted(
@@ -167,7 +167,7 @@ def questions() -> str:
     """Held-out KL of DL-QAT, one line a question."""
     rows, versions = [], {}
     for changed, setting in QUESTIONS.items():
-        if runs := counting("stories260k", setting).get(BY_RECIPE):
+        if runs := counting("stories260k", setting).get(BY_DEFAULT):
             width = f"{runs[0]['bits_per_weight']:.2f}"
             rows.append([changed, width, spread([run["kl"] for run in runs]), str(len(runs))])
             file = next(file for file in files() if setting in file.data["settings"])
@@ -215,7 +215,7 @@ def shortcuts() -> str:
     rows = []
     for default, names in SHORTCUTS.items():
         for name in names:
-            runs, base = (counting("stories260k", setting).get(BY_RECIPE) for setting in (name, default))
+            runs, base = (counting("stories260k", setting).get(BY_DEFAULT) for setting in (name, default))
             if runs and base:
                 rows.append([name, f"{kl(runs):.3f}", f"{kl(base):.3f}", str(len(runs))])
     return markdown(["", "held-out KL", "of the default", "runs"], rows)
@@ -343,7 +343,7 @@ def draw_overview(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     contenders = {
-        BY_RECIPE: "this package (DL-QAT)",
+        BY_DEFAULT: "this package (DL-QAT)",
         "autoround": "AutoRound",
         "gptq": "GPTQ",
         "rtn-mse": "round to nearest",

@@ -5,7 +5,7 @@
 An experiment is a JSON file: settings (arguments of `DLQATConfig`), contenders, how to train, learning rates, seeds. A
 contender that trains first tries each learning rate for a part of the steps, on the first seed. While the best is the
 lowest or the highest, it tries half or twice that. The best is used for all seeds, and so is one that whole runs have
-shown to be better. "dlqat" is the default recipe, and takes its learning rate.
+shown to be better. "dlqat" takes LoRA's usual learning rate, `contenders.DEFAULT_LR`.
 
 Results are one file an experiment, benchmarks/results/EXPERIMENT.json, whatever the models. Runs that are there are
 not repeated, so an interrupted benchmark goes on where it stopped. A contender whose library is not installed is left
@@ -37,7 +37,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runs import BY_RECIPE, Results, best_rates, next_rates
+from runs import BY_DEFAULT, Results, best_rates, next_rates
 
 HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE.parent / "examples" / "embedded" / "model"
@@ -103,23 +103,9 @@ def pool(jobs: int) -> Executor:
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
 
-def recipe_rate(model_id: str, tokens: Path, batch_size: int) -> float:
-    """The learning rate that the default recipe takes."""
-    import torch
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from peft_dlqat import RECIPE
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_id))
-    with safe_open(tokens, "pt") as found:
-        return RECIPE.lr(model, batch_size * found.get_slice("train").get_shape()[1])
-
-
 def run_all(experiment: dict[str, Any], args: argparse.Namespace, results: Results) -> None:
     """Run what is missing, `args.jobs` at a time."""
-    from contenders import is_trained
+    from contenders import DEFAULT_LR, is_trained
 
     seeds, model = experiment["seeds"], args.name
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
@@ -141,8 +127,8 @@ def run_all(experiment: dict[str, Any], args: argparse.Namespace, results: Resul
             """Submit what comes next: more of the search, or the whole runs."""
             runs = results.of(model=model, setting=job.setting, contender=job.contender)
             rates: list[Any] = [None]
-            if job.contender == BY_RECIPE:
-                rates = [recipe_rate(args.model, args.tokens, job.what["training"]["batch_size"])]
+            if job.contender == BY_DEFAULT:
+                rates = [DEFAULT_LR]
             elif is_trained(job.contender):
                 rates = rates_of(experiment, job.contender)
                 if len(rates) > 1 and (left := next_rates(runs, rates, seeds[0])):
@@ -198,7 +184,7 @@ def time_steps(experiment: dict[str, Any], args: argparse.Namespace, results: Re
     torch.set_num_threads(1)
     task, rounds = training.load_task(args.model, args.tokens), 2 if args.quick else _ROUNDS
     jobs = [job for job in plan(experiment, args.only) if contenders.is_trained(job.contender)]
-    jobs.sort(key=lambda job: job.contender != BY_RECIPE)  # the unit comes first
+    jobs.sort(key=lambda job: job.contender != BY_DEFAULT)  # the unit comes first
     for setting in dict.fromkeys(job.setting for job in jobs):
         steps: dict[str, Callable[[], object]] = {}
         for _, contender, what in (job for job in jobs if job.setting == setting):

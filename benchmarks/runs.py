@@ -17,7 +17,7 @@ from typing import Any
 
 Run = dict[str, Any]
 BEYOND = 3  # learning rates that a search goes beyond the given ones, at most
-BY_RECIPE = "dlqat"  # the default recipe, learning rate and all; the others have theirs searched
+BY_DEFAULT = "dlqat"  # with LoRA's usual learning rate; the others have theirs searched
 EMPTY: dict[str, Any] = {"settings": {}, "work": {}, "versions": [], "runs": [], "step_times": []}
 
 
@@ -85,14 +85,14 @@ def kl(runs: list[Run]) -> float:
 def that_count(runs: list[Run]) -> list[Run]:
     """Of a contender's runs of one setting the whole ones of one learning rate, by seed.
 
-    It is the rate of most runs, and among these the best; of the default recipe the one that it took last.
+    It is the rate of most runs, and among these the best; of `BY_DEFAULT` the one that it took last.
     """
     by_rate: dict[float | None, list[Run]] = {}
     for run in whole(runs):
         by_rate.setdefault(run.get("lr"), []).append(run)
     if not by_rate:
         return []
-    if runs[0]["contender"] == BY_RECIPE:
+    if runs[0]["contender"] == BY_DEFAULT:
         rate = whole(runs)[-1]["lr"]
     else:
         rate = min(by_rate, key=lambda rate: (-len(by_rate[rate]), kl(by_rate[rate])))

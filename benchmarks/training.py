@@ -17,8 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_scheduler
 from transformers.pytorch_utils import Conv1D
 
-from peft_dlqat import RECIPE, DLQATConfig, distillation_loss, evaluate_tasks
+from peft_dlqat import DLQATConfig, distillation_loss, evaluate_tasks
 from peft_dlqat.evaluate import resolve_tasks
+from peft_dlqat.train.recipe import RECIPE
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 # Batches on which scales are fitted and post-training contenders calibrate.

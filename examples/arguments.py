@@ -9,28 +9,15 @@ from typing import Any
 
 from data import InputError
 
-from peft_dlqat import RECIPE, DLQATConfig
+from peft_dlqat import DLQATConfig
+from peft_dlqat.train.recipe import RECIPE
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
 
 # For the embedded model, the rates are the best of a few that were tried with 240 steps, by held-out perplexity: so
-# few steps to text of another kind take higher ones than the recipe's. For others: the recipe, and LoRA's usual rate.
-EMBEDDED_DEFAULTS = {
-    "steps": 240,
-    "group_size": -1,
-    "schedule": "cosine",
-    "lr": 0.06,
-    "magnitude_lr": 0.03,
-    "lora_lr": 1e-2,
-}
-DEFAULTS = {
-    "steps": 1000,
-    "group_size": 128,
-    "schedule": RECIPE.schedule,
-    "lr": None,
-    "magnitude_lr": None,
-    "lora_lr": 2e-4,
-}
+# small a model, and so few steps to text of another kind, take higher ones than LoRA's usual rate, which others get.
+EMBEDDED_DEFAULTS = {"steps": 240, "group_size": -1, "schedule": "cosine", "lr": 1e-3, "lora_lr": 1e-2}
+DEFAULTS = {"steps": 1000, "group_size": 128, "schedule": "linear", "lr": 2e-4, "lora_lr": 2e-4}
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -68,8 +55,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     method.add_argument("--batch_size", type=positive, default=4, help="blocks a step")
     method.add_argument("--length", type=positive, default=256, help="tokens a block")
     method.add_argument("--schedule", help=f"transformers' name of the learning rate's; {_defaults('schedule')}")
-    method.add_argument("--lr", type=float, help=f"of DL-QAT's A and B; {_defaults('lr')}")
-    method.add_argument("--magnitude_lr", type=float, help=f"of DL-QAT's m and shift; {_defaults('magnitude_lr')}")
+    method.add_argument("--lr", type=float, help=f"of DL-QAT; {_defaults('lr')}")
     method.add_argument(
         "--calibration_lr", type=float, default=RECIPE.calibration_lr, help="of DL-QAT's calibration, see `calibrate`"
     )
@@ -88,8 +74,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def _defaults(name: str) -> str:
-    default = "the recipe's" if DEFAULTS[name] is None else DEFAULTS[name]
-    return f"default: {default}, with the embedded model {EMBEDDED_DEFAULTS[name]}"
+    return f"default: {DEFAULTS[name]}, with the embedded model {EMBEDDED_DEFAULTS[name]}"
 
 
 def positive(text: str) -> int:

@@ -56,7 +56,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from peft_dlqat import RECIPE, DLQATCallback, DLQATConfig, DLQATLayer, create_dlqat_optimizer
+from peft_dlqat import DLQATCallback, DLQATConfig, DLQATLayer
 
 Curve = list[dict[str, Any]]
 
@@ -149,15 +149,12 @@ def train_dlqat(
     """DL-QAT: calibrate for some of the steps, then train A, B and m through the quantizer for the others."""
     set_seed(args.seed)
     model = get_peft_model(load_model(args), dlqat_config(args, bits))
-    arguments = training_arguments(args, model, args.lr, args.steps - args.calibration_steps)
-    lr, magnitude_lr = arguments.learning_rate, args.magnitude_lr
     trainer = Trainer(
         model,
-        arguments,
+        training_arguments(args, args.lr, args.steps - args.calibration_steps),
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=collate,
-        optimizers=(create_dlqat_optimizer(model, torch.optim.AdamW, lr=lr, magnitude_lr=magnitude_lr), None),
         callbacks=[DLQATCallback(args.calibration_steps, args.calibration_lr)],
     )
     return model, trained_share(model), run(trainer, f"{DLQAT}, {bits} bits")
@@ -173,7 +170,7 @@ def train_lora(
     share = trained_share(model)
     trainer = Trainer(
         model,
-        training_arguments(args, model, args.lora_lr, args.steps),
+        training_arguments(args, args.lora_lr, args.steps),
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=collate,
@@ -192,16 +189,15 @@ def round_to_nearest(model: PreTrainedModel, bits: int, args: argparse.Namespace
     return get_peft_model(model, replace(dlqat_config(args, bits), init=init))
 
 
-def training_arguments(args: argparse.Namespace, model: PeftModel, lr: float | None, steps: int) -> TrainingArguments:
-    return RECIPE.training_arguments(
-        model,
+def training_arguments(args: argparse.Namespace, lr: float, steps: int) -> TrainingArguments:
+    return TrainingArguments(
         str(args.output_dir),
-        tokens_per_step=args.batch_size * args.length,
         max_steps=steps,
+        learning_rate=lr,
+        lr_scheduler_type=args.schedule,
+        warmup_steps=0.025,  # a share of the steps
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
-        **({} if lr is None else {"learning_rate": lr}),
-        **({} if args.schedule == RECIPE.schedule else {"lr_scheduler_type": args.schedule}),
         logging_steps=max(1, args.steps // 60),
         eval_strategy="steps",
         eval_on_start=True,

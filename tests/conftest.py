@@ -148,7 +148,7 @@ def computing(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def train(model: torch.nn.Module, batches: int = 2) -> None:
     """A few steps of AdamW on all that trains."""
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     for batch in lm_batches(batches):
         model(**batch).loss.backward()
         optimizer.step()

@@ -77,7 +77,7 @@ def calibrate_and_train(model: torch.nn.Module) -> dict[str, Any]:
 
     calibration = calibrate(model, lm_batches(2), steps=4, progress=False)
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.0)
     for batch in lm_batches(3):
         model(**batch).loss.backward()
         optimizer.step()
@@ -97,7 +97,7 @@ def trainer_for(model: torch.nn.Module, repo: str, folder: Path) -> Trainer:
         "hub_model_id": repo,
         "push_to_hub": True,
         "max_steps": 2,
-        "learning_rate": 1e-2,
+        "learning_rate": 2e-4,
         "per_device_train_batch_size": 4,
         "save_strategy": "no",
         "report_to": "none",

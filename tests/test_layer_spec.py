@@ -38,7 +38,7 @@ def test_the_config_and_its_patterns_say_what_a_layer_is():
 def test_the_record_is_saved_as_numbers():
     spec = LayerSpec(Grid(3, 32, "integer", torch.float16), 4, 0.5, LRQAT(), storage="int4")
     encoded = spec.encode()
-    assert encoded.tolist() == [3, 32, 1, 1, 0.5, LRQAT.number, 4, 2] and stored_as(encoded) == "int4"
+    assert encoded.tolist() == [3, 32, 1, 1, 0.5, LRQAT.number, 4, 3] and stored_as(encoded) == "int4"
     assert stored_as(replace(spec, storage="full").encode()) == "full"
     assert stored_as(torch.tensor([0.0] * 6 + [5, 2])) is None
     k_quant = replace(spec, grid=Grid(6, 16, "none", torch.float32, k_quant=True))

@@ -13,7 +13,7 @@ from conftest import lm_batches, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from peft_dlqat import DLQATConfig, calibrate, create_dlqat_optimizer
+from peft_dlqat import DLQATConfig, calibrate
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.methods import METHODS, _lsq_gradient
 from peft_dlqat.quant.grid import Grid
@@ -96,12 +96,8 @@ def test_weight_and_gradients_are_those_of_the_equation(method, zero_point, scal
     model = adapted(method, zero_point, scale_dtype=scale_dtype, **ONE_LAYER)
     layer = next(iter(adapter_layers(model)[1].values()))
     grid = layer.specs["default"].grid
-    trained = {
-        name.removeprefix("dlqat_"): getattr(layer, name)["default"]
-        for name in layer.adapter_layer_names
-        if "default" in getattr(layer, name)
-    }
-    double = {name: tensor.detach().double().requires_grad_(True) for name, tensor in trained.items()}
+    trained = layer.trained("default")
+    double = {name: tensor.value(p.detach().double()).requires_grad_(True) for name, (tensor, p) in trained.items()}
     frozen = {"s": layer.dlqat_scale["default"].double()}
     if zero_point != "none":
         frozen["zero"] = layer.scales_and_zeros("default")[1].double()
@@ -115,15 +111,15 @@ def test_weight_and_gradients_are_those_of_the_equation(method, zero_point, scal
     x, direction = torch.randn(5, 64), torch.randn(5, layer.out_features)
     (layer(x) * direction).sum().backward()
     (F.linear(x.double(), w_hat) * direction.double()).sum().backward()
-    for name, tensor in trained.items():
-        true = double[name].grad
+    for name, (tensor, parameter) in trained.items():
+        true = tensor.unit * double[name].grad
         # L4Q scales the gradients of s and zero as LSQ does.
         true = (
             true * (GROUP * grid.qmax) ** -0.5
             if method["method"] == "l4q" and name in ("magnitude", "shift")
             else true
         )
-        error = (tensor.grad - true).norm() / true.norm()
+        error = (parameter.grad - true).norm() / true.norm()
         assert error < 1e-4, f"gradient of {name}: relative error {error:.1e}"
 
 
@@ -132,7 +128,7 @@ def test_weight_and_gradients_are_those_of_the_equation(method, zero_point, scal
 def test_training_lowers_the_loss_and_moves_only_what_the_method_trains(method, zero_point):
     model = get_peft_model(tiny_model(), config(method, zero_point))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer = create_dlqat_optimizer(model, torch.optim.AdamW, lr=2e-2)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-4)
     batch, losses = lm_batches(1)[0], []
     for _ in range(10):
         loss = model.train()(**batch).loss
@@ -269,12 +265,26 @@ def test_two_methods_beside_each_other():
 
 
 @each_row
-def test_weight_decay_pulls_at_the_low_rank_factors_alone(method, zero_point):
-    """At 0, m and shift would be another weight, not none of an update."""
-    model = get_peft_model(tiny_model(), config(method, zero_point, **ONE_LAYER))
+def test_weight_decay_pulls_each_value_to_its_start(method, zero_point):
+    """Of any optimizer: at 0, m would be another weight, not none of an update."""
+    model = adapted(method, zero_point, **ONE_LAYER)
     (layer,) = adapter_layers(model)[1].values()
-    decays = {name: tensor.decays for name, (tensor, _) in layer.trained("default").items()}
-    assert decays == {name: name in ("A", "B") for name in decays}
+
+    def distances():
+        values = {name: tensor.value(parameter.detach()) for name, (tensor, parameter) in trained.items()}
+        return {name: value - (trained[name][0].start or 0.0) for name, value in values.items()}
+
+    trained, lr, weight_decay = layer.trained("default"), 0.5, 0.5
+    before = distances()
+    optimizer = torch.optim.AdamW([parameter for _, parameter in trained.values()], lr=lr, weight_decay=weight_decay)
+    for _, parameter in trained.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, after in distances().items():
+        assert torch.allclose(after, (1 - lr * weight_decay) * before[name], atol=1e-6), name
+    for _ in range(60):
+        optimizer.step()
+    assert torch.equal(logits(model), logits(get_peft_model(tiny_model(), config(method, zero_point, **ONE_LAYER))))
 
 
 def test_lsq_gradient_keeps_the_value():

@@ -49,7 +49,7 @@ def logits(model):
     return model(tokens()).logits
 
 
-def train(model, steps=5, lr=3e-2):
+def train(model, steps=5, lr=5e-4):
     """A few steps on one batch; returns the losses."""
     model.train()
     batch = lm_batches(1)[0]

@@ -13,7 +13,7 @@ from conftest import lm_batches, perturb, tiny_model, tokens, train
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from peft_dlqat import DLQATConfig, calibrate, create_dlqat_optimizer, export_model, pack_weights
+from peft_dlqat import DLQATConfig, calibrate, export_model, pack_weights
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.layer_spec import layer_setting
 from peft_dlqat.methods import DLQAT, METHODS, TrainedTensor
@@ -29,12 +29,12 @@ class Gain(DLQAT):
     magnitudes = ("none",)
 
     def trained(self, grid, out_features, n_groups, r):
-        gain = TrainedTensor((out_features, 1), 0.0, lr_factor=3.0, decays=False, block_step=0.25)
+        gain = TrainedTensor((out_features, 1), start=1.0, unit=16.0, block_step=1 / 64)
         return {**super().trained(grid, out_features, n_groups, r), "gain": gain}
 
     def quantizer(self, tensors):
         quantizer = super().quantizer(tensors)
-        return replace(quantizer, scale=(1 + tensors.trained["gain"]) * quantizer.scale)
+        return replace(quantizer, scale=tensors.trained["gain"] * quantizer.scale)
 
 
 class Int16(Storage):
@@ -95,12 +95,13 @@ def gain_model(monkeypatch):
     return get_peft_model(tiny_model(), config)
 
 
-def test_a_methods_new_tensor_has_its_rate_and_no_decay(gain_model):
-    optimizer = create_dlqat_optimizer(gain_model, torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
-    own = {id(layer.dlqat_gain["default"]) for layer in adapter_layers(gain_model)[1].values()}
-    groups = [group for group in optimizer.param_groups if any(id(tensor) in own for tensor in group["params"])]
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(3e-3, 0.0)]
-    assert all(id(tensor) in own for tensor in groups[0]["params"]) and len(groups[0]["params"]) == len(own)
+def test_a_methods_new_tensor_counts_from_its_start_in_its_unit(gain_model):
+    layer = next(iter(adapter_layers(gain_model)[1].values()))
+    before = layer.quantized_weight()
+    layer.dlqat_gain["default"].data.fill_(1 / 32)  # of 16: half of the start more
+    after = layer.quantized_weight()
+    assert torch.equal(after.codes, before.codes)
+    assert torch.allclose(after.scale, 1.5 * before.scale, rtol=2.0**-8)  # rounded to bfloat16
 
 
 def test_a_methods_new_tensor_is_fitted_by_blocks(gain_model):

@@ -96,7 +96,7 @@ def trainer(kind: str, model: nn.Module, folder: Path, *callbacks: TrainerCallba
         "disable_tqdm": True,
         "gradient_checkpointing": False,
         "save_strategy": "no",
-        "learning_rate": 1e-2,
+        "learning_rate": 2e-4,
         **options,
     }
     return cls(

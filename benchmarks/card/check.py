@@ -161,7 +161,7 @@ def adapted(name: str, base: nn.Module, targets: Any, task_type: str | None = No
     pack_weights(model)
     for key, parameter in model.named_parameters():
         if "dlqat_B" in key:
-            nn.init.normal_(parameter, std=0.1)
+            nn.init.normal_(parameter, std=1e-3)
     return model
 
 

@@ -94,7 +94,7 @@ def ours(work: Work, **kwargs: Any) -> nn.Module:
     pack_weights(model)
     for name, parameter in model.named_parameters():
         if "dlqat_B" in name:
-            nn.init.normal_(parameter, std=0.1)
+            nn.init.normal_(parameter, std=1e-3)
     return model
 
 

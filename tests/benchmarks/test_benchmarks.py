@@ -13,8 +13,6 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import save_file
 
-from peft_dlqat import RECIPE
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 EXPERIMENTS = sorted((BENCHMARKS / "experiments").glob("*.json"))
 
@@ -124,13 +122,10 @@ def test_which_learning_rate_comes_next_and_which_counts():
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_an_experiment_is_of_the_default_recipe_and_its_results_are_of_it(path):
+def test_an_experiments_results_are_of_it(path):
     from run import plan
 
     experiment = json.loads(path.read_text())
-    training = experiment["training"]
-    assert (training["schedule"], training["schedule_arguments"]) == (RECIPE.schedule, dict(RECIPE.schedule_arguments))
-    assert training["warmup_steps"] == RECIPE.warmup * training["steps"] and "calibration_steps" not in training
     planned = {job.setting: job.what for job in plan(experiment, [])}
     found = json.loads((BENCHMARKS / "results" / path.name).read_text())
     assert found["runs"] and {run["setting"] for run in found["runs"]} <= found["settings"].keys()

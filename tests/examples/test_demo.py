@@ -194,12 +194,12 @@ def test_own_model_text_and_metric_script(given: Path, tmp_path: Path) -> None:
 def test_an_adapter_that_comes_back_changed_is_found(
     finetune: ModuleType, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """If one magnitude is off after loading, the script says that the logits differ, and fails."""
+    """If one scale is off after loading, the script says that the logits differ, and fails."""
     load = finetune.PeftModel.from_pretrained
 
     def load_changed(*args: object, **kwargs: object) -> torch.nn.Module:
         model = load(*args, **kwargs)
-        next(p for name, p in model.named_parameters() if "dlqat_magnitude" in name).data[0] *= 1.05
+        next(p for name, p in model.named_parameters() if "dlqat_scale" in name).data[0] *= 1.05
         return model
 
     monkeypatch.setattr(finetune.PeftModel, "from_pretrained", load_changed)

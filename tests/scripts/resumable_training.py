@@ -59,7 +59,7 @@ def make_trainer(
         max_steps=max_steps,
         save_steps=SAVE_STEPS,
         logging_steps=2,
-        learning_rate=5e-3,
+        learning_rate=1e-4,
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,

@@ -91,7 +91,7 @@ def train(case: str, folder: Path) -> dict[str, Any]:
     local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     # As in distributed_training.py: a step of SGD keeps last bits last bits.
-    optimizer = torch.optim.SGD(trained.values(), lr=0.05)
+    optimizer = torch.optim.SGD(trained.values(), lr=1e-5)
     losses, gradients = [], {}
     for ids in lm_batches(STEPS, batch=BATCH):
         own = {name: tensor.chunk(world_size())[rank()] for name, tensor in ids.items()}

@@ -61,7 +61,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def train(folder: Path, storage: str) -> dict[str, Any]:
     model = make_model(folder, storage)
-    optimizer = torch.optim.SGD(trained(model).values(), lr=0.05)
+    optimizer = torch.optim.SGD(trained(model).values(), lr=1e-5)
     run: Any = model
     if world_size() > 1:
         run, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=DEEPSPEED)

@@ -16,10 +16,11 @@ from transformers import BloomConfig, FalconConfig, OpenAIGPTConfig
 
 import peft_dlqat.decoder
 import peft_dlqat.train.descent
-from peft_dlqat import RECIPE, DLQATConfig, calibrate, distillation_loss
+from peft_dlqat import DLQATConfig, calibrate, distillation_loss
 from peft_dlqat.decoder import NoDecoderLayers
 from peft_dlqat.layer import adapter_layers
 from peft_dlqat.running import teacher_logits
+from peft_dlqat.train.recipe import RECIPE
 
 KINDS = ("llama", "gpt2", "opt")
 GRID = {"dlqat_scale", "dlqat_zero_point", "dlqat_offset"}

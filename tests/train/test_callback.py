@@ -29,7 +29,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import peft_dlqat.train.callback
-from peft_dlqat import RECIPE, DLQATCallback
+from peft_dlqat import DLQATCallback
+from peft_dlqat.train.recipe import RECIPE
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "resumable_training.py"
 TIME_LIMIT = 120

@@ -239,7 +239,7 @@ def trainer(model, folder, loss, dataset=None, **options):
     options = {
         "max_steps": 6,
         "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
+        "learning_rate": 2e-4,
         "logging_steps": 1,
         "report_to": [],
         "use_cpu": True,
@@ -494,7 +494,7 @@ def test_sft_trainer(tmp_path):
             max_steps=4,
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
-            learning_rate=2e-3,
+            learning_rate=1e-4,
             logging_steps=1,
             report_to=[],
             use_cpu=True,
@@ -940,7 +940,7 @@ def test_a_teacher_that_would_drift_is_refused_but_for_a_cache_that_was_filled_b
     cache, rows = TeacherCache(), data()
     batch = {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
     before = cache.teacher(model, batch)
-    run = trainer(model, tmp_path, DistillationLoss(model, cache=cache), rows, learning_rate=2e-2)
+    run = trainer(model, tmp_path, DistillationLoss(model, cache=cache), rows, learning_rate=2e-3, max_steps=12)
     run.train()
     assert losses(run)[-1] < losses(run)[0]
     assert torch.equal(cache.teacher(model, batch), before)
@@ -952,7 +952,7 @@ def test_a_teacher_that_would_drift_is_refused_but_for_a_cache_that_was_filled_b
 def test_modules_to_save_are_copies_and_leave_the_teacher_alone(tmp_path):
     model, batch = adapted(modules_to_save=["lm_head"]), {"input_ids": tokens()}
     before = teacher_logits(model, batch)
-    trainer(model, tmp_path, DistillationLoss(model), learning_rate=2e-2).train()
+    trainer(model, tmp_path, DistillationLoss(model)).train()
     assert not torch.equal(model.base_model.model.lm_head.modules_to_save["default"].weight,
                            model.base_model.model.lm_head.original_module.weight)  # fmt: skip
     assert torch.equal(teacher_logits(model, batch), before)

@@ -176,7 +176,7 @@ def test_seq2seq_trainer(tmp_path):
     rows = [{"input_ids": row, "labels": row[: 5 + i % 3]} for i, row in enumerate(tokens(16).tolist())]
     for collate in (None, "with decoder_input_ids"):
         options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "max_steps": 2}
-        options |= {"save_strategy": "no", "learning_rate": 1e-2}
+        options |= {"save_strategy": "no", "learning_rate": 2e-4}
         arguments = Seq2SeqTrainingArguments(str(tmp_path), per_device_train_batch_size=4, **options)
         collator = DataCollatorForSeq2Seq(word_tokenizer(), model if collate else None)
         run = Seq2SeqTrainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[DLQATCallback()])
