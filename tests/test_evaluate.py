@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, lm_batches, perturb, tiny_model, tokens
+from conftest import VOCAB, lm_batches, perturb, tiny_model, tokens, units_of
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig
@@ -326,10 +326,10 @@ def test_task_without_a_download(monkeypatch):
 
 def perturb_codes(model):
     """Move the low-rank factors far enough from their start to change the answers."""
-    generator = torch.Generator().manual_seed(0)
+    generator, units = torch.Generator().manual_seed(0), units_of(model)
     for name, parameter in model.named_parameters():
         if "dlqat_B" in name:
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.02 / units[parameter] * torch.randn(parameter.shape, generator=generator)
 
 
 @needs_harness

@@ -111,14 +111,13 @@ def check_state(
     for key in expected:
         _check_numbers(key.removesuffix(".weight").removesuffix(f".{adapter_name}"), found[key])
         found[key] = found[key].float()  # low_cpu_mem_usage puts it in the place of ours
-    inexact = 0
     for name, layer in layers.items():
         keys = {kind: tensor_key(name, kind, adapter_name) for kind in (*layer.adapter_layer_names, *SAVED)}
         own = {kind: found[key] for kind, key in keys.items() if key in found}
-        inexact += layer.convert(adapter_name, own)
+        layer.converted.pop(adapter_name, None)
+        layer.convert(adapter_name, own)
         found.update({keys[kind]: tensor for kind, tensor in own.items()})
         _check_layer(name, layer, adapter_name, {kind: own.get(kind) for kind in SAVED}, storage)
-    warn_of_inexact(inexact)
     again = {
         second + key.removeprefix(first): value
         for second, first in second_names.items()
@@ -170,7 +169,7 @@ def check_loaded(model: nn.Module, adapter_name: str, storage: str) -> None:
 
 @torch.no_grad()
 def _convert_in_place(layer: DLQATLayer, adapter_name: str) -> int:
-    """Bring tensors of an older file up to date where they lie, see `DLQATLayer.convert`."""
+    """Bring tensors of an older file up to date where they lie, see `DLQATLayer.convert`; returns the inexact ones."""
     kinds = (*layer.adapter_layer_names, *SAVED)
     own = {kind: entries[adapter_name] for kind in kinds if adapter_name in (entries := getattr(layer, kind))}
     new = dict(own)

@@ -81,6 +81,7 @@ class DLQATLayer(BaseTunerLayer):
             setattr(self, name, Float32ParameterDict())
         self.dlqat_spec, self.dlqat_record = Float32BufferDict(), Float32BufferDict()
         self.specs: dict[str, LayerSpec] = {}
+        self.converted: dict[str, int] = {}  # adapters whose file was of an older format, see `convert`
         self.fan_in_fan_out = fan_in_fan_out
         self._set_aside: list[nn.Parameter] = []  # in a list: as an attribute it would be registered
         self._kept_weight = KeptWeight()
@@ -203,10 +204,10 @@ class DLQATLayer(BaseTunerLayer):
         """Bring an adapter's tensors of the last format up to date, in a dict of them by kind, such as `dlqat_A`.
 
         Returns:
-            Of how many numbers the value is not the same to the bit.
+            Of how many numbers the value is not the same to the bit; `converted` then has it, too.
         """
         spec, encoded, inexact = self.specs[adapter_name], state.get("dlqat_spec"), 0
-        if encoded is None or encoded.is_meta or not spec.is_older(encoded):
+        if encoded is None or not spec.is_older(encoded):
             return 0
         for name, tensor in spec.trained(self.out_features, self.in_features).items():
             value = state.get(f"{PREFIX}{name}")
@@ -214,6 +215,7 @@ class DLQATLayer(BaseTunerLayer):
                 state[f"{PREFIX}{name}"] = parameter = tensor.parameter(value.float())
                 inexact += int((tensor.value(parameter) != value.float()).sum())
         state["dlqat_spec"] = spec.of_this_format(encoded)
+        self.converted[adapter_name] = inexact
         return inexact
 
     def moved(self, adapter_name: str) -> bool:
@@ -522,7 +524,8 @@ class DLQATLinear(nn.Module, DLQATLayer):
             kinds = {kind: "" if kind in NUMBERS else ".weight" for kind in (*self.adapter_layer_names, *SAVED)}
             keys = {kind: f"{prefix}{kind}.{name}{end}" for kind, end in kinds.items()}
             found = {kind: state_dict[key] for kind, key in keys.items() if key in state_dict}
-            warn_of_inexact(self.convert(name, found))
+            if self.convert(name, found):
+                warn_of_inexact("some")  # in the same words for each layer
             state_dict.update({keys[kind]: tensor for kind, tensor in found.items()})
             _check_complete(prefix, spec, found)
         weight = state_dict.get(f"{prefix}base_layer.weight")
@@ -618,12 +621,12 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
     return adapter_name, found
 
 
-def warn_of_inexact(count: int) -> None:
+def warn_of_inexact(count: int | str) -> None:
     """Say that an older file's numbers have no exact counterpart in the units of today, if some have none."""
     if count:
         warnings.warn(
             f"{count} magnitudes of the saved adapter, which is of an older version, lie below 0.5 and are rounded in "
-            "the units of this one, by less than 1e-7; a few of their scales may ship one bit off.",
+            "the units of this one, by less than 1e-6; a few of their scales may ship one bit off.",
             stacklevel=2,
         )
 

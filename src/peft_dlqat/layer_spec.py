@@ -138,7 +138,8 @@ class LayerSpec:
 
     def is_older(self, encoded: torch.Tensor) -> bool:
         """Whether a file's numbers are of the last format; `DLQATLayer.convert` brings its tensors up to date."""
-        return encoded.dim() == 1 and len(encoded) > _FORMAT_AT and encoded[_FORMAT_AT].item() == _FORMAT - 1
+        at_hand = encoded.dim() == 1 and len(encoded) > _FORMAT_AT and not encoded.is_meta
+        return at_hand and encoded[_FORMAT_AT].item() == _FORMAT - 1
 
     def of_this_format(self, encoded: torch.Tensor) -> torch.Tensor:
         """A file's numbers when its tensors have been brought up to date."""

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from .adapter_file import check_loaded, check_state, tensor_key, warn_of_other_base, with_current_names
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
 from .frozen import check_float_weight
-from .layer import NUMBERS, PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated
+from .layer import NUMBERS, PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated, warn_of_inexact
 from .layer_spec import LayerSpec, setting, stored_as
 from .placement import at_hand, check_here, full_shape
 from .quant.fixed_point import STORAGES
@@ -335,7 +335,9 @@ class DLQATModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
         checked = check_state(model, adapter_name, remapped, config.storage, biases=config.bias != "none")
         checked = _with_own_base(model, adapter_name, checked)
-        for name, layer in adapter_layers(model, adapter_name)[1].items():
+        layers = adapter_layers(model, adapter_name)[1]
+        warn_of_inexact(sum(layer.converted.get(adapter_name, 0) for layer in layers.values()))
+        for name, layer in layers.items():
             kept = stored_as(checked[tensor_key(name, "dlqat_spec", adapter_name)])
             assert kept is not None
             layer.set_storage(adapter_name, kept)
@@ -365,8 +367,10 @@ def _check_replaced(model: nn.Module, adapter_name: str, config: DLQATConfig, be
     replaced = {key: value.detach() for key, value in _parameters(model).items() if value is not before.get(key)}
     of_others = re.compile(rf"\.{PREFIX}\w+\.(?!{re.escape(adapter_name)}(\.|$))")
     replaced = {key: value for key, value in replaced.items() if not of_others.search(key)}
-    if not any(f".{PREFIX}" in key for key in replaced):
-        return
+    layers = adapter_layers(model, adapter_name)[1].values()
+    older = any(layer.specs[adapter_name].is_older(layer.dlqat_spec[adapter_name]) for layer in layers)
+    if not older and not any(f".{PREFIX}" in key for key in replaced):
+        return  # nothing was loaded
     numbers = re.compile(rf"\.({'|'.join(NUMBERS)})\.{re.escape(adapter_name)}$")
     own = re.compile(rf"{numbers.pattern}|\.modules_to_save\.{re.escape(adapter_name)}\.")
     beside = {key: value for key, value in model.state_dict().items() if own.search(key)}

@@ -131,7 +131,7 @@ def adapter(**settings: Any) -> PeftModel:
     model = get_peft_model(copy.deepcopy(base()), config)
     for name, parameter in model.named_parameters():
         if "dlqat_B" in name:
-            parameter.data += torch.randn_like(parameter)
+            parameter.data += 0.01 * torch.randn_like(parameter)
     return model.eval()
 
 

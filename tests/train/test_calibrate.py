@@ -261,7 +261,7 @@ def trainer(model, folder, callback=None, **kwargs):
         "output_dir": str(folder),
         "max_steps": 4,
         "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
+        "learning_rate": 2e-4,
         "logging_steps": 1,
         "report_to": [],
         "use_cpu": True,

@@ -85,6 +85,7 @@ class DLQATCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module,
         train_dataloader: Any = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Calibrate, unless that was done before."""
@@ -97,6 +98,13 @@ class DLQATCallback(TrainerCallback):
                 "unmerge_adapter() first."
             )
         if state.global_step > 0:
+            converted = any(adapter_name in layer.converted for layer in layers.values())
+            if converted and getattr(optimizer, "state", None):
+                raise ValueError(
+                    "the checkpoint is of an older version: its adapter has been brought into the units of this one, "
+                    "but its optimizer's learning rate and state are in the old ones; load the adapter by "
+                    "PeftModel.from_pretrained(..., is_trainable=True), and start a new run in an empty folder."
+                )
             on_full = any(layer.specs[adapter_name].storage == "full" for layer in layers.values())
             if config.storage != "full" and on_full:
                 raise ValueError(
