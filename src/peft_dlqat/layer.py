@@ -69,7 +69,7 @@ class DLQATLayer(BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_shift")
-    other_param_names: tuple[str, ...] = (*SAVED, "specs")
+    other_param_names: tuple[str, ...] = (*SAVED, "specs", "described", "converted")
     active_adapters: list[str]
     merged_adapters: list[str]
 
@@ -81,6 +81,7 @@ class DLQATLayer(BaseTunerLayer):
             setattr(self, name, Float32ParameterDict())
         self.dlqat_spec, self.dlqat_record = Float32BufferDict(), Float32BufferDict()
         self.specs: dict[str, LayerSpec] = {}
+        self.described: dict[str, dict[str, TrainedTensor]] = {}  # what each adapter trains, by name
         self.converted: dict[str, int] = {}  # adapters whose file was of an older format, see `convert`
         self.fan_in_fan_out = fan_in_fan_out
         self._set_aside: list[nn.Parameter] = []  # in a list: as an attribute it would be registered
@@ -128,7 +129,8 @@ class DLQATLayer(BaseTunerLayer):
             zeros[adapter_name] = nn.Parameter(zero, requires_grad=False)
         self.dlqat_spec[adapter_name] = spec.encode().to(device)
         self.dlqat_record[adapter_name] = record.encode().to(device)
-        for name, tensor in spec.trained(self.out_features, self.in_features).items():
+        self.described[adapter_name] = spec.trained(self.out_features, self.in_features)
+        for name, tensor in self.described[adapter_name].items():
             # All state is float32 whatever the base and `autocast_adapter_dtype`: an A rounded on loading moves codes.
             data = torch.zeros(tensor.shape, device=device, dtype=torch.float32)
             if tensor.start is None or (name == "B" and not init_weights):
@@ -196,8 +198,10 @@ class DLQATLayer(BaseTunerLayer):
 
     def trained(self, adapter_name: str) -> dict[str, tuple[TrainedTensor, nn.Parameter]]:
         """The adapter's trained tensors by name, each with what must be known of it."""
-        described = self.specs[adapter_name].trained(self.out_features, self.in_features)
-        return {name: (tensor, self._tensors_named(name)[adapter_name]) for name, tensor in described.items()}
+        return {
+            name: (tensor, self._tensors_named(name)[adapter_name])
+            for name, tensor in self.described[adapter_name].items()
+        }
 
     @torch.no_grad()
     def convert(self, adapter_name: str, state: dict[str, torch.Tensor]) -> int:
@@ -209,7 +213,7 @@ class DLQATLayer(BaseTunerLayer):
         spec, encoded, inexact = self.specs[adapter_name], state.get("dlqat_spec"), 0
         if encoded is None or not spec.is_older(encoded):
             return 0
-        for name, tensor in spec.trained(self.out_features, self.in_features).items():
+        for name, tensor in self.described[adapter_name].items():
             value = state.get(f"{PREFIX}{name}")
             if value is not None:
                 state[f"{PREFIX}{name}"] = parameter = tensor.parameter(value.float())
@@ -233,7 +237,7 @@ class DLQATLayer(BaseTunerLayer):
         """
         spec, (s, zero) = self.specs[adapter_name], self.scales_and_zeros(adapter_name)
         modules, scaling, trained = self._modules, spec.scaling, {}  # past nn.Module's own, slow lookup
-        for name, tensor in spec.trained(self.out_features, self.in_features).items():
+        for name, tensor in self.described[adapter_name].items():
             parameter: Any = modules[PREFIX + name][adapter_name]  # type: ignore[index]
             _check_float32(name, parameter)
             trained[name] = parameter if tensor.in_scaling else tensor.value(parameter)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ class LayerSpec:
 
     def trained(self, out_features: int, in_features: int) -> dict[str, TrainedTensor]:
         """The tensors that train, by name."""
-        return _trained(self.method, self.grid, out_features, in_features // self.grid.group_size, self.r)
+        return self.method.trained(self.grid, out_features, in_features // self.grid.group_size, self.r)
 
     def _numbers(self) -> dict[str, float]:
         numbers = {
@@ -156,11 +155,6 @@ class LayerSpec:
         if name in known:
             return repr(known[name][int(number)]) if int(number) in known[name] else number
         return round(number, 6) if number != int(number) else int(number)
-
-
-@cache
-def _trained(method: Method, grid: Grid, out_features: int, n_groups: int, r: int) -> dict[str, TrainedTensor]:
-    return method.trained(grid, out_features, n_groups, r)
 
 
 def pattern_of(key: str) -> str:
