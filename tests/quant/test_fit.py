@@ -47,4 +47,4 @@ def test_least_squares_is_nearly_what_trying_everything_finds(bits, zero_point):
         for sign in (1, -1) if zero_point == "none" else (1,):
             for tried in zeros[zero_point]:
                 least = torch.minimum(least, error(sign * share * largest, tried))
-    assert found.sum() < 1.01 * least.sum()
+    assert found.sum() < 1.05 * least.sum()

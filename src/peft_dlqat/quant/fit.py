@@ -83,9 +83,11 @@ def mse(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[tor
         return _mse_of_super_blocks(weight, grid, importance)
     search = _Search(weight, grid, importance)
     low, high = grid.group(weight).amin(-1), grid.group(weight).amax(-1)
-    # Without a zero only the longer end counts; clipping the other changes nothing.
     for low_share, high_share in _CLIP_SHARES + (() if grid.zero_point == "none" else _UNEVEN_SHARES):
-        search.consider(*_affine(low * low_share, high * high_share, grid))
+        scale, zero = _affine(low * low_share, high * high_share, grid)
+        search.consider(scale, zero)
+        if grid.zero_point == "none":  # the longer end may also fall on qmax, one level short of what -qmin reaches
+            search.consider(-scale, None)
     for size in _MOVES[grid.zero_point]:
         for step in (size, -size):
             assert search.zero is not None
