@@ -195,7 +195,7 @@ class DLQATCallback(TrainerCallback):
             name, why = _most_suspect(model)
             self._warn(
                 [
-                    f"{name}: {' and '.join(broken)} not finite, and {why}; lower the learning rates and start from "
+                    f"{name}: {' and '.join(broken)} not finite, and {why}; lower the learning rate and start from "
                     "the last checkpoint"
                 ]
             )
