@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from conftest import VOCAB, tiny_model
+from conftest import VOCAB, tiny_model, units_of
 from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.utils.data import Dataset
@@ -70,7 +70,13 @@ def make_model(seed: int, **config: Any) -> nn.Module:
 
 
 def adapter(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    """Its tensors, what trains times its unit."""
+    state = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    units = units_of(model)
+    for name, parameter in model.named_parameters():
+        if parameter in units:
+            state[name.replace(".default", "")] *= units[parameter]
+    return state
 
 
 def record_batches(model: nn.Module) -> list[torch.Tensor]:
@@ -100,9 +106,10 @@ def run_trainer(folder: Path) -> dict[str, Any]:
         output_dir=str(folder / "trainer"),
         per_device_train_batch_size=GLOBAL_BATCH // world_size(),
         max_steps=TRAINING_STEPS,
-        learning_rate=2e-4,
+        learning_rate=8e-4,
         lr_scheduler_type="constant",
         optim="sgd",
+        max_grad_norm=0.0,  # a gradient is as large as its unit
         logging_steps=5,
         save_strategy="no",
         report_to=[],
