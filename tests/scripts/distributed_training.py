@@ -106,7 +106,7 @@ def run_trainer(folder: Path) -> dict[str, Any]:
         output_dir=str(folder / "trainer"),
         per_device_train_batch_size=GLOBAL_BATCH // world_size(),
         max_steps=TRAINING_STEPS,
-        learning_rate=2e-4,
+        learning_rate=3e-4,
         lr_scheduler_type="constant",
         optim="sgd",
         max_grad_norm=0.0,  # a gradient is as large as its unit
