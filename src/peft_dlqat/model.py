@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapter_file import check_loaded, check_state, tensor_key, warn_of_other_base, with_current_names
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
+from .console import say
 from .frozen import check_float_weight
 from .layer import NUMBERS, PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated
 from .layer_spec import LayerSpec, setting, stored_as
@@ -31,6 +32,7 @@ from .quant.grid import Grid, largest_group
 from .quant.super_blocks import check_k_quant
 from .record import Record, weight_checksum
 from .regexes import LONGEST
+from .summary import summarize
 
 # Modules whose weights nobody expects "all-linear" to adapt, or that it does.
 _KNOWN_WEIGHTS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList)
@@ -202,6 +204,8 @@ class DLQATModel(BaseTuner):
             config.all_linear = config.target_modules
         if config.was_saved and not kwargs.get("low_cpu_mem_usage"):
             self._before_loading[adapter_name] = _parameters(model)
+        if len(self.peft_config) == 1 and not (config.was_saved or config.inference_mode or _is_on_meta(model)):
+            say(str(summarize(model, adapter_name)))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; warns where several adapters become active."""
@@ -342,6 +346,10 @@ class DLQATModel(BaseTuner):
         if isinstance(tuner := getattr(model, "base_model", None), cls):
             tuner._checked(adapter_name)
         return checked
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -61,6 +61,10 @@ or `vllm serve THIS_REPOSITORY`."""
         bits = max(grid.bits for grid in own.values())
         return dict.fromkeys(own, Grid(bits, size, "integer", next(iter(own.values())).scale_dtype))
 
+    def advice_for(self, outline: Outline) -> str:
+        """Of grids that differ, what keeps each of them."""
+        return "zero_point='none' keeps each layer's own grid" if _mixed(outline) else super().advice_for(outline)
+
     def tensors(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """By the library's own packing."""
         from compressed_tensors.compressors.pack_quantized import pack_to_int32

@@ -21,7 +21,7 @@ import torch
 from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
 from . import llama_cpp
-from .base import IN_FLOAT16, Add, Format, Outline, TensorInfo
+from .base import DENSE_BITS, IN_FLOAT16, Add, Format, Outline, TensorInfo
 from .engines import Engine, float32_logits
 from .gguf_blocks import BlockType, Signed, Ternary, Unsigned
 from .gguf_checks import check_config
@@ -41,6 +41,8 @@ BLOCK_TYPES: tuple[BlockType, ...] = (
     *K_QUANT_TYPES.values(),
 )
 _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+# What a token of the vocabulary takes, with its share of the merges: 36 bytes of SmolLM2's.
+_TOKEN_BYTES = 36
 
 
 def block_type(grid: Grid) -> BlockType:
@@ -78,6 +80,7 @@ class GGUF(Format):
     package = "gguf"
     extra = "gguf"
     packs_conv1d = True
+    narrow_types = ("q8_0", "float16", "bfloat16")  # more kernels read float16
     embedding_types = tuple(_FLOATS)
     files = "*.gguf"
     library = "gguf"
@@ -115,6 +118,16 @@ llama-cli -hf THIS_REPOSITORY
         """A GGML type: F32 for vectors, by which llama.cpp adds and multiplies in float32 only."""
         name = "F32" if len(tensor.shape) == 1 else _FLOATS[super().dense_type(outline, tensor)]
         return name if name != "Q8_0" or tensor.shape[-1] % 32 == 0 else "F16"
+
+    def dense_bytes(self, outline: Outline, tensor: TensorInfo) -> float:
+        """In a GGML type."""
+        names = {kind: name for name, kind in _FLOATS.items()}
+        return math.prod(tensor.shape) * DENSE_BITS[names[self.dense_type(outline, tensor)]] / 8
+
+    def header_bytes(self, outline: Outline) -> int:
+        """Metadata, the vocabulary, and what names and aligns each tensor."""
+        vocabulary = outline.config.get_text_config().vocab_size * _TOKEN_BYTES
+        return 2000 + vocabulary + sum(len(tensor.name) + 55 for tensor in outline.tensors)
 
     def rounded(self, outline: Outline, tensor: TensorInfo, value: torch.Tensor) -> torch.Tensor:
         """Through the type's bytes and back."""

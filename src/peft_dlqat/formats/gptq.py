@@ -13,7 +13,7 @@ import torch
 
 from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
-from .base import IN_FLOAT16, Format, Outline, per_group
+from .base import IN_FLOAT16, Format, Outline, TensorInfo, per_group
 from .bit_stream import bit_stream
 from .engines import Engine, float32_logits
 
@@ -47,6 +47,10 @@ model = GPTQModel.load("THIS_REPOSITORY")
     def stored_as(self, grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[str, float]:
         """Symmetric grids have zero points too. g_idx is left out: 32 bits an input, over all outputs of the layer."""
         return f"gptq int{grid.bits}", grid.bits + per_group(grid, 16 + grid.bits)
+
+    def weight_bytes(self, tensor: TensorInfo, grid: Grid, dtype: torch.dtype) -> float:
+        """With g_idx."""
+        return super().weight_bytes(tensor, grid, dtype) + 4 * tensor.out_in[1]
 
     def scale_dtype(self, grid: Grid) -> torch.dtype:
         """Always float16."""
