@@ -27,7 +27,7 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def progress(iterable: Iterable[Any] | None = None, *, desc: str, shown: bool = True, **kwargs: Any) -> Any:
+def progress_bar(iterable: Iterable[Any] | None = None, *, desc: str, shown: bool = True, **kwargs: Any) -> Any:
     """A progress bar for what takes more than a second; none after `transformers.logging.disable_progress_bar()`.
 
     Args:

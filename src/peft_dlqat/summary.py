@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -37,7 +38,7 @@ class Summary:
         grids: their grids, and how many layers have each; the commonest first.
         in_full: numbers that stay in full precision, by what they are; the most first.
         base_size: bytes of the model's tensors as they are.
-        files: what each format would make of it; none for a model that is not transformers' own.
+        files: what each format would make of it; none where there is no output head, or the model is not transformers'.
     """
 
     adapter_name: str
@@ -68,12 +69,13 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarize(model: nn.Module, adapter_name: str | None = None) -> Summary:
+def summarize(model: nn.Module, adapter_name: str | None = None, formats: Collection[str] | None = None) -> Summary:
     """Say what will come out of a model with an adapter, before it is trained or after.
 
     Args:
         model: a model with a DL-QAT adapter. On the meta device, too.
         adapter_name: defaults to the active adapter.
+        formats: those to look at; defaults to the config's `export`, or else all.
 
     Returns:
         A [`Summary`], which `get_peft_model` prints for a model's first adapter.
@@ -88,8 +90,10 @@ def summarize(model: nn.Module, adapter_name: str | None = None) -> Summary:
     specs = [layer.specs[adapter_name].grid for layer in layers.values()]
     sizes = [layer.out_features * layer.in_features for layer in layers.values()]
     config = getattr(model, "peft_config", {}).get(adapter_name)
-    contents = Contents(base, adapter_name) if isinstance(base, PreTrainedModel) else None
-    formats = getattr(config, "export", None) or FORMATS
+    formats = formats or getattr(config, "export", None) or FORMATS
+    # Only what writes text has a vocabulary, and is exported.
+    writes = isinstance(base, PreTrainedModel) and base.get_output_embeddings() is not None
+    contents = Contents(base, adapter_name) if writes else None
     return Summary(
         adapter_name=adapter_name,
         layers=len(layers),

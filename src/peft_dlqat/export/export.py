@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import nn
 
-from ..console import say
+from ..console import progress_bar, say
 from ..formats import FORMATS, Format, Outline, TensorInfo, describe, expected_file
 from ..formats.engines import TRANSFORMERS
 from ..formats.expected import megabytes
@@ -195,7 +195,8 @@ def _write(source: Source, target: Format, outline: Outline, folder: Path, notes
     """Write all tensors, and the config that names them; returns the tensors that their dtype has rounded."""
     rounded: list[str] = []
     with target.writing(folder, outline, notes) as add:
-        for tensor, value in _as_written(source, target, outline, rounded):
+        written = _as_written(source, target, outline, rounded)
+        for tensor, value in progress_bar(written, desc=f"writing {target.name}", total=len(outline.tensors)):
             add(tensor, value)
     for name, content in target.json_files(outline).items():
         write_json(folder / name, content)

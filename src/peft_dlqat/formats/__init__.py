@@ -12,6 +12,7 @@ from .expected import ExpectedFile, expected_file
 from .gguf import GGUF
 from .gptq import GPTQ
 from .mlx import MLX
+from .presets import find_preset
 
 FORMATS: dict[str, Format] = {format.name: format for format in (CompressedTensors(), GGUF(), MLX(), GPTQ(), Dense())}
 
@@ -24,4 +25,5 @@ __all__ = [
     "TensorInfo",
     "describe",
     "expected_file",
+    "find_preset",
 ]

@@ -21,6 +21,7 @@ from ..quant.grid import SCALE_DTYPES, Grid
 from ..quant.quantizer import QuantizedWeight
 from ..quant.super_blocks import K_QUANTS, SUPER_BLOCK
 from .engines import Engine
+from .presets import Preset
 from .q8_0 import Q8_0_BLOCK, round_q8_0
 from .tensor_files import TensorFiles
 
@@ -144,6 +145,7 @@ class Format(ABC):
         library: `library_name` of the model card.
         usage: how to load it, in Markdown, of a repository called THIS_REPOSITORY.
         engines: what runs it here.
+        presets: settings for engines, on which `DLQATConfig.for_engine` draws; the first of so many bits first.
     """
 
     name: str
@@ -159,6 +161,7 @@ class Format(ABC):
     library: str = "transformers"
     usage: str
     engines: tuple[Engine, ...] = ()
+    presets: tuple[Preset, ...] = ()
 
     def check_installed(self) -> None:
         """Refuse to begin without the package that writing needs.

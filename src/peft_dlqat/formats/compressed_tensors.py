@@ -19,6 +19,7 @@ from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
 from .base import Add, Format, Outline, per_group
 from .engines import TRANSFORMERS
+from .presets import Preset
 
 
 class CompressedTensors(Format):
@@ -29,6 +30,12 @@ class CompressedTensors(Format):
     minimum = "0.18"  # from which on 3 bits are packed without gaps; what 0.17 writes is another model to it
     extra = "compressed-tensors"
     engines = (TRANSFORMERS,)
+    # Without zeros: vLLM's kernel for 2 and 3 bits has none, and grids that differ can stand side by side.
+    presets = tuple(
+        Preset(engine, {"bits": bits, "zero_point": "none", "group_size": 128})
+        for engine in ("vllm", "transformers")
+        for bits in (2, 3, 4, 8)
+    )
     usage = """\
 ```python
 from transformers import AutoModelForCausalLM  # and pip install compressed-tensors

@@ -28,6 +28,7 @@ from .gguf_checks import check_config
 from .gguf_k_quants import K_QUANT_TYPES
 from .gguf_metadata import ARCHITECTURES, architecture, rope_factors, write_metadata
 from .gguf_vocab import write_sampling, write_vocab
+from .presets import Preset
 
 FILE = "model.gguf"
 # A new type is one entry.
@@ -94,6 +95,24 @@ class GGUF(Format):
             largest_difference=1e-4,
             gelu=llama_cpp.half_gelu,
             served=lambda folder, ids: llama_cpp.logits(folder / FILE, ids, as_float32=False),
+        ),
+    )
+    presets = (
+        *(Preset("llama.cpp", kind.quant.settings, kind.name) for kind in K_QUANT_TYPES.values()),
+        # The file keeps these scales in float16, too.
+        *(
+            Preset(
+                "llama.cpp",
+                {"bits": bits, "zero_point": zero_point, "group_size": 32, "scale_dtype": "float16"},
+                name,
+            )
+            for name, bits, zero_point in (
+                ("Q4_0", 4, "none"),
+                ("Q4_1", 4, "float"),
+                ("Q5_0", 5, "none"),
+                ("Q5_1", 5, "float"),
+                ("Q8_0", 8, "none"),
+            )
         ),
     )
     usage = """\

@@ -16,6 +16,7 @@ from ..quant.quantizer import QuantizedWeight
 from .base import IN_FLOAT16, Format, Outline, TensorInfo, per_group
 from .bit_stream import bit_stream
 from .engines import Engine, float32_logits
+from .presets import Preset
 
 
 def _gptqmodel(folder: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -33,6 +34,10 @@ class GPTQ(Format):
     name = "gptq"
     multiple = 32
     engines = (Engine("gptqmodel", "gptqmodel", _gptqmodel, 1e-9, largest_difference=1e-4, dense_dtype=torch.float16),)
+    presets = tuple(
+        Preset("gptqmodel", {"bits": bits, "zero_point": "none", "group_size": 128, "scale_dtype": "float16"})
+        for bits in (2, 3, 4, 8)
+    )
     usage = """\
 ```python
 from gptqmodel import GPTQModel
