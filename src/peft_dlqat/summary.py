@@ -38,7 +38,7 @@ class Summary:
         grids: their grids, and how many layers have each; the commonest first.
         in_full: numbers that stay in full precision, by what they are; the most first.
         base_size: bytes of the model's tensors as they are.
-        files: what each format would make of it; none where there is no output head, or the model is not transformers'.
+        files: what each format would make of it; none for a model without an output head, or not of transformers.
     """
 
     adapter_name: str

@@ -229,26 +229,26 @@ class Format(ABC):
     def advice(self, grid: Grid, in_features: int | None = None) -> str:
         """What to change where a grid that is held is stored in more bits a weight than it has; "" where it is not.
 
-        Of the smallest type that would do, the most bits; of these, the fewest changes.
+        The fewest changes that lead to a grid of as many bits, or else of more, which is stored in its own bits, in no
+        more than this one is stored in now.
 
         Args:
             grid: the grid.
             in_features: what the rows of all its layers are multiples of, where that is known.
         """
         stored = self.stored_as(grid)[1]
-        if stored <= own_bits(grid) + _UNWORTHY:
+        if stored - own_bits(grid) <= _UNWORTHY:
             return ""
-        held = [
-            (self.stored_as(other)[1], other.bits, changes)
-            for changes, other in _variants(grid, in_features)
-            if self.holds(other)
-        ]
-        smallest = min(bits for bits, _, _ in held)
-        near = [found for found in held if found[0] <= min(smallest + _UNWORTHY, stored)]
-        takes, bits, changes = min(near, key=lambda found: (-found[1], len(found[2]), found[0]))
-        if takes > stored - _UNWORTHY and bits == grid.bits:
+        found = []
+        for changes, other in _variants(grid, in_features):
+            if self.holds(other) and (takes := self.stored_as(other)[1]) <= stored:
+                more = takes - own_bits(other)
+                if more <= _UNWORTHY:
+                    found.append((other.bits, len(changes), round(more, 2), takes, as_settings(changes)))
+        if not found:
             return ""
-        return f"{as_settings(changes)} takes {takes:.2f}"
+        *_, takes, settings = min(found)
+        return f"{settings} takes {takes:.2f}"
 
     def advice_for(self, outline: Outline) -> str:
         """As `advice`, for the grids of a model: for the first that there is something to say of."""
