@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import tiny_model
 from export_models import EMBEDDED, adapted, base_model
 from peft import PeftModel, get_peft_model
@@ -59,7 +60,21 @@ def test_it_is_said_once_and_not_of_what_is_loaded(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_parts_of_multimodal_models_and_plain_nets(capsys):
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("Gemma3ForConditionalGeneration", {"vision_tower", "multi_modal_projector", "embedding and output head"}),
+        ("MixtralForCausalLM", {"experts", "embedding", "output head", "other weights"}),  # the routers
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_stays_in_full_is_named(name, parts):
+    (architecture,) = (row for row in ARCHITECTURES if row.name == name)
+    model = get_peft_model(architecture.make(), DLQATConfig(init="minmax", group_size=-1))
+    assert set(summarize(model).in_full) == parts | {"norms and biases"}
+
+
+def test_a_plain_net_has_no_files():
     net = torch.nn.Sequential(torch.nn.Conv1d(4, 64, 3), torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
     found = summarize(get_peft_model(net, DLQATConfig(init="minmax", group_size=64, target_modules=["1"])))
     assert found.files == () and set(found.in_full) == {"convolutions", "norms and biases"}

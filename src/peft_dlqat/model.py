@@ -176,7 +176,8 @@ class DLQATModel(BaseTuner):
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
         }
-        self._bar.update()
+        if self._bar is not None:  # none where layers are made anew, one by one
+            self._bar.update()
         if isinstance(target, DLQATLayer):
             target.update_layer(adapter_name, **kwargs)
             return
@@ -206,9 +207,11 @@ class DLQATModel(BaseTuner):
         if config.was_saved:
             self._unchecked.add(adapter_name)
         targets, layers = config.target_modules, config.layers_to_transform
-        with progress_bar(desc="finding first scales and zeros") as self._bar:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._bar = None  # it can be neither copied nor pickled, as models are
+        try:
+            with progress_bar(desc="finding first scales and zeros") as self._bar:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._bar = None  # it can be neither copied nor pickled, as models are
         if (targets == "all-linear" or targets is config.all_linear) and layers == config.layers_to_transform:
             config.all_linear = config.target_modules
         if config.was_saved and not kwargs.get("low_cpu_mem_usage"):

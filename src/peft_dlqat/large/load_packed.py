@@ -12,11 +12,12 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..config import DLQATConfig
-from ..console import progress_bar
+from ..console import progress_bar, say
 from ..layer import adapter_layers
 from ..model import check_target
 from ..packing import warn_if_trained
 from ..record import OtherBaseWarning
+from ..summary import summarize
 from .checkpoint import Checkpoint, holder, initialise_layer, skeleton, weights_folder
 
 
@@ -117,6 +118,8 @@ def load_packed(
             OtherBaseWarning,
             stacklevel=2,
         )
+    if new:
+        say(str(summarize(model, adapter_name)))
     return model.to(device)
 
 
