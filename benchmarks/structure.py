@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib
 import statistics
 import sys
@@ -124,7 +125,8 @@ def adapted(kind: str) -> tuple[Any, Any]:
         config = importlib.import_module(PACKAGE).DLQATConfig(target_modules=["0"], group_size=32)
     else:
         config = LoraConfig(target_modules=["0"], use_dora=kind == "DoRA")
-    layer = get_peft_model(base, config).base_model.model[0]
+    with contextlib.redirect_stdout(None):  # what it says of the model is no figure
+        layer = get_peft_model(base, config).base_model.model[0]
     return layer.train(), torch.randn(1, WIDTH, requires_grad=True)
 
 

@@ -7,7 +7,10 @@ import re
 
 import pytest
 import torch
+from export_models import adapted
+from safetensors.torch import load_file
 
+from peft_dlqat import export_model
 from peft_dlqat.formats import FORMATS
 from peft_dlqat.formats.base import TensorInfo
 from peft_dlqat.quant.grid import Grid
@@ -116,3 +119,37 @@ def test_an_offset_that_is_not_exact_is_refused():
     weight.zero[0, 0] = 1 / 3
     with pytest.raises(ValueError, match=r"a scale or offset of 0\.333333 has no exact float16"):
         FORMATS["gguf"].fit(info(weight), weight, weight.grid)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(None, torch.bfloat16), ("float32", torch.float32)])
+def test_a_base_of_16_bits_that_was_loaded_in_float32_is_written_in_16(dtype, stored, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    model = adapted(bits=4)
+    for name, parameter in model.named_parameters():
+        if "_proj" not in name and "model.norm" not in name:
+            parameter.data = parameter.data.bfloat16().float()
+    found = export_model(model, tmp_path / "out", "compressed-tensors", dtype=dtype)
+    assert found is not None and found.ok and found.loss is None
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.embed_tokens.weight"].dtype == tensors["lm_head.weight"].dtype == stored
+    assert tensors["model.norm.weight"].dtype == torch.float32
+
+
+Q2_K = "group_size=16, zero_point='float', scale_dtype='k_quant'"
+
+
+@pytest.mark.parametrize(
+    ("format", "grid", "in_features", "advice"),
+    [
+        ("gguf", Grid(3, 128, "none", torch.bfloat16), None, "group_size=16, scale_dtype='k_quant' takes 3.44"),
+        ("gguf", Grid(2, 128, "none", torch.bfloat16), None, f"{Q2_K} takes 2.62"),
+        ("gguf", Grid(3, 96, "none", torch.bfloat16), 576, "bits=4, group_size=32 takes 4.50"),
+        ("gguf", Grid(4, 128, "integer", torch.bfloat16), None, "group_size=32, zero_point='none' takes 4.50"),
+        ("gguf", Grid(3, 16, "none", torch.float32, k_quant=True), None, ""),
+        ("compressed-tensors", Grid(4, 32, "integer", torch.bfloat16), None, "zero_point='none' takes 4.50"),
+        ("compressed-tensors", Grid(4, 128, "integer", torch.bfloat16), None, ""),
+        ("mlx", Grid(3, 128, "integer", torch.bfloat16), None, "zero_point='float' takes 3.25"),
+    ],
+)
+def test_what_would_take_no_more_than_it_has(format, grid, in_features, advice):
+    assert FORMATS[format].advice(grid, in_features) == advice

@@ -21,6 +21,7 @@ from peft_dlqat import export_model, verify_export
 from peft_dlqat.export.manifest import load_manifest, load_reference
 from peft_dlqat.formats.gguf import BLOCK_TYPES
 from peft_dlqat.formats.gguf_metadata import Architecture
+from peft_dlqat.formats.q8_0 import round_q8_0
 
 
 @pytest.mark.product(every=5)
@@ -80,6 +81,28 @@ def test_q8_0_embeddings_say_their_loss(tmp_path, capsys):
     full = tmp_path / "full"
     export_model(adapted(bits=3), full, "gguf", verify=False)
     assert (full / "model.gguf").stat().st_size > (tmp_path / "out" / "model.gguf").stat().st_size + 90_000
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "q8_0"])
+def test_what_a_narrower_type_holds_is_written_in_it(kind, tmp_path):
+    """As of a base of 16 bits, or of a GGUF file, that was loaded in float32."""
+    needs("gguf")
+    from gguf import GGUFReader
+
+    model = adapted("tied", bits=4, zero_point="none")
+    weight = model.get_input_embeddings().weight
+    weight.data[0, 0] = 1e-6  # of which float16 has few digits
+    weight.data = round_q8_0(weight.data) if kind == "q8_0" else weight.data.to(getattr(torch, kind)).float()
+    found = export_model(model, tmp_path / "out", "gguf")
+    assert found.ok and found.loss is None and not load_manifest(tmp_path / "out").rounded
+    served = [row.served for row in found.figures if row.served is not None]
+    assert all(row.kl < 1e-3 for row in served)
+    (tensor,) = (row for row in GGUFReader(tmp_path / "out" / "model.gguf").tensors if row.name == "token_embd.weight")
+    assert tensor.tensor_type.name == {"bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}[kind]
+    wide = export_model(model, tmp_path / "wide", "gguf", dtype="float32", verify=False)
+    assert wide is None
+    more = (tmp_path / "wide" / "model.gguf").stat().st_size - (tmp_path / "out" / "model.gguf").stat().st_size
+    assert more >= weight.numel() * 2 - 64
 
 
 @pytest.mark.parametrize("settings", [{}, {"embeddings": "q8_0"}, {"dtype": "float16"}], ids=str)

@@ -20,6 +20,8 @@ _UNEVEN_SHARES = ((1.0, 0.7), (0.7, 1.0), (0.8, 0.5), (0.5, 0.8))  # beside thes
 # Ways of the zero from the best so far, which are tried in both directions: of z in codes, of b in scales.
 _MOVES = {"none": (), "integer": (1.0, 1.0), "float": (0.5, 0.25, 0.12)}
 _REFINEMENTS = 3
+# By so much a candidate must be better. Two that end alike differ in last bits, which must not choose between them.
+_MARGIN = 1e-4
 _OF_ZEROS = 2.0**-14  # float16's smallest normal number, which every scale_dtype has
 # Rows are fitted in pieces of about this many weights: little memory beside the model, and fast in a CPU's cache.
 _CHUNK = 2**17
@@ -119,7 +121,7 @@ class _Search:
     def consider(self, scale: torch.Tensor, zero: Zero) -> None:
         """Round by a scale and zero, mend them, and keep them where they are better."""
         scale, zero, error = self._mended(scale, zero, *self._moments(scale, zero))
-        better = error < self._error
+        better = error < (1 - _MARGIN) * self._error
         self._error = torch.where(better, error, self._error)
         self.scale = torch.where(better, scale, self.scale)
         if zero is not None and self.zero is not None:
