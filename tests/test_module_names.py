@@ -2,7 +2,7 @@
 
 import pytest
 
-from peft_dlqat.module_names import folded
+from peft_dlqat.module_names import depths, folded
 
 LAYERS = [f"model.layers.{i}.mlp.{name}" for i in range(30) for name in ("gate_proj", "up_proj")]
 
@@ -20,3 +20,11 @@ LAYERS = [f"model.layers.{i}.mlp.{name}" for i in range(30) for name in ("gate_p
 )
 def test_what_differs_by_a_number_is_counted(names, expected):
     assert folded(names) == expected
+
+
+def test_depths_count_the_layers_of_each_stack():
+    names = [f"model.layers.{i}.experts.{j}.w{k}" for i in range(3) for j in range(4) for k in range(2)]
+    names += ["tower.blocks.0.fc", "tower.blocks.7.fc", "head", "0", "2"]
+    found = depths(names)
+    assert {found[name] for name in names[:24]} == {3}
+    assert [found[name] for name in names[24:]] == [2, 2, 1, 2, 2]

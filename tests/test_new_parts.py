@@ -29,7 +29,7 @@ class Gain(DLQAT):
     magnitudes = ("none",)
 
     def trained(self, grid, out_features, n_groups, r):
-        gain = TrainedTensor((out_features, 1), start=1.0, unit=16.0, block_step=1 / 64)
+        gain = TrainedTensor((out_features, 1), start=1.0, unit=0.25, block_step=0.25)
         return {**super().trained(grid, out_features, n_groups, r), "gain": gain}
 
     def quantizer(self, tensors):

@@ -205,20 +205,25 @@ class DLQATLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def convert(self, adapter_name: str, state: dict[str, torch.Tensor]) -> int:
-        """Bring an adapter's tensors of the last format up to date, in a dict of them by kind, such as `dlqat_A`.
+        """Bring an adapter's tensors into its unit, in a dict of them by kind, such as `dlqat_A`.
+
+        A file's may count in another one, or, in the last format, be values.
 
         Returns:
             Of how many numbers the value is not the same to the bit; `converted` then has it, too.
         """
         spec, encoded, inexact = self.specs[adapter_name], state.get("dlqat_spec"), 0
-        if encoded is None or not spec.is_older(encoded):
+        unit = spec.unit if encoded is None else spec.unit_in(encoded)
+        if encoded is None or unit == spec.unit:
             return 0
         for name, tensor in self.described[adapter_name].items():
-            value = state.get(f"{PREFIX}{name}")
-            if value is not None:
-                state[f"{PREFIX}{name}"] = parameter = tensor.parameter(value.float())
-                inexact += int((tensor.value(parameter) != value.float()).sum())
-        state["dlqat_spec"] = spec.of_this_format(encoded)
+            found = state.get(f"{PREFIX}{name}")
+            if found is not None and unit:
+                state[f"{PREFIX}{name}"] = found.float() * (unit / spec.unit)
+            elif found is not None:
+                state[f"{PREFIX}{name}"] = parameter = tensor.parameter(found.float())
+                inexact += int((tensor.value(parameter) != found.float()).sum())
+        state["dlqat_spec"] = spec.in_this_unit(encoded)
         self.converted[adapter_name] = inexact
         return inexact
 

@@ -57,16 +57,17 @@ class TrainedTensor:
 
     Its parameter counts from the start, in units: value = start + unit * parameter. Adam moves every parameter by
     about the learning rate, so the unit says how far the value moves. With these units LoRA's learning rates are right
-    for all of them, and weight decay pulls each to its start.
+    for all of them, and weight decay pulls each to its start. See `layer_spec.unit_of` for an adapter's own.
 
     Attributes:
         shape: its shape.
         start: its value in a fresh adapter. None: drawn at random, as LoRA's A is; such a tensor does not tell whether
             the adapter was trained.
-        unit: a power of two, so that no value is rounded by it.
+        unit: a power of two, so that no value is rounded by it. A method gives it over the adapter's own.
         in_scaling: whether the method gets the parameter, and its unit as a factor of `AdapterTensors.scaling`: so it
             is with A and B, of which only the product counts.
-        block_step: in a calibration by blocks, how far a learning rate of 1 moves the parameter.
+        block_step: in a calibration by blocks, how far a learning rate of 1 moves the value; or a function that says
+            how far it moves the parameter.
     """
 
     shape: tuple[int, ...]
@@ -84,8 +85,6 @@ class TrainedTensor:
         return (value - (self.start or 0.0)) / self.unit
 
 
-# Found by distilling models of 64 to 576 hidden units with a learning rate of 2e-4, see docs/benchmarks.md.
-_UNIT = 64.0
 # Steps of the grid by which `block_step` of B moves a weight. Of 0.05 to 2, 0.2 and 0.6 gave the lowest divergence on
 # a small pretrained Llama, at 2 and at 3 bits.
 _UPDATE = 0.4
@@ -103,21 +102,17 @@ def _block_step_of_b(tensors: AdapterTensors) -> float:
     return _UPDATE / (_size_of_a(tensors) * math.sqrt(len(tensors.trained["A"])) * tensors.scaling)
 
 
-def _unit_of_a(columns: int) -> float:
-    return _UNIT
-
-
 def low_rank(out_features: int, columns: int, r: int) -> dict[str, TrainedTensor]:
     """A [r, columns] and B [out, r]."""
     return {
-        "A": TrainedTensor((r, columns), None, _unit_of_a(columns), in_scaling=True, block_step=_block_step_of_a),
-        "B": TrainedTensor((out_features, r), 0.0, _UNIT, in_scaling=True, block_step=_block_step_of_b),
+        "A": TrainedTensor((r, columns), None, in_scaling=True, block_step=_block_step_of_a),
+        "B": TrainedTensor((out_features, r), 0.0, in_scaling=True, block_step=_block_step_of_b),
     }
 
 
-def shift(out_features: int, n_groups: int, unit: float = _UNIT) -> dict[str, TrainedTensor]:
+def shift(out_features: int, n_groups: int, unit: float = 1.0) -> dict[str, TrainedTensor]:
     """A move of the zero [out, n_groups], in codes."""
-    return {"shift": TrainedTensor((out_features, n_groups), 0.0, unit, block_step=1 / unit)}
+    return {"shift": TrainedTensor((out_features, n_groups), 0.0, unit)}
 
 
 @dataclass(frozen=True)
@@ -146,7 +141,7 @@ class Method(ABC):
     magnitudes: ClassVar[tuple[Magnitude, ...]] = ("group",)
     zero_points: ClassVar[tuple[ZeroPoint, ...]] = ("none", "integer", "float")
     trains_step: ClassVar[bool] = False
-    unit: ClassVar[float] = _UNIT
+    unit: ClassVar[float] = 1.0
     lowrank: ClassVar[bool] = False
 
     @abstractmethod
@@ -161,7 +156,7 @@ class Method(ABC):
         if self.magnitude == "none":
             return {}
         shape = (out_features, n_groups if self.magnitude == "group" else 1)
-        return {"magnitude": TrainedTensor(shape, 1.0, self.unit, block_step=0.5 / self.unit)}
+        return {"magnitude": TrainedTensor(shape, 1.0, self.unit, block_step=0.5)}
 
 
 class DLQAT(Method):
@@ -220,7 +215,7 @@ class L4Q(Method):
 
     name, number, title, arxiv = "l4q", 2, "L4Q", "2402.04902"
     trains_step = True
-    unit = _UNIT / 2  # m rounds here, and in the others' unit it would move all codes of its group
+    unit = 0.5  # m rounds here, and in the others' unit it would move all codes of its group
 
     def trained(self, grid: Grid, out_features: int, n_groups: int, r: int) -> dict[str, TrainedTensor]:
         """A, B, m and, where the grid has a zero, shift."""

@@ -26,7 +26,7 @@ from .console import progress_bar, say
 from .frozen import check_float_weight
 from .layer import NUMBERS, PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated, warn_of_inexact
 from .layer_spec import LayerSpec, setting, stored_as
-from .module_names import folded
+from .module_names import depths, folded
 from .placement import at_hand, check_here, full_shape
 from .quant.fixed_point import STORAGES
 from .quant.grid import Grid, fitting_group
@@ -114,6 +114,7 @@ class DLQATModel(BaseTuner):
             if name and not name.startswith(inside) and _is_target(config, name)
         }
         self._bar.total = len(targets)
+        self._depths = depths(targets)
         smaller: dict[str, list[str]] = {}
         _check_that_all_match(config, model, targets)
         _check_untied(config, model, targets)
@@ -137,7 +138,7 @@ class DLQATModel(BaseTuner):
             used = fitting_group(in_features, asked)
             if problem := STORAGES[config.storage].problem(bits, in_features):
                 raise ValueError(f"{name}: storage={config.storage!r} {problem}.")
-            spec = LayerSpec.from_config(config, name, in_features)
+            spec = LayerSpec.from_config(config, name, in_features, self._depths[name])
             _check_shrunk(name, spec.grid, asked, in_features)
             _check_packed_alike(name, module, spec.grid, config.storage)
             config.check_export([spec.grid], f"{name}: ", _out_in(module), isinstance(module, Conv1D))
@@ -171,7 +172,7 @@ class DLQATModel(BaseTuner):
     ) -> None:
         in_features = _out_in(target)[1]
         kwargs = {
-            "spec": LayerSpec.from_config(peft_config, current_key, in_features),
+            "spec": LayerSpec.from_config(peft_config, current_key, in_features, self._depths[current_key]),
             "init": self._first_init,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,

@@ -27,3 +27,18 @@ def folded(names: Iterable[str]) -> str:
         shown = ", ".join(dict.fromkeys(of_count[:_MOST])) + (", ..." if len(of_count) > _MOST else "")
         parts.append(f"{shown} in {count} layers" if count > 1 else shown)
     return "; ".join(parts)
+
+
+def depths(names: Iterable[str]) -> dict[str, int]:
+    """By the name of each module: in how many layers of its stack there are some of them.
+
+    A stack is what has the same name up to the first number: "model.layers" of "model.layers.3.mlp.up_proj".
+    """
+    stacks: dict[str, set[str]] = {}
+    places = {}
+    for name in names:
+        number = _NUMBER.search(name)
+        stack, layer = (name[: number.start()], number.group()) if number else (name, "")
+        stacks.setdefault(stack, set()).add(layer)
+        places[name] = stack
+    return {name: len(stacks[stack]) for name, stack in places.items()}

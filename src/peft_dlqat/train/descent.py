@@ -184,7 +184,7 @@ def _units_of_trained(layer: DLQATLayer, adapter_name: str) -> dict[torch.Tensor
     """Of the method's own tensors, as it says."""
     tensors = layer.tensors(adapter_name)
     return {
-        parameter: tensor.block_step(tensors) if callable(tensor.block_step) else tensor.block_step
+        parameter: tensor.block_step(tensors) if callable(tensor.block_step) else tensor.block_step / tensor.unit
         for tensor, parameter in layer.trained(adapter_name).values()
     }
 
