@@ -26,6 +26,7 @@ ORDER = [
     "record",
     "kept_weight",
     "layer",
+    "targets",
     "adapter_file",
     "model",
     "packing",

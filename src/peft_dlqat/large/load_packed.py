@@ -13,9 +13,9 @@ from torch import nn
 
 from ..config import DLQATConfig
 from ..layer import adapter_layers
-from ..model import check_target
 from ..packing import warn_if_trained
 from ..record import OtherBaseWarning
+from ..targets import check_target
 from .checkpoint import Checkpoint, holder, initialise_layer, skeleton, weights_folder
 
 
