@@ -22,13 +22,14 @@ from .formats import FORMATS
 from .hub import write_section
 from .layer_spec import pattern_of
 from .lora_arguments import translated
+from .messages import shown
 from .methods import MAGNITUDES, METHODS, Method
 from .quant.fit import INITIALISATIONS
 from .quant.fixed_point import STORAGES
 from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid
 from .quant.op import GRADIENTS
 from .quant.super_blocks import K_QUANTS, check_k_quant
-from .regexes import LONGEST, check_matching_ends, check_regex, shown
+from .regexes import LONGEST, check_matching_ends, check_regex
 
 Check = Callable[[str, Any], None]  # of a name and a value; raises a ValueError
 

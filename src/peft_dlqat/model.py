@@ -320,8 +320,8 @@ def _warn_of_moving_statistics(model: nn.Module) -> None:
     moving = [name for name in moving if ".modules_to_save." not in name and ".original_module" not in name]
     if moving:
         warnings.warn(
-            f"{moving[0]} and {len(moving) - 1} more batch norms move their statistics in training mode, which are "
-            "not saved with the adapter: reloaded it is another model. Put them into eval mode, or name them in "
+            f"{len(moving)} batch norms, such as {moving[0]}, move their statistics in training mode, which are not "
+            "saved with the adapter: reloaded it is another model. Put them into eval mode, or name them in "
             "modules_to_save.",
             stacklevel=2,
         )

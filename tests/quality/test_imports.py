@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "peft_dlqat"
 # affair. `__init__` stands above all and may import any of them.
 ORDER = [
     "files",
+    "messages",
     "regexes",
     "quant",
     "formats",
