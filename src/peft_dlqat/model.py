@@ -22,6 +22,7 @@ from .config import DLQATConfig
 from .layer import NUMBERS, PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated
 from .layer_spec import LayerSpec, stored_as
 from .placement import at_hand
+from .places import places
 from .record import Record, weight_checksum
 from .targets import HEADS, check_targets, out_in, resolve_all_linear, warn_of_an_unsaved_head
 
@@ -61,7 +62,7 @@ class DLQATModel(BaseTuner):
                 f"the model is a {type(model).__name__} already; add a further adapter by model.add_adapter(name, "
                 "config), or begin again with model.unload()."
             )
-        self._places = _places(model)
+        self._places = places(model)
         resolve_all_linear(peft_config, model)
         check_targets(peft_config, model)
 
@@ -93,10 +94,10 @@ class DLQATModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a module into the place of another, wherever that one is used."""
-        places = self._places.get(id(child), [(parent._modules, child_name)])
-        for container, key in places:
+        kept = self._places.get(id(child), [(parent._modules, child_name)])
+        for container, key in kept:
             container[key] = new_module
-        self._places[id(new_module)] = places
+        self._places[id(new_module)] = kept
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; an adapter that is about to be loaded needs no search for scales and zeros."""
@@ -150,7 +151,7 @@ class DLQATModel(BaseTuner):
                 if isinstance(layer, DLQATLayer):
                     layer.frozen.unpack()
         self._hook.remove()
-        self._places = _places(self.model)
+        self._places = places(self.model)
         config = getattr(self.model, "config", None)
         if not (merge and getattr(config, "tie_word_embeddings", False)):
             return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -286,22 +287,6 @@ def _check_replaced(model: nn.Module, adapter_name: str, config: DLQATConfig, be
     beside = {key: value for key, value in model.state_dict().items() if own.search(key)}
     in_full = {key: value for key, value in replaced.items() if ".modules_to_save." not in key}
     check_state(model, adapter_name, in_full | beside, config.storage, biases=config.bias != "none")
-
-
-def _places(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
-    """By id of a module: the containers that hold it, and its key in each. Some are used in several places.
-
-    A container is a module's dict of children or of attributes, or a list or dict that it keeps beside and may call
-    them from.
-    """
-    places: dict[int, list[tuple[Any, Any]]] = {}
-    for module in model.modules():
-        for container in (vars(module), *vars(module).values()):
-            entries = enumerate(container) if isinstance(container, list) else ()
-            for key, child in container.items() if isinstance(container, dict) else entries:
-                if isinstance(child, nn.Module):
-                    places.setdefault(id(child), []).append((container, key))
-    return places
 
 
 def _head_is_tied(model: Any) -> bool:

@@ -20,6 +20,7 @@ from .frozen import check_float_weight
 from .layer import PREFIX, DLQATLayer
 from .layer_spec import LayerSpec, setting
 from .placement import at_hand, check_here, full_shape
+from .places import elsewhere
 from .quant.fixed_point import STORAGES
 from .quant.grid import Grid, largest_group
 from .quant.super_blocks import check_k_quant
@@ -152,6 +153,7 @@ def check_targets(config: DLQATConfig, model: nn.Module) -> None:
     smaller: dict[str, list[str]] = {}
     _check_that_all_match(config, model, targets)
     _check_untied(config, model, targets)
+    _check_replaceable(model, targets)
     for name, module in targets.items():
         check_target(name, module)
         in_features, bits = out_in(module)[1], setting(config, "bits", name)
@@ -266,6 +268,18 @@ def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.M
             raise ValueError(
                 f"storage={config.storage!r} packs the weight of {name}, but {others[0]} is the same tensor; use "
                 "exclude_modules, or storage='full'."
+            )
+
+
+def _check_replaceable(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Refuse a layer that somebody holds who would go on calling it, past the adapter that is put into its place."""
+    held = elsewhere(model)
+    for name, module in targets.items():
+        if id(module) in held and not isinstance(module, DLQATLayer):
+            raise ValueError(
+                f"{name} is kept in {held[id(module)]} too, where no adapter can take its place (a set, an object, a "
+                "method, a closure), and may be called from there; keep it as an attribute, or in a list, tuple or "
+                "dict, or leave it out by exclude_modules."
             )
 
 

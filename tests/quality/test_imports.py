@@ -27,6 +27,7 @@ ORDER = [
     "record",
     "kept_weight",
     "layer",
+    "places",
     "targets",
     "adapter_file",
     "model",
