@@ -746,6 +746,30 @@ def test_the_config_is_the_callers_and_another_model_may_have_it_too():
     assert len(adapter_layers(get_peft_model(tiny_model("gpt2"), given))[1]) == 2
 
 
+def test_a_config_keeps_its_layers_also_where_names_become_a_regex(tmp_path):
+    given = config(task_type=None, layers_to_transform=[1], layers_pattern="blocks")
+    base = Tower()
+    base.side = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"a": nn.Linear(32, 1)}) for _ in "ab")})
+    with pytest.warns(UserWarning, match="4 with a single output"):
+        model = get_peft_model(copy.deepcopy(base), given)
+    assert given.target_modules == r"blocks\.1\.a" and given.layers_to_transform == [1]
+    model.save_pretrained(tmp_path)
+    assert len(adapter_layers(PeftModel.from_pretrained(base, tmp_path))[1]) == 1
+    given.layers_pattern = None
+    other = get_peft_model(tiny_model(), given)
+    assert len(adapter_layers(other)[1]) == 7 and all(".layers.1." in name for name in adapter_layers(other)[1])
+
+
+@pytest.mark.parametrize(
+    "fails", [lambda: nn.LSTM(8, 8), lambda: nn.Sequential(nn.Linear(2, 32))], ids=["no layer", "group size"]
+)
+def test_a_config_that_a_model_has_refused_is_as_it_was_for_the_next(fails):
+    given = config(r=16, task_type=None)
+    with pytest.raises(ValueError, match=r"finds no linear layer|group_size=32 is larger"):
+        get_peft_model(fails(), given)
+    assert len(adapter_layers(get_peft_model(tiny_model(), given))[1]) == 14
+
+
 def test_a_second_model_around_the_first_is_refused():
     """PEFT warns of it; "all-linear" would take in the output head."""
     model = adapted()

@@ -24,7 +24,7 @@ from .layer_spec import LayerSpec, stored_as
 from .placement import at_hand
 from .places import places
 from .record import Record, weight_checksum
-from .targets import HEADS, check_targets, out_in, resolve_all_linear, warn_of_an_unsaved_head
+from .targets import HEADS, check_targets, is_all_linear, out_in, resolve_all_linear, warn_of_an_unsaved_head
 
 
 class DLQATModel(BaseTuner):
@@ -111,10 +111,10 @@ class DLQATModel(BaseTuner):
             warn_of_an_unsaved_head(config, model)
         if config.was_saved:
             self._unchecked.add(adapter_name)
-        targets, layers = config.target_modules, config.layers_to_transform
+        all_linear = is_all_linear(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if (targets == "all-linear" or targets is config.all_linear) and layers == config.layers_to_transform:
-            config.all_linear = config.target_modules
+        if all_linear:
+            config.all_linear = config.target_modules  # PEFT shortens a list of many names
         if config.was_saved and not kwargs.get("low_cpu_mem_usage"):
             self._before_loading[adapter_name] = _parameters(model)
 

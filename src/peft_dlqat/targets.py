@@ -33,9 +33,11 @@ HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def resolve_all_linear(config: DLQATConfig, model: nn.Module) -> None:
-    """Put the names of the layers that "all-linear" stands for into its place."""
-    if config.target_modules == "all-linear" or config.target_modules is config.all_linear:
-        config.target_modules = "all-linear"
+    """Put the names of the layers that "all-linear" stands for into its place; for the next model it is that again."""
+    if not is_all_linear(config):
+        return
+    config.target_modules = "all-linear"
+    try:
         _maybe_include_all_linear_layers(config, model)
         if not config.target_modules:
             raise ValueError(
@@ -44,19 +46,33 @@ def resolve_all_linear(config: DLQATConfig, model: nn.Module) -> None:
             )
         _leave_out_special_layers(config, model)
         if config.layers_to_transform is not None:
-            # PEFT does not look at the layer of a module that is named in full, and finds none in "layers.1.proj".
-            config.target_modules = {  # type: ignore[assignment]
-                name
-                for name in config.target_modules
-                if is_target(replace(config, target_modules=[name.rpartition(".")[2]]), f"model.{name}")
-            }
-            if not config.target_modules:
-                raise ValueError(
-                    f"layers_to_transform={config.layers_to_transform!r} matches no layer with a linear "
-                    "module; layers are counted from 0."
-                )
+            _leave_out_other_layers(config)
         _say_what_is_no_text(config, model)
         _match_no_others(config, model)
+    finally:
+        config.all_linear = config.target_modules
+
+
+def is_all_linear(config: DLQATConfig) -> bool:
+    """Whether the targets are "all-linear", or what it stood for in the last model."""
+    return config.target_modules == "all-linear" or config.target_modules is config.all_linear
+
+
+def _leave_out_other_layers(config: DLQATConfig) -> None:
+    """Keep the names of layers_to_transform.
+
+    PEFT does not look at the layer of a module that is named in full, and finds none in "layers.1.proj".
+    """
+    config.target_modules = {  # type: ignore[assignment]
+        name
+        for name in config.target_modules or ()
+        if is_target(replace(config, target_modules=[name.rpartition(".")[2]]), f"model.{name}")
+    }
+    if not config.target_modules:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r} matches no layer with a linear module; layers are "
+            "counted from 0."
+        )
 
 
 def _leave_out_special_layers(config: DLQATConfig, model: nn.Module) -> None:
@@ -124,7 +140,6 @@ def _match_no_others(config: DLQATConfig, model: nn.Module) -> None:
                 f"for them would have {len(regex):,} characters, more than {LONGEST:,}; name target_modules yourself."
             )
         config.target_modules = regex
-        config.layers_to_transform = config.layers_pattern = None  # they are in the names, and go with no regex
 
 
 def _say_what_is_no_text(config: DLQATConfig, model: nn.Module) -> None:
