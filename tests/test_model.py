@@ -805,11 +805,79 @@ def test_layers_beside_the_language_model_are_named_in_a_line():
     assert len(adapter_layers(model)[1]) == 7
 
 
+def around(model):
+    """The model with a LoRA around its quantized q_proj."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of a second adapter and of its name
+        settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        return get_peft_model(model, settings, "lora").eval()
+
+
 def test_other_adapters_around_a_quantized_layer():
-    """LoRA's forward adds to the quantized layer's."""
+    """LoRA's forward adds to the quantized layer's; merged into what that is merged to, it still does."""
     model = adapted()
     before = logits(model)
+    outer = around(model)
+    trained = logits(outer)
+    assert not torch.equal(trained, before)
+    says = ("q_proj is a peft.tuners.lora.layer.Linear around a quantized layer", "'lora'", "delete_adapter")
+    for how in (model.merge_adapter, model.merge_and_unload, model.unload):
+        with refused(ValueError, *says, model=outer):
+            how()
+    model.merge_adapter(["default"])
+    assert torch.equal(logits(outer), trained)
+    with pytest.warns(UserWarning, match="additionally merging lora"):
+        outer.merge_adapter(["lora"])
+    torch.testing.assert_close(logits(outer), trained)
+
+
+@pytest.mark.parametrize("names", [None, ["lora"]])
+def test_another_adapter_that_was_merged_into_the_frozen_weight_is_noticed(names):
+    model = adapted()
+    outer = around(model)
+    with pytest.raises(ValueError, match=r"no longer the one that adapter 'default' was .*load the base"):
+        outer.merge_adapter(names)
+    with pytest.raises(ValueError, match="no longer the one"):
+        model.merge_adapter(["default"])
+
+
+def test_an_adapter_whose_wrapper_is_empty_is_merged():
+    """PEFT leaves the layers of a deleted adapter there."""
+    model = tiny_model()
+    model.add_adapter(config())
+    perturb(model)
+    trained = logits(model.eval())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        around = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), "lora")
-    assert torch.equal(logits(around), before)
+        warnings.simplefilter("ignore")  # PEFT's, of a second adapter
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "lora")
+        model.delete_adapter("lora")
+        model.set_adapter("default")
+        wrapped = PeftModel(model, config(bits=4, target_modules=["v_proj"]), "other")
+    wrapped.set_adapter("default")
+    assert torch.equal(logits(wrapped), trained)
+    assert torch.equal(logits(wrapped.merge_and_unload()), trained)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_cast_does_to_a_trained_adapter_is_said(dtype, merged):
+    """It is another model; merging that one changes nothing more."""
+    model = adapted()
+    if merged:
+        model.merge_adapter()
+    with pytest.warns(OtherBaseWarning, match=f"become {str(dtype)[6:]}, but adapter 'default' was trained on others"):
+        model.to(dtype)
+    if merged:
+        model.unmerge_adapter()
+    cast = logits(model)
+    model.merge_adapter()
+    assert torch.equal(logits(model), cast)
+
+
+def test_a_cast_that_changes_no_weight_is_not_mentioned(tmp_path):
+    base = tiny_model(dtype=torch.bfloat16)
+    model = get_peft_model(base, config())
+    perturb(model)
+    trained = [layer.quantized_weight().codes for layer in dlqat_layers(model)]
+    model.float().to(torch.bfloat16)
+    assert all(map(torch.equal, trained, (layer.quantized_weight().codes for layer in dlqat_layers(model))))

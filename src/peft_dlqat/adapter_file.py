@@ -167,6 +167,7 @@ def warn_of_other_base(adapter_name: str, layers: Mapping[str, DLQATLayer], reco
     for name, recorded in records.items():
         found = layers[name].base_record()
         if not recorded.fits(found):
+            layers[name].on_other_base.add(adapter_name)
             others.append(name)
             dtypes.add(f"{_in_words(recorded.dtype)} there, {_in_words(found.dtype)} here")
     if others:

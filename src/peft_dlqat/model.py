@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -134,6 +134,7 @@ class DLQATModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, but all layers or none."""
         self._check_mergeable(adapter_names, safe_merge)
+        self._check_nothing_around(adapter_names)
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -144,6 +145,10 @@ class DLQATModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         """As PEFT's, but all layers or none, and a head that stays tied is not called untied."""
+        self._check_nothing_around(None)
+        for name, module in list(self._around()):  # PEFT would put W0 into the place of both
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, module.base_layer)
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
         else:
@@ -173,6 +178,27 @@ class DLQATModel(BaseTuner):
         for layer in self.model.modules():
             if isinstance(layer, DLQATLayer):
                 layer.check_mergeable(safe_merge, adapter_names)
+
+    def _around(self) -> Iterator[tuple[str, BaseTunerLayer]]:
+        """Layers of other methods, LoRA's for one, that were put around a quantized one, by name."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, BaseTunerLayer) and isinstance(getattr(module, "base_layer", None), DLQATLayer):
+                yield name, module
+
+    def _check_nothing_around(self, adapter_names: list[str] | None) -> None:
+        """Refuse what would merge another method's adapter first, into W0, or take both out without merging this one.
+
+        Args:
+            adapter_names: those to be merged; None for all.
+        """
+        for name, module in self._around():
+            found = set(module._all_available_adapter_names())
+            if found := found if adapter_names is None else found & set(adapter_names):
+                raise ValueError(
+                    f"{name} is a {type(module).__module__}.{type(module).__name__} around a quantized layer: "
+                    f"adapter {min(found)!r} would be merged into the weight that is quantized. Name the others, as "
+                    "in merge_adapter(['default']), or delete that one first by delete_adapter."
+                )
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
         """Refuse what PEFT's other methods can.
