@@ -831,6 +831,21 @@ def test_other_adapters_around_a_quantized_layer():
     torch.testing.assert_close(logits(outer), trained)
 
 
+def test_an_adapter_is_not_overwritten_by_a_new_one_of_its_name():
+    """PEFT warns of a base model that has adapters already, and would make the new one in the place of the trained."""
+    base = tiny_model()
+    model = get_peft_model(base, config())
+    perturb(model)
+    trained = logits(model.eval())
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(ValueError, match=r"has an adapter 'default' already, .*delete_adapt"),
+    ):
+        warnings.simplefilter("ignore")
+        get_peft_model(base, config(bits=2))
+    assert torch.equal(logits(model), trained)
+
+
 @pytest.mark.parametrize("names", [None, ["lora"]])
 def test_another_adapter_that_was_merged_into_the_frozen_weight_is_noticed(names):
     model = adapted()

@@ -102,6 +102,11 @@ class DLQATModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; an adapter that is about to be loaded needs no search for scales and zeros."""
         config = self.peft_config[adapter_name]
+        if any(isinstance(layer, DLQATLayer) and adapter_name in layer.specs for layer in model.modules()):
+            raise ValueError(
+                f"the model has an adapter {adapter_name!r} already, whose tensors a new one would overwrite; give "
+                "this one another name, delete that one by delete_adapter, or begin again with unload()."
+            )
         config.check_matching_ends([name for name, _ in model.named_modules()])
         # PEFT adds these, but only after the injection: too late for "all-linear".
         if config.modules_to_save is None and config.task_type in HEADS:
