@@ -31,6 +31,7 @@ from transformers import (
 
 from peft_dlqat import DLQATConfig, OtherBaseWarning, calibrate
 from peft_dlqat.layer import DLQATLayer, adapter_layers
+from peft_dlqat.quant.fit import initialise
 
 
 def config(**kwargs):
@@ -839,11 +840,22 @@ def test_an_adapter_is_not_overwritten_by_a_new_one_of_its_name():
     trained = logits(model.eval())
     with (
         warnings.catch_warnings(),
-        pytest.raises(ValueError, match=r"has an adapter 'default' already, .*delete_adapt"),
+        pytest.raises(ValueError, match=r"has an adapter 'default' already, .*delete_"),
     ):
         warnings.simplefilter("ignore")
         get_peft_model(base, config(bits=2))
     assert torch.equal(logits(model), trained)
+
+
+@pytest.mark.parametrize("how", [{}, {"is_trainable": True, "low_cpu_mem_usage": True}])
+def test_no_scales_are_searched_for_where_others_will_be_loaded(how, tmp_path, monkeypatch):
+    model = get_peft_model(tiny_model(), config(init="mse"))
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    inits = []
+    monkeypatch.setattr("peft_dlqat.layer.initialise", lambda *given: inits.append(given[2]) or initialise(*given))
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, **how)
+    assert torch.equal(logits(loaded.eval()), logits(model.eval())) and set(inits) == {"minmax"}
 
 
 @pytest.mark.parametrize("names", [None, ["lora"]])

@@ -57,11 +57,6 @@ class DLQATModel(BaseTuner):
 
     def _prepare_model(self, peft_config: DLQATConfig, model: nn.Module) -> None:
         """Resolve "all-linear", then check every target."""
-        if isinstance(model, PeftModel):
-            raise ValueError(
-                f"the model is a {type(model).__name__} already; add a further adapter by model.add_adapter(name, "
-                "config), or begin again with model.unload()."
-            )
         self._places = places(model)
         resolve_all_linear(peft_config, model)
         check_targets(peft_config, model)
@@ -79,7 +74,7 @@ class DLQATModel(BaseTuner):
         in_features = out_in(target)[1]
         kwargs = {
             "spec": LayerSpec.from_config(peft_config, current_key, in_features),
-            "init": self._first_init,
+            "init": "minmax" if _is_emptied() else self._first_init,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
         }
@@ -102,6 +97,11 @@ class DLQATModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; an adapter that is about to be loaded needs no search for scales and zeros."""
         config = self.peft_config[adapter_name]
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                f"the model is a {type(model).__name__} already; add a further adapter by model.add_adapter(name, "
+                "config), or begin again with model.unload()."
+            )
         if any(isinstance(layer, DLQATLayer) and adapter_name in layer.specs for layer in model.modules()):
             raise ValueError(
                 f"the model has an adapter {adapter_name!r} already, whose tensors a new one would overwrite; give "
@@ -288,6 +288,13 @@ class DLQATModel(BaseTuner):
         if isinstance(tuner := getattr(model, "base_model", None), cls):
             tuner._checked(adapter_name)
         return checked
+
+
+def _is_emptied() -> bool:
+    """Whether new Parameters go to the meta device, to be loaded: PEFT's low_cpu_mem_usage."""
+    probe = nn.Module()
+    probe.register_parameter("empty", nn.Parameter(torch.empty(0)))
+    return probe.empty.is_meta  # type: ignore[union-attr, return-value]
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
