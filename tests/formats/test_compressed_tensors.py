@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from conftest import perturb, say_calibrated
 from export_models import adapted, as_id, assert_same, exported_logits, held, held_grids, merged_logits, needs
 from peft import get_peft_model
 from transformers import Llama4ForCausalLM, Llama4TextConfig
@@ -61,6 +62,8 @@ def test_the_experts_of_llama_4_are_refused(tmp_path):
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
     base = Llama4ForCausalLM(Llama4TextConfig(**shape, **heads, pad_token_id=0))
     model = get_peft_model(base, DLQATConfig(bits=4, group_size=32, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    perturb(model)
+    say_calibrated(model)
     with pytest.raises(ValueError, match=r"layers\.0\.feed_forward\.experts\.\w+: of Llama 4, .*export as 'dense'"):
         export_model(model, tmp_path / "out", "compressed-tensors")
     assert not list(tmp_path.iterdir())
