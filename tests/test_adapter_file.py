@@ -360,3 +360,19 @@ def test_a_new_adapter_by_a_saved_config(tmp_path):
     model = get_peft_model(tiny_model(), config)
     model._apply(torch.clone)
     assert torch.isfinite(model(tokens()).logits).all()
+
+
+@pytest.mark.parametrize("method", ["dlqat", "peqa"])
+@pytest.mark.parametrize("was_trained", [False, True])
+def test_a_file_without_a_record_keeps_the_scales_that_it_was_trained_on(method, was_trained, tmp_path):
+    """Of an older version or by another hand: it does not say whether they are calibrated."""
+    given = DLQATConfig(bits=3, group_size=32, init="minmax", method=method, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(), given)
+    if was_trained:
+        perturb(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "dlqat_record" not in key}, file)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert calibrated(loaded) == was_trained
+    assert torch.equal(loaded.eval()(tokens()).logits, model.eval()(tokens()).logits)

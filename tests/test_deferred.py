@@ -39,6 +39,28 @@ def test_what_costs_nothing(read):
 
 
 @pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.mul_(0),
+        lambda w: w.data.zero_(),
+        lambda w: w.data.data.copy_(torch.ones(3, 4)),
+        lambda w: w.__setitem__(0, 1.0),
+        lambda w: w.__iadd__(1),
+        lambda w: setattr(w, "data", torch.ones(3, 4)),
+        lambda w: nn.init.zeros_(w),
+        lambda w: torch.relu_(w),
+    ],
+)
+def test_what_would_be_lost_is_refused(write):
+    weight, computed = deferred(torch.randn(3, 4))
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"computed anew each time; change base_layer\.weight"):
+        write(weight)
+    weight.requires_grad_(False)
+    weight.requires_grad = False
+    assert weight.data.dtype == torch.float32 and len(computed) <= 1
+
+
+@pytest.mark.parametrize(
     "use",
     [
         lambda w: torch.ones(2, 4) @ w.t(),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
+from collections import deque
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import CONFIGS, perturb, tiny_model, tokens
 from peft import PeftModel, get_peft_model
+from refusals import refused
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5GemmaConfig
@@ -156,23 +161,41 @@ def test_all_linear_leaves_out_routers_and_gates():
     assert list(adapter_layers(model)[1]) == ["base_model.model.a"]
 
 
+class Pair(NamedTuple):
+    a: nn.Module
+    b: nn.Module
+
+
+def flat(kept):
+    """The layers of lists, tuples and dicts, in order."""
+    if isinstance(kept, nn.Module):
+        return [kept]
+    return [layer for entry in (kept.values() if isinstance(kept, dict) else kept) for layer in flat(entry)]
+
+
 class Listed(Net):
-    """Calls its layers from a list, as the mask heads of Mask2Former do, or from a dict, or one by another name."""
+    """Calls its layers from a list, as the mask heads of Mask2Former do, or from others, or one by another name."""
 
     def __init__(self, kept):
         super().__init__()
-        self.layers = {"list": [self.a, self.b], "dict": {"a": self.a, "b": self.b}, "attribute": None}[kept]
+        self.layers = {
+            "list": [self.a, self.b],
+            "dict": {"a": self.a, "b": self.b},
+            "tuple": (self.a, self.b),
+            "named tuple": Pair(self.a, self.b),
+            "tuple in a dict": {"layers": (self.a, [self.b])},
+            "attribute": None,
+        }[kept]
         if kept == "attribute":
             object.__setattr__(self, "first", self.a)
 
     def forward(self, x):
-        layers = [self.first, self.b] if self.layers is None else self.layers
-        for layer in layers.values() if isinstance(layers, dict) else layers:
+        for layer in flat([self.first, self.b] if self.layers is None else self.layers):
             x = layer(x).tanh()
         return self.head(x)
 
 
-@pytest.mark.parametrize("kept", ["list", "dict", "attribute"])
+@pytest.mark.parametrize("kept", ["list", "dict", "tuple", "named tuple", "tuple in a dict", "attribute"])
 def test_a_layer_that_its_parent_keeps_elsewhere_too(kept):
     base = Listed(kept).eval()
     expected = base(X)
@@ -186,6 +209,29 @@ def test_a_layer_that_its_parent_keeps_elsewhere_too(kept):
     model.unmerge_adapter()
     assert torch.equal(copy.deepcopy(model).merge_and_unload()(X), trained)
     assert torch.equal(model.unload()(X), expected)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda layer: {layer},
+        lambda layer: [frozenset({layer})],
+        lambda layer: deque([layer]),
+        lambda layer: SimpleNamespace(steps=[layer]),
+        lambda layer: layer.forward,
+        lambda layer: functools.partial(nn.Module.__call__, layer),
+        lambda layer: lambda x: layer(x),
+    ],
+    ids=["set", "set in a list", "deque", "object", "method", "partial", "closure"],
+)
+def test_a_layer_that_its_parent_keeps_where_no_other_can_be_put(keep):
+    base = Net()
+    base.kept = keep(base.a)
+    with refused(ValueError, "a is kept in kept too", "as an attribute, or in a list", "exclude_modules"):
+        get_peft_model(base, config())
+    assert type(base.a) is type(base.b) is nn.Linear
+    model = get_peft_model(base, config(exclude_modules=["a"]))
+    model.add_adapter("second", config(exclude_modules=["a"]))
 
 
 @pytest.mark.parametrize("tie", ["module", "weight"])

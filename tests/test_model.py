@@ -31,6 +31,7 @@ from transformers import (
 
 from peft_dlqat import DLQATConfig, OtherBaseWarning, calibrate
 from peft_dlqat.layer import DLQATLayer, adapter_layers
+from peft_dlqat.quant.fit import initialise
 
 
 def config(**kwargs):
@@ -467,7 +468,7 @@ class Normed(nn.Module):
 def test_statistics_that_move_in_training_are_told_or_saved(tmp_path):
     base, x = Normed(), torch.randn(8, 32)
     model = get_peft_model(copy.deepcopy(base), config(task_type=None)).train()
-    with pytest.warns(UserWarning, match="norm and 0 more batch norms move their statistics") as caught:
+    with pytest.warns(UserWarning, match="1 batch norms, such as .*norm, move their statistics") as caught:
         model(x)
         model(x)
     assert len([w for w in caught if "statistics" in str(w.message)]) == 1
@@ -755,6 +756,30 @@ def test_the_config_is_the_callers_and_another_model_may_have_it_too():
     assert len(adapter_layers(get_peft_model(tiny_model("gpt2"), given))[1]) == 2
 
 
+def test_a_config_keeps_its_layers_also_where_names_become_a_regex(tmp_path):
+    given = config(task_type=None, layers_to_transform=[1], layers_pattern="blocks")
+    base = Tower()
+    base.side = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"a": nn.Linear(32, 1)}) for _ in "ab")})
+    with pytest.warns(UserWarning, match="4 with a single output"):
+        model = get_peft_model(copy.deepcopy(base), given)
+    assert given.target_modules == r"blocks\.1\.a" and given.layers_to_transform == [1]
+    model.save_pretrained(tmp_path)
+    assert len(adapter_layers(PeftModel.from_pretrained(base, tmp_path))[1]) == 1
+    given.layers_pattern = None
+    other = get_peft_model(tiny_model(), given)
+    assert len(adapter_layers(other)[1]) == 7 and all(".layers.1." in name for name in adapter_layers(other)[1])
+
+
+@pytest.mark.parametrize(
+    "fails", [lambda: nn.LSTM(8, 8), lambda: nn.Sequential(nn.Linear(2, 32))], ids=["no layer", "group size"]
+)
+def test_a_config_that_a_model_has_refused_is_as_it_was_for_the_next(fails):
+    given = config(r=16, task_type=None)
+    with pytest.raises(ValueError, match=r"finds no linear layer|group_size=32 is larger"):
+        get_peft_model(fails(), given)
+    assert len(adapter_layers(get_peft_model(tiny_model(), given))[1]) == 14
+
+
 def test_a_second_model_around_the_first_is_refused():
     """PEFT warns of it; "all-linear" would take in the output head."""
     model = adapted()
@@ -790,11 +815,105 @@ def test_layers_beside_the_language_model_are_named_in_a_line():
     assert len(adapter_layers(model)[1]) == 7
 
 
+def around(model):
+    """The model with a LoRA around its quantized q_proj."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of a second adapter and of its name
+        settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        return get_peft_model(model, settings, "lora").eval()
+
+
 def test_other_adapters_around_a_quantized_layer():
-    """LoRA's forward adds to the quantized layer's."""
+    """LoRA's forward adds to the quantized layer's; merged into what that is merged to, it still does."""
     model = adapted()
     before = logits(model)
-    with warnings.catch_warnings():
+    outer = around(model)
+    trained = logits(outer)
+    assert not torch.equal(trained, before)
+    says = ("q_proj is a peft.tuners.lora.layer.Linear around a quantized layer", "'lora'", "delete_adapter")
+    for how in (model.merge_adapter, model.merge_and_unload, model.unload):
+        with refused(ValueError, *says, model=outer):
+            how()
+    model.merge_adapter(["default"])
+    assert torch.equal(logits(outer), trained)
+    with pytest.warns(UserWarning, match="additionally merging lora"):
+        outer.merge_adapter(["lora"])
+    torch.testing.assert_close(logits(outer), trained)
+
+
+def test_an_adapter_is_not_overwritten_by_a_new_one_of_its_name():
+    """PEFT warns of a base model that has adapters already, and would make the new one in the place of the trained."""
+    base = tiny_model()
+    model = get_peft_model(base, config())
+    perturb(model)
+    trained = logits(model.eval())
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(ValueError, match=r"has an adapter 'default' already, .*delete_"),
+    ):
         warnings.simplefilter("ignore")
-        around = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), "lora")
-    assert torch.equal(logits(around), before)
+        get_peft_model(base, config(bits=2))
+    assert torch.equal(logits(model), trained)
+
+
+@pytest.mark.parametrize("how", [{}, {"is_trainable": True, "low_cpu_mem_usage": True}])
+def test_no_scales_are_searched_for_where_others_will_be_loaded(how, tmp_path, monkeypatch):
+    model = get_peft_model(tiny_model(), config(init="mse"))
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    inits = []
+    monkeypatch.setattr("peft_dlqat.layer.initialise", lambda *given: inits.append(given[2]) or initialise(*given))
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, **how)
+    assert torch.equal(logits(loaded.eval()), logits(model.eval())) and set(inits) == {"minmax"}
+
+
+@pytest.mark.parametrize("names", [None, ["lora"]])
+def test_another_adapter_that_was_merged_into_the_frozen_weight_is_noticed(names):
+    model = adapted()
+    outer = around(model)
+    with pytest.raises(ValueError, match=r"no longer the one that adapter 'default' was .*load the base"):
+        outer.merge_adapter(names)
+    with pytest.raises(ValueError, match="no longer the one"):
+        model.merge_adapter(["default"])
+
+
+def test_an_adapter_whose_wrapper_is_empty_is_merged():
+    """PEFT leaves the layers of a deleted adapter there."""
+    model = tiny_model()
+    model.add_adapter(config())
+    perturb(model)
+    trained = logits(model.eval())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of a second adapter
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "lora")
+        model.delete_adapter("lora")
+        model.set_adapter("default")
+        wrapped = PeftModel(model, config(bits=4, target_modules=["v_proj"]), "other")
+    wrapped.set_adapter("default")
+    assert torch.equal(logits(wrapped), trained)
+    assert torch.equal(logits(wrapped.merge_and_unload()), trained)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_cast_does_to_a_trained_adapter_is_said(dtype, merged):
+    """It is another model; merging that one changes nothing more."""
+    model = adapted()
+    if merged:
+        model.merge_adapter()
+    with pytest.warns(OtherBaseWarning, match=f"become {str(dtype)[6:]}, but adapter 'default' was trained on others"):
+        model.to(dtype)
+    if merged:
+        model.unmerge_adapter()
+    cast = logits(model)
+    model.merge_adapter()
+    assert torch.equal(logits(model), cast)
+
+
+def test_a_cast_that_changes_no_weight_is_not_mentioned(tmp_path):
+    base = tiny_model(dtype=torch.bfloat16)
+    model = get_peft_model(base, config())
+    perturb(model)
+    trained = [layer.quantized_weight().codes for layer in dlqat_layers(model)]
+    model.float().to(torch.bfloat16)
+    assert all(map(torch.equal, trained, (layer.quantized_weight().codes for layer in dlqat_layers(model))))

@@ -71,9 +71,7 @@ def check_state(
         for kind in (*layer.adapter_layer_names, *SAVED)
         if adapter_name in (entries := getattr(layer, kind))
     }
-    # Files had none once, of adapters that were calibrated.
-    before = {tensor_key(name, "dlqat_record", adapter_name): Record(calibrated=True).encode() for name in layers}
-    state_dict = before | state_dict
+    state_dict = _records(layers, adapter_name, state_dict) | state_dict
     second_names = _second_names(model)
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith(tuple(second_names))}
     found = {key: value for key, value in state_dict.items() if f".{PREFIX}" in key}
@@ -125,6 +123,24 @@ def check_state(
         if key.startswith(first)
     }
     return {**state_dict, **found, **again}
+
+
+def _records(
+    layers: Mapping[str, DLQATLayer], adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Records for a file without any, of an older version or by another hand, which says nothing of its scales.
+
+    What was trained on them keeps them, as calibrated ones are kept. Else a calibration is welcome.
+    """
+    trained = any(
+        bool((value != value.flatten()[:1]).any())  # a fresh one is all the same, whatever its unit
+        for name, layer in layers.items()
+        for kind, (tensor, _) in layer.trained(adapter_name).items()
+        if tensor.start is not None
+        and (value := state_dict.get(tensor_key(name, f"{PREFIX}{kind}", adapter_name))) is not None
+    )
+    record = Record(calibrated=trained).encode()
+    return {tensor_key(name, "dlqat_record", adapter_name): record.clone() for name in layers}
 
 
 def _check_numbers(name: str, value: torch.Tensor, whole: torch.dtype | None = None) -> None:
@@ -186,6 +202,7 @@ def warn_of_other_base(adapter_name: str, layers: Mapping[str, DLQATLayer], reco
     for name, recorded in records.items():
         found = layers[name].base_record()
         if not recorded.fits(found):
+            layers[name].on_other_base.add(adapter_name)
             others.append(name)
             dtypes.add(f"{_in_words(recorded.dtype)} there, {_in_words(found.dtype)} here")
     if others:

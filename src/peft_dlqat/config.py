@@ -22,13 +22,14 @@ from .formats import FORMATS, find_preset
 from .hub import write_section
 from .layer_spec import pattern_of
 from .lora_arguments import translated
+from .messages import shown
 from .methods import MAGNITUDES, METHODS, Method
 from .quant.fit import INITIALISATIONS
 from .quant.fixed_point import STORAGES
 from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid
 from .quant.op import GRADIENTS
 from .quant.super_blocks import K_QUANTS, check_k_quant
-from .regexes import LONGEST, check_matching_ends, check_regex, shown
+from .regexes import LONGEST, check_matching_ends, check_regex
 
 Check = Callable[[str, Any], None]  # of a name and a value; raises a ValueError
 
@@ -294,8 +295,7 @@ class DLQATConfig(PeftConfig):
             self.target_modules = "all-linear"
         self.target_modules = self._as_set(self.target_modules)
         self.exclude_modules = self._as_set(self.exclude_modules)
-        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        if is_regex and self.layers_to_transform is not None:
+        if self._is_regex() and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} has no meaning beside the regex "
                 f"target_modules={self.target_modules!r}; name the layers in the regex, or the modules in a list."
@@ -477,6 +477,16 @@ class DLQATConfig(PeftConfig):
             ValueError: naming the field and the regex.
         """
         check_matching_ends({entry.name: getattr(self, entry.name) for entry in fields(self)}, names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's; a regex that "all-linear" has become in a model names the layers, and goes with no others."""
+        settings = super().to_dict()
+        if self._is_regex():
+            settings |= {"layers_to_transform": None, "layers_pattern": None}
+        return settings
+
+    def _is_regex(self) -> bool:
+        return isinstance(self.target_modules, str) and self.target_modules != "all-linear"
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save adapter_config.json and put this adapter's section into the model card beside it.

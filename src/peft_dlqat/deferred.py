@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,10 +19,21 @@ _FREE = {
 }
 
 
+# What changes its first argument: `mul_`, `__imul__`, `w[0] = ...`, `w.data = ...`; and what changes no number of it.
+_WRITES = re.compile(r"__(i(add|sub|mul|div|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)|set|setitem)__|[^_].*_")
+_HARMLESS = {
+    torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad_,
+    torch.Tensor.retain_grad,
+}
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 class DeferredWeight(torch.Tensor):
     """The quantized weight of an adapter layer, as a parent module reads it.
 
     Shape, dtype and device are known at once. Everything else first computes the weight, once, and goes on with it.
+    What would write into it, which would be lost, is refused with a RuntimeError.
 
     Args:
         compute: returns the weight.
@@ -54,6 +66,14 @@ class DeferredWeight(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _FREE:
                 return func(*args, **(kwargs or {}))
+        if func == _DATA:  # as an object of this class, for what is written into it would be lost
+            of, (weight,) = cls, args
+            return of(lambda: weight.computed().detach(), weight.shape, weight.dtype, weight.device)
+        if args and isinstance(args[0], cls) and func not in _HARMLESS and _WRITES.fullmatch(func.__name__):
+            raise RuntimeError(
+                f"{func.__name__} would change the weight of an adapter layer, which is computed anew each time; "
+                "change base_layer.weight, or merge the adapter first."
+            )
         args, kwargs = tree_map(lambda value: value.computed() if isinstance(value, cls) else value, (args, kwargs))
         return func(*args, **(kwargs or {}))
 

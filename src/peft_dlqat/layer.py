@@ -87,6 +87,7 @@ class DLQATLayer(BaseTunerLayer):
         self._set_aside: list[nn.Parameter] = []  # in a list: as an attribute it would be registered
         self._kept_weight = KeptWeight()
         self._was_read = False  # the weight, by a parent; whoever watches sets it back
+        self.on_other_base: set[str] = set()  # adapters of which that was said
         self._disable_adapters = False
         self.merged_adapters = []
         shape = full_shape(self.get_base_layer().weight)
@@ -312,13 +313,24 @@ class DLQATLayer(BaseTunerLayer):
         """
         wanted = self.active_adapters if adapter_names is None else adapter_names
         names = self._present([name for name in wanted if name not in self.merged_adapters])
-        if not names:
-            return
-        self.frozen.check_float()
+        self._check_own_base()
         for name in names:
             self._check_codes(name)
-        if safe_merge:
+        if safe_merge and names:
             self._finite_merged_weight(names)
+
+    def _check_own_base(self) -> None:
+        """Refuse a W0 that somebody has quantized since, or changed without a word: LoRA that was merged into it."""
+        self.frozen.check_float()
+        unsaid = [name for name in self.specs if name not in self.on_other_base]
+        base = self.base_record() if unsaid and not is_partitioned(self.get_base_layer().weight) else Record()
+        for name in unsaid:
+            if not self.record(name).fits(base):
+                raise ValueError(
+                    f"the frozen weight is no longer the one that adapter {name!r} was made on: was another adapter "
+                    "merged into it? unmerge that one (unmerge_adapter), and merge this one first, or load the base "
+                    "model again."
+                )
 
     def _finite_merged_weight(self, adapter_names: list[str]) -> torch.Tensor:
         weight = self._merged_weight(self.merged_adapters + adapter_names)
@@ -337,13 +349,13 @@ class DLQATLayer(BaseTunerLayer):
 
         Raises:
             ValueError: if NaN or infinity takes part in choosing codes; with `safe_merge`, if the merged weight is not
-                finite.
+                finite; if W0 was changed since the adapter was made.
             TypeError: if the base layer's weight is itself quantized.
         """
+        self._check_own_base()
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
-        self.frozen.check_float()
         check_here(self.get_base_layer(), "merge into")
         merged = self.merged_adapters + names
         self.frozen.replace(self._finite_merged_weight(names) if safe_merge else self._merged_weight(merged))
@@ -519,14 +531,31 @@ class DLQATLinear(nn.Module, DLQATLayer):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As torch's. A new adapter's record follows W0 to another dtype: a trained one stays that of its own W0."""
+        """As torch's; says what a cast of W0 does to adapters."""
         before = self.frozen.dtype
         super()._apply(fn, recurse)  # type: ignore[misc]
-        if self.frozen.dtype != before and not self.merged:
-            for name in self.specs:
-                if not self.dlqat_record[name].is_meta and not self.record(name).calibrated:
-                    self.dlqat_record[name].copy_(self.base_record().encode())
+        if self.frozen.dtype != before and not self.frozen.packed:
+            self._follow_cast()
         return self
+
+    def _follow_cast(self) -> None:
+        """A new adapter's record follows W0 to another dtype; of one that was trained, W0 is another one now."""
+        weight = self.frozen.as_kept().to(self.frozen.dtype)  # where it is set aside, it is cast when it comes back
+        base = Record() if weight.is_meta else Record.of_weight(weight)
+        for name in self.specs:
+            if self.dlqat_record[name].is_meta or weight.is_meta:
+                continue
+            record = self.record(name)
+            if not record.calibrated and not self.moved(name):
+                self.dlqat_record[name].copy_(base.encode())
+            elif not record.fits(base):
+                self.on_other_base.add(name)
+                warnings.warn(
+                    f"the base weights become {str(weight.dtype).removeprefix('torch.')}, but adapter {name!r} was "
+                    "trained on others: with these some codes are others, and so is the model; cast the base model "
+                    "before get_peft_model or from_pretrained.",
+                    OtherBaseWarning,
+                )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, spec in self.specs.items():
@@ -550,6 +579,7 @@ class DLQATLinear(nn.Module, DLQATLayer):
             return
         base = Record.of_weight(weight)
         if not all(record.fits(base) for record in records):
+            self.on_other_base |= self.specs.keys()
             warnings.warn(
                 "the base weights of the state dict are not those that its adapter was trained on: it was taken while "
                 "merged, or in another dtype, and is another model here. Take it after unmerge_adapter(), or save the "

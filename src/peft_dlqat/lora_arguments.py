@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from .regexes import shown
+from .messages import shown
 
 _OWN = "this is LoRA's own, and has no meaning where the update lies inside the quantizer; leave it out"
 # Why an argument that is not as LoRA has it by default cannot be taken, and what to do instead.

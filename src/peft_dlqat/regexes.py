@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .messages import shown
+
 LONGEST = 10_000  # characters
 _SECONDS = 10.0
 
@@ -83,15 +85,6 @@ def check_matching_ends(settings: dict[str, Any], names: Iterable[str]) -> None:
             f"{field}: to match {shown(regex)} with the names of this model's modules takes more than {_SECONDS:g} "
             "seconds; leave out repeats of what has repeats or alternatives in it, or list the names instead."
         ) from None
-
-
-def shown(value: Any) -> str:
-    """A value for a message: its repr, or the beginning of a long one."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of more digits than Python writes, or lists in lists in lists
-        return f"an object of type {type(value).__name__} that cannot be printed"
-    return text if len(text) <= 300 else f"{text[:300]}... ({len(text):,} characters)"
 
 
 def _regexes(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:

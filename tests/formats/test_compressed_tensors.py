@@ -8,9 +8,12 @@ from itertools import product
 
 import pytest
 import torch
+from conftest import perturb, say_calibrated
 from export_models import adapted, as_id, assert_same, exported_logits, held, held_grids, merged_logits, needs
+from peft import get_peft_model
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-from peft_dlqat import export_model
+from peft_dlqat import DLQATConfig, export_model
 from peft_dlqat.export.manifest import load_reference
 
 
@@ -49,3 +52,18 @@ def test_an_old_version_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_it_holds(size, dtype):
     assert held("compressed-tensors", size, dtype) == {*product((2, 3, 4, 8), ("none", "integer"))}
+
+
+@pytest.mark.filterwarnings("ignore:.*are in no linear layer")
+def test_the_experts_of_llama_4_are_refused(tmp_path):
+    """transformers has another module in their place where a file is quantized, and leaves it at random values."""
+    needs("compressed-tensors")
+    shape = {"hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32, "head_dim": 16, "vocab_size": 64}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    base = Llama4ForCausalLM(Llama4TextConfig(**shape, **heads, pad_token_id=0))
+    model = get_peft_model(base, DLQATConfig(bits=4, group_size=32, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    perturb(model)
+    say_calibrated(model)
+    with pytest.raises(ValueError, match=r"layers\.0\.feed_forward\.experts\.\w+: of Llama 4, .*export as 'dense'"):
+        export_model(model, tmp_path / "out", "compressed-tensors")
+    assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ..files import save_tensors
 from ..formats import FORMATS
 from ..formats.tensor_files import write_json
-from ..regexes import shown
+from ..messages import shown
 from .folder import MANIFEST
 
 # In a folder of its own: engines read every safetensors file that lies beside config.json.

@@ -59,6 +59,19 @@ or `vllm serve THIS_REPOSITORY`."""
         """Beside zero points float32: transformers' loader multiplies in the dtype of the scale, and then rounds."""
         return torch.float32 if grid.zero_point == "integer" else grid.scale_dtype
 
+    def check_model(self, outline: Outline) -> None:
+        """Refuse Llama 4's experts: transformers makes single ones of them where a file is quantized, and finds none.
+
+        Raises:
+            ValueError: names their weight.
+        """
+        stacked = next((tensor.name for tensor in outline.tensors if len(tensor.shape) == 3), "")
+        if stacked and outline.config.get_text_config().model_type == "llama4_text":
+            raise ValueError(
+                f"{stacked}: of Llama 4, transformers loads single experts from a {self.name} file, and would leave "
+                "these, which are stacked, at random values; export as 'dense'."
+            )
+
     def grids(self, outline: Outline) -> dict[str, Grid]:
         """Their own; but transformers loads zero points of one kind of grid only, so the widest and finest for all."""
         own = outline.adapted

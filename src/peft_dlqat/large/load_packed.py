@@ -14,10 +14,10 @@ from torch import nn
 from ..config import DLQATConfig
 from ..console import progress_bar, say
 from ..layer import adapter_layers
-from ..model import check_target
 from ..packing import warn_if_trained
 from ..record import OtherBaseWarning
 from ..summary import summarize
+from ..targets import check_target
 from .checkpoint import Checkpoint, holder, initialise_layer, skeleton, weights_folder
 
 

@@ -18,8 +18,8 @@ from torch import nn
 
 from ..files import save_tensors
 from ..layer import DLQATLayer
+from ..messages import shown
 from ..placement import check_whole, loaded
-from ..regexes import shown
 from ..running import adapter_parameters, unwrapped
 
 Entry = dict[str, torch.Tensor]
