@@ -12,12 +12,14 @@ from dataclasses import replace
 import torch
 
 from .grid import Grid
-from .quantizer import round_to_nearest
 
-# Shares of a group's smallest and largest weight at which "mse" tries to clip, each end on its own. Below a third even
-# 2-bit grids only get worse; between the shares, the refinement finds its way.
-_CLIP_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-_REFINEMENTS = 10
+# Shares of a group's smallest and largest weight at which "mse" tries to clip. Below a third even 2-bit grids only get
+# worse; between the shares, the regressions find their way.
+_CLIP_SHARES = tuple((share, share) for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4))
+_UNEVEN_SHARES = ((1.0, 0.7), (0.7, 1.0), (0.8, 0.5), (0.5, 0.8))  # beside these where the grid has a zero
+# Ways of the zero from the best so far, which are tried in both directions: of z in codes, of b in scales.
+_MOVES = {"none": (), "integer": (1.0, 1.0), "float": (0.5, 0.25, 0.12)}
+_REFINEMENTS = 3
 _OF_ZEROS = 2.0**-14  # float16's smallest normal number, which every scale_dtype has
 # Rows are fitted in pieces of about this many weights: little memory beside the model, and fast in a CPU's cache.
 _CHUNK = 2**17
@@ -74,37 +76,92 @@ def minmax(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[
 def mse(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[torch.Tensor, Zero]:
     """The scale and zero of least squared rounding error, each weight's by its importance; arguments as `initialise`.
 
-    First a search over clipped ranges, jointly over where to clip at each end; then the best of them is refined: with
-    the codes held, the best scale and zero are a weighted linear regression, whose solution rounds to better codes.
+    Clipped ranges are tried, then zeros beside the best one's. Each is mended in closed form: with its codes held, the
+    best scale and offset are a weighted linear regression. The best of all is rounded and mended again, a few times.
     """
     if grid.k_quant:
         return _mse_of_super_blocks(weight, grid, importance)
-    grouped = grid.group(weight)
-    low, high = grouped.amin(-1), grouped.amax(-1)
-    importance = grid.group(importance.expand_as(weight))
-    best_scale, best_zero = _affine(low, high, grid)
-    best_error = torch.full_like(low, torch.inf)
-    best_codes = torch.zeros_like(grouped)
-
-    def consider(scale: torch.Tensor, zero: Zero) -> None:
-        nonlocal best_scale, best_zero, best_error, best_codes
-        codes, w_hat = round_to_nearest(weight, scale, zero, grid)
-        error = (importance * (grid.group(w_hat) - grouped).square()).sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
-        best_scale = torch.where(better, scale, best_scale)
-        if zero is not None and best_zero is not None:
-            best_zero = torch.where(better, zero, best_zero)
-
-    # Without a zero only the longer end counts; clipping the other changes nothing.
-    low_shares = _CLIP_SHARES if grid.zero_point != "none" else (None,)
-    for high_share in _CLIP_SHARES:
-        for low_share in low_shares:
-            consider(*_affine(low * (low_share or high_share), high * high_share, grid))
+    search = _Search(weight, grid, importance)
+    low, high = grid.group(weight).amin(-1), grid.group(weight).amax(-1)
+    for low_share, high_share in _CLIP_SHARES + (() if grid.zero_point == "none" else _UNEVEN_SHARES):
+        scale, zero = _affine(low * low_share, high * high_share, grid)
+        search.consider(scale, zero)
+        if grid.zero_point == "none":  # the longer end may also fall on qmax, one level short of what -qmin reaches
+            search.consider(-scale, None)
+    for size in _MOVES[grid.zero_point]:
+        for step in (size, -size):
+            assert search.zero is not None
+            move = step if grid.zero_point == "integer" else step * search.scale
+            search.consider(*snap(search.scale, search.zero + move, grid))
     for _ in range(_REFINEMENTS):
-        consider(*snap(*_regression(grouped, best_codes, importance, best_scale, best_zero, grid), grid))
-    return best_scale, best_zero
+        search.consider(search.scale, search.zero)
+    return search.scale, search.zero
+
+
+class _Search:
+    """The best scale and zero [rows, n_groups] so far, for each group of a weight [rows, in].
+
+    A candidate costs one rounding. All else follows from a group's weighted moments of codes q and weights w: sums
+    over the group of h * q, h * q**2 and h * q * w, where h is the importance.
+    """
+
+    def __init__(self, weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> None:
+        self._grid, self._w = grid, grid.group(weight)
+        self._h = grid.group(importance.expand_as(weight))
+        self._hw = self._h * self._w
+        self._sum_h, self._sum_hw = self._h.sum(-1), self._hw.sum(-1)
+        self._sum_hww = (self._hw * self._w).sum(-1)
+        self._q, self._product = torch.empty_like(self._w), torch.empty_like(self._w)
+        self._error = torch.full_like(self._sum_h, torch.inf)
+        self.scale: torch.Tensor = torch.ones_like(self._sum_h)
+        self.zero: Zero = None if grid.zero_point == "none" else torch.zeros_like(self._sum_h)
+
+    def consider(self, scale: torch.Tensor, zero: Zero) -> None:
+        """Round by a scale and zero, mend them, and keep them where they are better."""
+        scale, zero, error = self._mended(scale, zero, *self._moments(scale, zero))
+        better = error < self._error
+        self._error = torch.where(better, error, self._error)
+        self.scale = torch.where(better, scale, self.scale)
+        if zero is not None and self.zero is not None:
+            self.zero = torch.where(better, zero, self.zero)
+
+    def _moments(self, scale: torch.Tensor, zero: Zero) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums of h * q, h * q**2 and h * q * w for the codes that a scale and zero give; close to those that ship."""
+        q, product, inverse = self._q, self._product, (1 / scale).unsqueeze(-1)
+        if zero is None:
+            torch.mul(self._w, inverse, out=q)
+        else:
+            start = zero if self._grid.zero_point == "integer" else -zero / scale
+            torch.addcmul(start.unsqueeze(-1), self._w, inverse, out=q)
+        q.round_().clamp_(self._grid.qmin, self._grid.qmax)
+        sum_hqw = torch.mul(self._hw, q, out=product).sum(-1)
+        sum_hq = torch.mul(self._h, q, out=product).sum(-1)
+        return sum_hq, product.mul_(q).sum(-1), sum_hqw
+
+    def _mended(
+        self, scale: torch.Tensor, zero: Zero, sum_hq: torch.Tensor, sum_hqq: torch.Tensor, sum_hqw: torch.Tensor
+    ) -> tuple[torch.Tensor, Zero, torch.Tensor]:
+        """The best scale, and b too, for the codes of these moments; z stays. And the error that is left.
+
+        Where all codes are one, the scale is left as it was.
+        """
+        kind, h, hw = self._grid.zero_point, self._sum_h, self._sum_hw
+        square, mixed = sum_hqq, sum_hqw
+        if kind == "float":
+            square, mixed = sum_hqq - sum_hq.square() / h, sum_hqw - sum_hq * hw / h
+        elif zero is not None:
+            square, mixed = sum_hqq - zero * (2 * sum_hq - zero * h), sum_hqw - zero * hw
+        fitted = mixed / square
+        # Of the sign it had: codes rise with the weight, up to rounding.
+        scale = torch.where((square > 0) & (fitted * scale > 0), fitted, scale)
+        if kind == "float":
+            zero = (hw - scale * sum_hq) / h
+        scale, zero = snap(scale, zero, self._grid)
+        error = self._sum_hww - scale * (2 * sum_hqw - scale * sum_hqq)
+        if zero is not None:  # w_hat = scale * q + offset
+            offset = zero if kind == "float" else -scale * zero
+            error = error - offset * (2 * (hw - scale * sum_hq) - offset * h)
+        return scale, zero, error
 
 
 def _mse_of_super_blocks(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[torch.Tensor, Zero]:
@@ -121,29 +178,6 @@ def _mse_of_super_blocks(weight: torch.Tensor, grid: Grid, importance: torch.Ten
         spanning |= low > 0
         zero = torch.where(spanning, spanning_zero, zero)
     return snap(torch.where(spanning, spanning_scale, scale), zero, grid)
-
-
-def _regression(
-    weight: torch.Tensor, codes: torch.Tensor, importance: torch.Tensor, scale: torch.Tensor, zero: Zero, grid: Grid
-) -> tuple[torch.Tensor, Zero]:
-    """Least squares of weight on codes [rows, n_groups, group_size]: s, and b too; z stays.
-
-    Where all codes are one, the scale is left as it was.
-    """
-    if grid.zero_point == "float":
-        total = importance.sum(-1, keepdim=True)
-        mean_code = (importance * codes).sum(-1, keepdim=True) / total
-        mean_weight = (importance * weight).sum(-1, keepdim=True) / total
-        codes, weight = codes - mean_code, weight - mean_weight
-    elif zero is not None:
-        codes = codes - zero.unsqueeze(-1)
-    square = (importance * codes.square()).sum(-1)
-    fitted = (importance * codes * weight).sum(-1) / square
-    # Of the sign it had: codes rise with the weight, up to rounding.
-    scale = torch.where((square > 0) & (fitted * scale > 0), fitted, scale)
-    if grid.zero_point == "float":
-        zero = mean_weight.squeeze(-1) - scale * mean_code.squeeze(-1)
-    return scale, zero
 
 
 INITIALISATIONS: dict[str, Callable[[torch.Tensor, Grid, torch.Tensor], tuple[torch.Tensor, Zero]]] = {
