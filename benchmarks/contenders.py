@@ -7,7 +7,7 @@ import importlib
 from typing import Any
 
 import torch
-from peers.common import Batches, Prepared
+from peers.common import Batches, Prepared, with_divisors
 from peft import get_peft_model
 from runs import BY_RECIPE
 from transformers import PreTrainedModel
@@ -55,6 +55,7 @@ def quantize(
     """The low-bit model of a contender that does not train; `most_steps` bounds its steps, if it takes any."""
     if name == FULL_PRECISION:
         return model
+    setting = with_divisors(model, setting)
     module, kwargs = ROUNDED[name]
     if most_steps is not None and "steps" in kwargs:
         kwargs = {**kwargs, "steps": min(most_steps, kwargs["steps"])}
@@ -71,6 +72,7 @@ def prepare(name: str, model: PreTrainedModel, setting: dict[str, Any], calibrat
         calibration: batches to calibrate a method of the package on.
         steps: how many optimiser steps of these; 0 only fits to the layers' inputs.
     """
+    setting = with_divisors(model, setting)
     if name in TRAINED:
         return importlib.import_module(f"peers.{TRAINED[name]}").prepare(model, DLQATConfig(**setting))
     adapted = get_peft_model(model, DLQATConfig(**{**setting, **OURS[name]}, task_type="CAUSAL_LM"))

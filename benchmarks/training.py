@@ -11,7 +11,7 @@ from typing import Any
 
 import contenders
 import torch
-from peers.common import Batches, Prepared, grid_for
+from peers.common import Batches, Prepared, grid_for, with_divisors
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_scheduler
@@ -175,7 +175,8 @@ def accuracies(task: Task, model: PreTrainedModel, tasks: dict[str, Any] | None)
 
 def bits_per_weight(model: PreTrainedModel, setting: dict[str, Any]) -> float:
     """Mean over the weights of all linear layers but the head, with their share of scales and zeros."""
-    config, head, bits, weights = DLQATConfig(**setting), model.get_output_embeddings(), 0.0, 0
+    config, bits, weights = DLQATConfig(**with_divisors(model, setting)), 0.0, 0
+    head = model.get_output_embeddings()
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear | Conv1D) and layer is not head:
             in_features = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]

@@ -270,13 +270,22 @@ def test_the_output_head_is_left_alone():
     assert len(names) == 14 and not any("lm_head" in name for name in names)
 
 
-def test_default_group_size_adapts_with_one_warning_that_names_the_modules():
+def test_default_group_size_adapts_with_one_warning_that_folds_the_modules():
     with pytest.warns(UserWarning, match="group_size does not divide") as caught:
         model = get_peft_model(tiny_model(), DLQATConfig(bits=3))
     ours = [str(w.message) for w in caught if "group_size" in str(w.message)]
-    assert len(ours) == 1 and "layers.0.self_attn.q_proj" in ours[0] and "128 -> 64" in ours[0]
+    assert len(ours) == 1 and "128 -> 64 in q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj in 2 layers" in ours[0]
     grids = {layer.specs["default"].grid.group_size for layer in adapter_layers(model)[1].values()}
     assert grids == {64, 128}
+
+
+def test_a_group_that_we_shrink_must_not_cost_much():
+    net = torch.nn.Sequential(torch.nn.Linear(96, 8))
+    settings = {"bits": 3, "zero_point": "float", "init": "minmax", "target_modules": ["0"]}
+    with pytest.raises(ValueError, match=r"group_size=128 does not divide in_features=96 of 0, and 32, .* 0.75 bits"):
+        get_peft_model(net, DLQATConfig(**settings))
+    for size in (32, -1, 16):
+        get_peft_model(net, DLQATConfig(**settings, group_size=size)).unload()
 
 
 def test_training_without_calibration_warns_once():

@@ -23,9 +23,11 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from peft_dlqat.config import DEFAULT_GROUP_SIZE
 from peft_dlqat.quant.fit import initialise
-from peft_dlqat.quant.grid import SCALE_DTYPES, Grid, ZeroPoint, largest_group
+from peft_dlqat.quant.grid import SCALE_DTYPES, Grid, ZeroPoint, fitting_group
 
 Batches = list[dict[str, torch.Tensor]]
 
@@ -78,8 +80,22 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return linear
 
 
+def with_divisors(model: PreTrainedModel, setting: dict[str, Any]) -> dict[str, Any]:
+    """A setting whose group is the largest divisor where it does not divide a layer's inputs.
+
+    So the runs of the stored results were made. `DLQATConfig` takes 64, 32 or the row there.
+    """
+    asked, head, own = setting.get("group_size", DEFAULT_GROUP_SIZE), model.get_output_embeddings(), {}
+    for name, module in model.named_modules():
+        if asked != -1 and isinstance(module, nn.Linear | Conv1D) and module is not head:
+            inputs = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+            divisor = next(size for size in range(min(asked, inputs), 0, -1) if inputs % size == 0)
+            own |= {name: divisor} if divisor != asked else {}
+    return {**setting, "group_size_pattern": {**setting.get("group_size_pattern", {}), **own}}
+
+
 def grid_of(config: Config, layer: nn.Linear) -> Grid:
-    """The grid of a layer; where the group does not divide its inputs, of the largest divisor, as in `DLQATConfig`."""
+    """The grid of a layer, as in `DLQATConfig`."""
     return grid_for(config, layer.module_name, layer.in_features)
 
 
@@ -92,7 +108,7 @@ def grid_for(config: Config, name: str, in_features: int) -> Grid:
 
     scales = getattr(config, "scale_dtype", None)
     scale_dtype = SCALE_DTYPES[scales] if scales else SCALE_DTYPE
-    group_size = largest_group(in_features, of_module("group_size"))
+    group_size = fitting_group(in_features, of_module("group_size"))
     return Grid(of_module("bits"), group_size, config.zero_point, scale_dtype, scales == "k_quant")
 
 

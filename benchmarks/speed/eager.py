@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_dlqat.quant.fit import initialise
-from peft_dlqat.quant.grid import Grid, largest_group
+from peft_dlqat.quant.grid import Grid, fitting_group
 
 
 def straight_through(rounded: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -26,7 +26,7 @@ class _Quantized(nn.Module):
     def __init__(self, weight: torch.Tensor, bits: int, group_size: int, r: int) -> None:
         super().__init__()
         weight = weight.detach()
-        self.grid = Grid(bits, largest_group(weight.shape[1], group_size), "integer", torch.bfloat16)
+        self.grid = Grid(bits, fitting_group(weight.shape[1], group_size), "integer", torch.bfloat16)
         s, z = initialise(weight, self.grid, "minmax")
         self.s = nn.Parameter(s.unsqueeze(-1))
         self.register_buffer("z", z.unsqueeze(-1))

@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--gguf_file", help="of that folder")
     parser.add_argument("--results", type=Path, help="default: the committed file, or with --quick one in outputs/")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*(never calibrated|largest divisor)")
+    warnings.filterwarnings("ignore", message=".*(never calibrated|does not divide)")
     sizes: dict[str, int | None] = {"hidden 128": 128} if args.quick else dict(SIZES)
     if args.model:
         sizes[args.gguf_file or Path(args.model).name] = None

@@ -15,6 +15,7 @@ from .model import DLQATModel
 from .packing import pack_weights
 from .record import OtherBaseWarning
 from .running import adapters_disabled
+from .summary import summarize
 from .train.calibrate import calibrate
 from .train.callback import DLQATCallback
 from .train.distillation import DistillationLoss, distillation_loss
@@ -48,5 +49,6 @@ __all__ = [
     "grid_report",
     "load_packed",
     "pack_weights",
+    "summarize",
     "verify_export",
 ]

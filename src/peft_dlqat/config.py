@@ -18,7 +18,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
 from .files import allow
-from .formats import FORMATS
+from .formats import FORMATS, find_preset
 from .hub import write_section
 from .layer_spec import pattern_of
 from .lora_arguments import translated
@@ -185,7 +185,8 @@ class DLQATConfig(PeftConfig):
         magnitude: True for the method's own (of DL-QAT one a group), "row" for one a row, False for none; only "dlqat"
             leaves the choice.
         group_size: input channels that share a scale; -1 for one scale a row. Where it does not divide a layer's
-            in_features, the largest divisor not above it is used, with one warning. A size above a layer's in_features
+            in_features, a smaller one of 64 and 32 is used, or else the row, with one warning; it is refused where
+            that takes over half a bit a weight more. A size above a layer's in_features
             is refused, but for the default, which adapts to any layer.
         zero_point: "integer" (asymmetric; the kind that most engines read), "none" (symmetric, signed scale) or
             "float" (any real offset; GGUF Q4_1 and MLX hold it).
@@ -323,6 +324,30 @@ class DLQATConfig(PeftConfig):
         if left_out:
             warnings.warn(f"left out of the LoRA config: {'; '.join(left_out.values())}.", stacklevel=2)
         return cls(**{**taken, **settings})
+
+    @classmethod
+    def for_engine(cls, engine: str, type: str | None = None, bits: int | None = None, **settings: Any) -> DLQATConfig:
+        """The config for what a model is to be served with: a grid for which the engine has fast kernels.
+
+        It names the format in `export`, so that each layer is checked when the adapter is made.
+
+        Args:
+            engine: "llama.cpp", "vllm", "mlx", "transformers" or "gptqmodel".
+            type: the engine's own name for the grid, such as "Q3_K"; of llama.cpp only.
+            bits: width of a weight; 4 by default, or the type's.
+            settings: further ones, such as `r=16`. They come before the preset's.
+
+        Raises:
+            ValueError: for an engine, a type or bits that there are not; says which there are.
+
+        Example:
+            ```py
+            >>> DLQATConfig.for_engine("llama.cpp", "Q3_K", r=16, task_type="CAUSAL_LM")
+            >>> DLQATConfig.for_engine("vllm", bits=4)
+            ```
+        """
+        format, preset = find_preset(FORMATS.values(), engine, type, bits)
+        return cls(**{**preset.settings, "export": [format], **settings})
 
     @classmethod
     def from_pretrained(

@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .console import progress_bar
 from .placement import device_of
 from .running import (
     dlqat_layers,
@@ -92,7 +93,7 @@ def evaluate_model(
         for each in (model,) if teacher is None else (model, teacher):
             stack.enter_context(evaluating(each))
             stack.enter_context(temporarily_merged(each))
-        for batch in _batches(batches, device_of(model)):
+        for batch in progress_bar(_batches(batches, device_of(model)), desc="evaluating"):
             inputs, labels = _inputs_and_labels(batch)
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
             counts = targets != -100  # as in `distillation_loss`

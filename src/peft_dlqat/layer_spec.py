@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 
 from .methods import METHODS, Method, TrainedTensor
 from .quant.fixed_point import STORAGES, storage_of
-from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid, largest_group
+from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid, fitting_group
 
 # Raised when the meaning of saved tensors changes. In 2, B counts in units of the step; in 3, all that trains counts
 # from its start, in units of its own.
@@ -77,7 +77,7 @@ class LayerSpec:
         return cls(
             grid=Grid(
                 bits,
-                largest_group(in_features, group_size),
+                fitting_group(in_features, group_size),
                 config.zero_point,
                 SCALE_DTYPES[config.scale_dtype],
                 config.scale_dtype == "k_quant",

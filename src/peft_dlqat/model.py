@@ -22,18 +22,23 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapter_file import check_loaded, check_state, tensor_key, warn_of_other_base, with_current_names
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
+from .console import progress_bar, say
 from .frozen import check_float_weight
 from .layer import NUMBERS, PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated
 from .layer_spec import LayerSpec, setting, stored_as
+from .module_names import folded
 from .placement import at_hand, check_here, full_shape
 from .quant.fixed_point import STORAGES
-from .quant.grid import Grid, largest_group
+from .quant.grid import Grid, fitting_group
 from .quant.super_blocks import check_k_quant
 from .record import Record, weight_checksum
 from .regexes import LONGEST
+from .summary import summarize
 
 # Modules whose weights nobody expects "all-linear" to adapt, or that it does.
 _KNOWN_WEIGHTS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList)
+# A group size that the user did not choose may cost so many bits a weight more than the one asked for.
+_MOST_BITS_MORE = 0.5
 # Names of the heads that PEFT trains in full for these tasks.
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -58,6 +63,7 @@ class DLQATModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._bar: Any = None
         self._warned: set[str] = set()
         self._unchecked: set[str] = set()
         self._before_loading: dict[str, dict[str, nn.Parameter]] = {}
@@ -107,6 +113,7 @@ class DLQATModel(BaseTuner):
             for name, module in model.named_modules()
             if name and not name.startswith(inside) and _is_target(config, name)
         }
+        self._bar.total = len(targets)
         smaller: dict[str, list[str]] = {}
         _check_that_all_match(config, model, targets)
         _check_untied(config, model, targets)
@@ -127,10 +134,11 @@ class DLQATModel(BaseTuner):
                     f"group_size={asked} is larger than in_features={in_features} of {name}; use at most "
                     f"{in_features}, or -1 for one scale a row (group_size_pattern sets it for some modules only)."
                 )
-            used = largest_group(in_features, asked)
+            used = fitting_group(in_features, asked)
             if problem := STORAGES[config.storage].problem(bits, in_features):
                 raise ValueError(f"{name}: storage={config.storage!r} {problem}.")
             spec = LayerSpec.from_config(config, name, in_features)
+            _check_shrunk(name, spec.grid, asked, in_features)
             _check_packed_alike(name, module, spec.grid, config.storage)
             config.check_export([spec.grid], f"{name}: ", _out_in(module), isinstance(module, Conv1D))
             if asked not in (-1, used):
@@ -145,9 +153,9 @@ class DLQATModel(BaseTuner):
                 warnings.warn(f"The following {field} keys did not match any targeted module: {unused}.", stacklevel=2)
         _warn_of_other_weights(model, targets)
         if smaller:
-            listing = "; ".join(f"{change}: {', '.join(names)}" for change, names in smaller.items())
+            listing = "; ".join(f"{change} in {folded(names)}" for change, names in smaller.items())
             warnings.warn(
-                f"group_size does not divide in_features everywhere; the largest divisor is used instead ({listing}).",
+                f"group_size does not divide the inputs of every layer, and is another one there: {listing}.",
                 stacklevel=2,
             )
 
@@ -168,6 +176,7 @@ class DLQATModel(BaseTuner):
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
         }
+        self._bar.update()
         if isinstance(target, DLQATLayer):
             target.update_layer(adapter_name, **kwargs)
             return
@@ -197,11 +206,15 @@ class DLQATModel(BaseTuner):
         if config.was_saved:
             self._unchecked.add(adapter_name)
         targets, layers = config.target_modules, config.layers_to_transform
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with progress_bar(desc="finding first scales and zeros") as self._bar:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._bar = None  # it can be neither copied nor pickled, as models are
         if (targets == "all-linear" or targets is config.all_linear) and layers == config.layers_to_transform:
             config.all_linear = config.target_modules
         if config.was_saved and not kwargs.get("low_cpu_mem_usage"):
             self._before_loading[adapter_name] = _parameters(model)
+        if len(self.peft_config) == 1 and not (config.was_saved or config.inference_mode or _is_on_meta(model)):
+            say(str(summarize(model, adapter_name, config.export)))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; warns where several adapters become active."""
@@ -342,6 +355,10 @@ class DLQATModel(BaseTuner):
         if isinstance(tuner := getattr(model, "base_model", None), cls):
             tuner._checked(adapter_name)
         return checked
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -526,6 +543,19 @@ def check_target(name: str, module: nn.Module) -> None:
                 f"the weight of {name} holds NaN or infinity, which no grid can hold; repair the base model "
                 "or leave the module out by exclude_modules."
             )
+
+
+def _check_shrunk(name: str, grid: Grid, asked: int, in_features: int) -> None:
+    """Refuse groups that were made smaller than asked, and cost much more; nothing is coarser than a row."""
+    if asked in (-1, grid.group_size) or grid.group_size == in_features:
+        return
+    more = grid.bits_per_weight() - replace(grid, group_size=asked).bits_per_weight()
+    if more > _MOST_BITS_MORE:
+        raise ValueError(
+            f"group_size={asked} does not divide in_features={in_features} of {name}, and {grid.group_size}, which "
+            f"does, takes {more:.2f} bits a weight more; choose by group_size_pattern={{{name.rpartition('.')[2]!r}: "
+            f"{grid.group_size}}}, or -1 for one scale a row."
+        )
 
 
 def _check_packed_alike(name: str, module: nn.Module, grid: Grid, storage: str) -> None:

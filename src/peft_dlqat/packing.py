@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .config import DLQATConfig
+from .console import progress_bar
 from .layer import DLQATLayer, adapter_layers
 
 
@@ -36,7 +37,7 @@ def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
         return
     check_packable(layers.values(), adapter_name, config)
     warn_if_trained(layers.values(), adapter_name, config)
-    for layer in layers.values():
+    for layer in progress_bar(layers.values(), desc="packing weights"):
         layer.frozen.pack(adapter_name, config.storage)
 
 

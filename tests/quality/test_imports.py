@@ -11,6 +11,8 @@ SOURCE = Path(__file__).parents[2] / "src" / "peft_dlqat"
 # affair. `__init__` stands above all and may import any of them.
 ORDER = [
     "files",
+    "console",
+    "module_names",
     "regexes",
     "quant",
     "formats",
@@ -26,6 +28,8 @@ ORDER = [
     "record",
     "kept_weight",
     "layer",
+    "contents",
+    "summary",
     "adapter_file",
     "model",
     "packing",

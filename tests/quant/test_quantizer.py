@@ -7,7 +7,7 @@ import torch
 
 from peft_dlqat.quant.dispatch import harden
 from peft_dlqat.quant.fit import initialise
-from peft_dlqat.quant.grid import Grid, largest_group
+from peft_dlqat.quant.grid import Grid, fitting_group
 from peft_dlqat.quant.quantizer import Quantizer, decode_stored, store
 
 GRIDS = [
@@ -155,10 +155,15 @@ def test_initialise_in_pieces_is_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "in_features, asked, used", [(64, 128, 64), (172, 128, 86), (172, 32, 4), (127, 64, 1), (10, -1, 10), (96, 64, 48)]
+    "in_features, asked, used",
+    [
+        *((256, 128, 128), (192, 96, 96), (172, 4, 4), (10, -1, 10)),  # as asked
+        *((64, 128, 64), (576, 128, 64), (96, 128, 32), (96, 64, 32)),
+        *((172, 128, 172), (172, 32, 172), (127, 64, 127), (192, 20, 192)),  # the row
+    ],
 )
-def test_largest_group(in_features, asked, used):
-    assert largest_group(in_features, asked) == used
+def test_fitting_group(in_features, asked, used):
+    assert fitting_group(in_features, asked) == used
 
 
 @pytest.mark.parametrize(

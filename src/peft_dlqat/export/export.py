@@ -14,13 +14,16 @@ import torch
 from huggingface_hub import HfApi
 from torch import nn
 
-from ..formats import FORMATS, Format, Outline, TensorInfo, describe
+from ..console import progress_bar, say
+from ..formats import FORMATS, Format, Outline, TensorInfo, describe, expected_file
 from ..formats.engines import TRANSFORMERS
+from ..formats.expected import megabytes
 from ..formats.tensor_files import write_json
 from ..layer import is_calibrated
+from ..module_names import folded
 from ..quant.quantizer import QuantizedWeight
 from .folder import check_free, companion_folder, copy_companions, keep_unproven, whole_or_nothing
-from .manifest import REPORT, TRAINED, WRITTEN, Manifest, save_reference, trained_on
+from .manifest import REPORT, TRAINED, WRITTEN, Manifest, save_reference
 from .model_card import write_card
 from .reference import Reader, gelus, prompt_ids, trained_logits, written_logits
 from .source import Source, open_source
@@ -61,8 +64,10 @@ def export_model(
             adapter names.
         adapter_name: which adapter of a model; defaults to the active one.
         dtype: of all tensors that are not quantized (with "dense", of all): "float32", "float16" or "bfloat16";
-            defaults to the model's own.
-        embeddings: of the embedding and the output head, in GGUF only: as `dtype`, which is the default, or "q8_0".
+            defaults to the model's own, and for each tensor to a narrower one that holds it exactly: a base of 16 bits
+            that was loaded in float32 is written in 16 bits, and in GGUF one that came from Q8_0 in Q8_0.
+        embeddings: of the embedding and the output head, in GGUF only: as `dtype`, or "q8_0"; by default as `dtype`'s
+            default.
         tokenizer: saved beside the weights in place of the base model's; by default the base's files are copied.
         verify: run the engines that are installed on the result. It is an error if one does not find what was to be
             written: the trained model, or, where the format rounds, the model that this rounding gives.
@@ -99,6 +104,8 @@ def export_model(
     _warn_if_unfinished(source)
     outline = source.outline(chosen or source.dtype, embeddings or "", max_shard_size)
     target.check_model(outline)
+    if chosen is None:
+        outline = target.narrowed(outline, source.dense())
     notes: list[str] = []
     ids = prompt_ids(source.config, set())
     trained = _trained(source, ids, notes)
@@ -119,8 +126,7 @@ def export_model(
             manifest.save(folder)
         named = [datasets] if isinstance(datasets, str) else datasets
         write_card(folder, source, target, manifest, beside, repo_id, named)
-    for line in _report(manifest, verification):
-        print(line)
+    say("\n".join(_report(target, outline, output, manifest, verification)))
     if push_to_hub:
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)  # type: ignore[arg-type]
@@ -189,7 +195,8 @@ def _write(source: Source, target: Format, outline: Outline, folder: Path, notes
     """Write all tensors, and the config that names them; returns the tensors that their dtype has rounded."""
     rounded: list[str] = []
     with target.writing(folder, outline, notes) as add:
-        for tensor, value in _as_written(source, target, outline, rounded):
+        written = _as_written(source, target, outline, rounded)
+        for tensor, value in progress_bar(written, desc=f"writing {target.name}", total=len(outline.tensors)):
             add(tensor, value)
     for name, content in target.json_files(outline).items():
         write_json(folder / name, content)
@@ -243,14 +250,27 @@ def _manifest(source: Source, target: Format, outline: Outline, rounded: list[st
     )
 
 
-def _report(manifest: Manifest, verification: Verification | None) -> list[str]:
-    """What the user is told: how weights are stored, what is rounded or dense, and what the engines found."""
-    lines = [f"{row['weights']} weights as {row['stored']} ({row['grid']}{trained_on(row)})" for row in manifest.grids]
+def _report(
+    target: Format,
+    outline: Outline,
+    output: Path,
+    manifest: Manifest,
+    verification: Verification | None,
+) -> list[str]:
+    """What the user is told: bits in and out, what is rounded or dense, and what the engines found."""
+    expected = expected_file(target, outline)
+    size = sum(path.stat().st_size for path in output.glob(target.files))
+    advice = f"; {expected.advice}" if expected.advice else ""
+    weights = sum(row["weights"] for row in manifest.grids)
+    lines = [
+        f"{target.name}, {megabytes(size)}: {weights} weights, trained at {outline.bits_per_weight:.2f} bits, are "
+        f"stored as {expected.stored} at {expected.bits_per_weight:.2f}{advice}"
+    ]
     if manifest.rounded:
-        lines.append(f"{len(manifest.rounded)} dense tensors rounded: {', '.join(manifest.rounded[:3])}, ...")
+        lines.append(f"{len(manifest.rounded)} dense tensors rounded: {folded(manifest.rounded)}")
     for what, names in (("linear layers", manifest.dense_linears), ("modules_to_save", manifest.modules_to_save)):
         if names:
-            lines.append(f"kept dense, {what}: {', '.join(names)}")
+            lines.append(f"kept dense, {what}: {folded(names)}")
     lines += manifest.notes
     if verification is not None:
         return [*lines, str(verification)]

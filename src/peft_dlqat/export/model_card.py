@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..formats import Format
 from ..methods import METHODS
+from ..module_names import folded
 from .folder import MANIFEST
 from .manifest import Manifest, trained_on
 from .source import Source
@@ -100,7 +101,7 @@ def _lines(
         ("trained in full", manifest.modules_to_save),
     ):
         if names:
-            lines.append(f"| {title} | {', '.join(names)} |")
+            lines.append(f"| {title} | {folded(names)} |")
     if manifest.rounded:
         lines.append(f"| rounded to their dtype | {len(manifest.rounded)} dense tensors |")
     lines += ["", *(f"Note: {note}.\n" for note in manifest.notes)]

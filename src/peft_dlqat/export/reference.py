@@ -18,6 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..console import progress_bar
 from ..decoder import NoDecoderLayers, capture, decoder_layers, hidden_states
 from ..formats import TensorInfo
 from ..large.checkpoint import empty_model
@@ -131,7 +132,8 @@ def _run(model: Any, blocks: list[nn.Module], filled: Iterator[nn.Module], ids: 
     with hidden_states(None) as hidden:
         (calls,) = capture(model, blocks, [{"input_ids": ids}], hidden)
         state = hidden.student[0]
-    for (args, kwargs), block in zip(calls, filled, strict=True):
+    pairs = zip(calls, filled, strict=True)
+    for (args, kwargs), block in progress_bar(pairs, desc="computing reference logits", total=len(blocks)):
         found = block(state, *args, **kwargs)
         state = found[0] if isinstance(found, tuple) else found
     with _replaced_by(blocks, state if not isinstance(found, tuple) else (state,)):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..console import progress_bar
 from ..formats import FORMATS, Engine
 from ..train.divergence import kl
 from .manifest import REFERENCE, WRITTEN, files_of, load_manifest, load_reference, sha256
@@ -140,7 +141,8 @@ def verify_export(out_dir: str | Path, engines: list[str] | None = None) -> Veri
             raise ValueError(f"engines={wrong!r} are not installed or do not run {manifest.format!r}; use {names!r}.")
         found = [engine for engine in found if engine.name in engines]
     loss = None if manifest.loss is None else LogitDifference(**manifest.loss)
-    figures = [] if REFERENCE in changed else [_figures(engine, folder) for engine in found]
+    bar = progress_bar([] if REFERENCE in changed else found, desc="asking engines")
+    figures = [_figures(engine, folder) for engine in bar]
     return Verification(tuple(figures), tuple(changed), tuple(added), loss)
 
 

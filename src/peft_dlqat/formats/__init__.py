@@ -8,10 +8,22 @@ from .base import Format, Outline, TensorInfo, describe
 from .compressed_tensors import CompressedTensors
 from .dense import Dense
 from .engines import Engine
+from .expected import ExpectedFile, expected_file
 from .gguf import GGUF
 from .gptq import GPTQ
 from .mlx import MLX
+from .presets import find_preset
 
 FORMATS: dict[str, Format] = {format.name: format for format in (CompressedTensors(), GGUF(), MLX(), GPTQ(), Dense())}
 
-__all__ = ["FORMATS", "Engine", "Format", "Outline", "TensorInfo", "describe"]
+__all__ = [
+    "FORMATS",
+    "Engine",
+    "ExpectedFile",
+    "Format",
+    "Outline",
+    "TensorInfo",
+    "describe",
+    "expected_file",
+    "find_preset",
+]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import combinations, product
@@ -17,12 +19,21 @@ import torch
 
 from ..quant.grid import SCALE_DTYPES, Grid
 from ..quant.quantizer import QuantizedWeight
+from ..quant.super_blocks import K_QUANTS, SUPER_BLOCK
 from .engines import Engine
+from .presets import Preset
+from .q8_0 import Q8_0_BLOCK, round_q8_0
 from .tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# Bits a number of the types that dense tensors may have.
+DENSE_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "q8_0": 8.5}
+# Bits a weight that a file may have more than the grid, before a word is said of it.
+_UNWORTHY = 0.25
+# Numbers that are looked at together, where many would be looked at in vain.
+_PIECE = 2**20
 # Scales that a format keeps as float16. A bfloat16 has fewer digits, and so is exact from 2**-17 up; `Format.fit`
 # checks every scale.
 IN_FLOAT16 = (torch.float16, torch.bfloat16)
@@ -78,6 +89,7 @@ class Outline:
         dtype: of the tensors that stay dense.
         embeddings: type of the embedding and the output head, one of `Format.embedding_types`; "" for `dtype`.
         max_shard_size: bytes after which a new safetensors file is begun, and so the memory that writing takes.
+        narrow: by name, the type of a dense tensor that a narrower one than `dtype` holds exactly.
     """
 
     name: str
@@ -89,17 +101,24 @@ class Outline:
     dtype: torch.dtype
     embeddings: str
     max_shard_size: int
+    narrow: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def adapted(self) -> dict[str, Grid]:
         """The grid that each adapted weight was trained on, by the tensor's name."""
         return {tensor.name: tensor.grid for tensor in self.tensors if tensor.grid is not None}
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the adapted weights on the grids that they were trained on, scales and zeros included."""
+        sizes = {tensor.name: math.prod(tensor.shape) for tensor in self.tensors if tensor.grid is not None}
+        return sum(sizes[name] * grid.bits_per_weight() for name, grid in self.adapted.items()) / sum(sizes.values())
+
     def setting(self, tensor: TensorInfo) -> tuple[str, str]:
         """The argument of `export_model` that says how a dense tensor is stored, and what it says."""
         if self.embeddings and tensor.name in (self.embedding, f"{self.head}.weight"):
             return "embeddings", self.embeddings
-        return "dtype", str(self.dtype).removeprefix("torch.")
+        return "dtype", self.narrow.get(tensor.name, str(self.dtype).removeprefix("torch."))
 
 
 # Writes one tensor: an adapted weight on the grid of `Format.grids`, or a dense tensor as `Format.rounded` gives it.
@@ -119,12 +138,14 @@ class Format(ABC):
         extra: this package's extra that installs it.
         multiple: what the out and in features of a layer must be multiples of.
         packs_conv1d: whether Conv1D layers, whose weight the model keeps as [in, out], can be stored.
+        narrow_types: types that a dense tensor may have where they hold it exactly, the first choice first.
         embedding_types: what `embeddings` may be; empty where embedding and head have the dtype of all dense tensors.
         remark: what the table of formats adds to each line; "" for nothing.
         files: pattern of the files that hold the weights.
         library: `library_name` of the model card.
         usage: how to load it, in Markdown, of a repository called THIS_REPOSITORY.
         engines: what runs it here.
+        presets: settings for engines, on which `DLQATConfig.for_engine` draws; the first of so many bits first.
     """
 
     name: str
@@ -133,12 +154,14 @@ class Format(ABC):
     extra: str = ""
     multiple: int = 1
     packs_conv1d: bool = False
+    narrow_types: tuple[str, ...] = ("bfloat16", "float16")
     embedding_types: tuple[str, ...] = ()
     remark: str = ""
     files: str = "*.safetensors"
     library: str = "transformers"
     usage: str
     engines: tuple[Engine, ...] = ()
+    presets: tuple[Preset, ...] = ()
 
     def check_installed(self) -> None:
         """Refuse to begin without the package that writing needs.
@@ -203,6 +226,36 @@ class Format(ABC):
         remedy = f"use {' or '.join(remedies)}" if remedies else "choose another format, or leave the layer out"
         return f"{self.name} cannot hold {describe(grid)} exactly; {remedy}"
 
+    def advice(self, grid: Grid, in_features: int | None = None) -> str:
+        """What to change where a grid that is held is stored in more bits a weight than it has; "" where it is not.
+
+        Of the smallest type that would do, the most bits; of these, the fewest changes.
+
+        Args:
+            grid: the grid.
+            in_features: what the rows of all its layers are multiples of, where that is known.
+        """
+        stored = self.stored_as(grid)[1]
+        if stored <= own_bits(grid) + _UNWORTHY:
+            return ""
+        held = [
+            (self.stored_as(other)[1], other.bits, changes)
+            for changes, other in _variants(grid, in_features)
+            if self.holds(other)
+        ]
+        smallest = min(bits for bits, _, _ in held)
+        near = [found for found in held if found[0] <= min(smallest + _UNWORTHY, stored)]
+        takes, bits, changes = min(near, key=lambda found: (-found[1], len(found[2]), found[0]))
+        if takes > stored - _UNWORTHY and bits == grid.bits:
+            return ""
+        return f"{as_settings(changes)} takes {takes:.2f}"
+
+    def advice_for(self, outline: Outline) -> str:
+        """As `advice`, for the grids of a model: for the first that there is something to say of."""
+        common = math.gcd(*(tensor.out_in[1] for tensor in outline.tensors if tensor.grid is not None))
+        kinds = Counter(outline.adapted.values()).most_common()
+        return next(filter(None, (self.advice(grid, common) for grid, _ in kinds)), "")
+
     def check_model(self, outline: Outline) -> None:
         """Refuse a model that the format cannot describe as it is, before anything is computed.
 
@@ -240,6 +293,52 @@ class Format(ABC):
         """A tensor without codes with the numbers that the file has of it, in the model's order of dimensions."""
         return value.to(getattr(torch, self.dense_type(outline, tensor))) if value.is_floating_point() else value
 
+    def narrowed(self, outline: Outline, dense: Iterable[tuple[TensorInfo, torch.Tensor]]) -> Outline:
+        """The outline with each dense tensor in the narrowest type that holds it exactly, `dtype` at the widest.
+
+        A base of 16 bits that was loaded in float32 gives its own 16 bits again, and one that came from a file with
+        blocks of Q8_0 gives these.
+
+        Args:
+            outline: what will be written.
+            dense: tensors without codes; those that are not here keep their type.
+        """
+        narrow = {}
+        for tensor, value in dense:
+            argument, widest = outline.setting(tensor)
+            here = not value.is_meta and tuple(value.shape) == tensor.shape  # ZeRO-3 leaves an empty one
+            if argument == "embeddings" or not value.is_floating_point() or not here:
+                continue
+            for kind in self.narrow_types:
+                if DENSE_BITS[kind] < DENSE_BITS[widest] and is_exact(tensor, value, kind):
+                    narrow[tensor.name] = kind
+                    break
+        return replace(outline, narrow=narrow)
+
+    def size(self, outline: Outline) -> int:
+        """Bytes of the files of weights that `writing` makes, to within 2 %."""
+        grids = self.grids(outline)
+        weights = sum(
+            self.dense_bytes(outline, tensor)
+            if tensor.grid is None
+            else self.weight_bytes(tensor, grids[tensor.name], outline.dtype)
+            for tensor in outline.tensors
+        )
+        return round(weights) + self.header_bytes(outline)
+
+    def weight_bytes(self, tensor: TensorInfo, grid: Grid, dtype: torch.dtype) -> float:
+        """Bytes of an adapted weight, on the grid that it is written on; `dtype` as in `stored_as`."""
+        return math.prod(tensor.shape) * self.stored_as(grid, dtype)[1] / 8
+
+    def dense_bytes(self, outline: Outline, tensor: TensorInfo) -> float:
+        """Bytes of a tensor without codes."""
+        bits = DENSE_BITS[self.dense_type(outline, tensor)] if tensor.dtype.is_floating_point else 0
+        return math.prod(tensor.shape) * (bits / 8 or tensor.dtype.itemsize)
+
+    def header_bytes(self, outline: Outline) -> int:
+        """About the bytes of what else is in the files: of safetensors the names, an adapted weight being several."""
+        return sum((len(tensor.name) + 85) * (1 if tensor.grid is None else 3) for tensor in outline.tensors)
+
     def tensors(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """What safetensors files hold of one adapted weight, by names within its module."""
         raise NotImplementedError(f"{self.name} keeps no codes in safetensors files.")
@@ -275,6 +374,17 @@ class Format(ABC):
         files.close()
 
 
+def is_exact(tensor: TensorInfo, value: torch.Tensor, kind: str) -> bool:
+    """Whether a type of `DENSE_BITS` holds a tensor without codes exactly."""
+    if kind == "q8_0" and (value.dim() != 2 or value.shape[-1] % Q8_0_BLOCK or tensor.transposed):
+        return False
+    rows = value.flatten(0, -2) if value.dim() > 1 else value.unsqueeze(0)
+    return all(
+        torch.equal(round_q8_0(piece) if kind == "q8_0" else piece.to(getattr(torch, kind)).to(piece.dtype), piece)
+        for piece in rows.split(max(1, _PIECE // max(1, rows.shape[-1])))
+    )
+
+
 def per_group(grid: Grid, bits: int) -> float:
     """A weight's share of `bits` bits a group; one a row counts as nothing."""
     return 0.0 if grid.group_size == -1 else bits / grid.group_size
@@ -282,10 +392,41 @@ def per_group(grid: Grid, bits: int) -> float:
 
 def describe(grid: Grid) -> str:
     """The grid as the settings that make it."""
-    return (
-        f"bits={grid.bits}, group_size={grid.group_size}, zero_point={grid.zero_point!r}, "
-        f"scale_dtype={grid.scale_name!r}"
-    )
+    return as_settings(settings_of(grid))
+
+
+def own_bits(grid: Grid) -> float:
+    """Bits a weight of a grid; scales of rows of any length count as nothing."""
+    return float(grid.bits) if grid.group_size == -1 else grid.bits_per_weight()
+
+
+def _variants(grid: Grid, in_features: int | None) -> Iterator[tuple[dict[str, Any], Grid]]:
+    """Grids of as many bits or more, K-quants among them, each with the settings to change for it."""
+    own = settings_of(grid)
+    sizes = dict.fromkeys([grid.group_size, 128, 64, 32])
+    dtypes = [name for name in SCALE_DTYPES if name != "k_quant"]
+    choices = list(product(range(grid.bits, 9), ("none", "integer", "float"), sizes, dtypes))
+    quants = K_QUANTS.values() if in_features is None or in_features % SUPER_BLOCK == 0 else ()
+    choices += [(quant.bits, quant.zero_point, quant.group_size, "k_quant") for quant in quants]
+    for bits, zero_point, size, scales in choices:
+        if bits >= grid.bits and (in_features is None or size == -1 or in_features % size == 0):
+            other = Grid(bits, size, zero_point, SCALE_DTYPES[scales], scales == "k_quant")  # type: ignore[arg-type]
+            yield {name: value for name, value in settings_of(other).items() if value != own[name]}, other
+
+
+def settings_of(grid: Grid) -> dict[str, Any]:
+    """The settings of `DLQATConfig` that make a grid."""
+    return {
+        "bits": grid.bits,
+        "group_size": grid.group_size,
+        "zero_point": grid.zero_point,
+        "scale_dtype": grid.scale_name,
+    }
+
+
+def as_settings(changes: Mapping[str, Any]) -> str:
+    """Settings as a user writes them."""
+    return ", ".join(f"{name}={value!r}" for name, value in changes.items())
 
 
 def _remedies(grid: Grid, format: Format, in_features: int | None) -> Iterator[dict[str, Any]]:

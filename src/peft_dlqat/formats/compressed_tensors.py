@@ -19,6 +19,7 @@ from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
 from .base import Add, Format, Outline, per_group
 from .engines import TRANSFORMERS
+from .presets import Preset
 
 
 class CompressedTensors(Format):
@@ -29,6 +30,12 @@ class CompressedTensors(Format):
     minimum = "0.18"  # from which on 3 bits are packed without gaps; what 0.17 writes is another model to it
     extra = "compressed-tensors"
     engines = (TRANSFORMERS,)
+    # Without zeros: vLLM's kernel for 2 and 3 bits has none, and grids that differ can stand side by side.
+    presets = tuple(
+        Preset(engine, {"bits": bits, "zero_point": "none", "group_size": 128})
+        for engine in ("vllm", "transformers")
+        for bits in (2, 3, 4, 8)
+    )
     usage = """\
 ```python
 from transformers import AutoModelForCausalLM  # and pip install compressed-tensors
@@ -60,6 +67,10 @@ or `vllm serve THIS_REPOSITORY`."""
         size = math.gcd(*(grid.group_size for grid in own.values()))
         bits = max(grid.bits for grid in own.values())
         return dict.fromkeys(own, Grid(bits, size, "integer", next(iter(own.values())).scale_dtype))
+
+    def advice_for(self, outline: Outline) -> str:
+        """Of grids that differ, what keeps each of them."""
+        return "zero_point='none' keeps each layer's own grid" if _mixed(outline) else super().advice_for(outline)
 
     def tensors(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """By the library's own packing."""

@@ -32,6 +32,10 @@ model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")
         """In the dtype of all tensors."""
         return str(dtype).removeprefix("torch."), float(torch.finfo(dtype).bits)
 
+    def advice(self, grid: Grid, in_features: int | None = None) -> str:
+        """None: the merged weight is what is wanted."""
+        return ""
+
     def fit(self, tensor: TensorInfo, weight: QuantizedWeight, grid: Grid) -> torch.Tensor:
         """The merged weight."""
         return tensor.dense(super().fit(tensor, weight, grid))

@@ -21,13 +21,14 @@ import torch
 from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
 from . import llama_cpp
-from .base import IN_FLOAT16, Add, Format, Outline, TensorInfo
+from .base import DENSE_BITS, IN_FLOAT16, Add, Format, Outline, TensorInfo
 from .engines import Engine, float32_logits
 from .gguf_blocks import BlockType, Signed, Ternary, Unsigned
 from .gguf_checks import check_config
 from .gguf_k_quants import K_QUANT_TYPES
 from .gguf_metadata import ARCHITECTURES, architecture, rope_factors, write_metadata
 from .gguf_vocab import write_sampling, write_vocab
+from .presets import Preset
 
 FILE = "model.gguf"
 # A new type is one entry.
@@ -41,6 +42,8 @@ BLOCK_TYPES: tuple[BlockType, ...] = (
     *K_QUANT_TYPES.values(),
 )
 _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+# What a token of the vocabulary takes, with its share of the merges: 36 bytes of SmolLM2's.
+_TOKEN_BYTES = 36
 
 
 def block_type(grid: Grid) -> BlockType:
@@ -78,6 +81,7 @@ class GGUF(Format):
     package = "gguf"
     extra = "gguf"
     packs_conv1d = True
+    narrow_types = ("q8_0", "float16", "bfloat16")  # more kernels read float16
     embedding_types = tuple(_FLOATS)
     files = "*.gguf"
     library = "gguf"
@@ -91,6 +95,24 @@ class GGUF(Format):
             largest_difference=1e-4,
             gelu=llama_cpp.half_gelu,
             served=lambda folder, ids: llama_cpp.logits(folder / FILE, ids, as_float32=False),
+        ),
+    )
+    presets = (
+        *(Preset("llama.cpp", kind.quant.settings, kind.name) for kind in K_QUANT_TYPES.values()),
+        # The file keeps these scales in float16, too.
+        *(
+            Preset(
+                "llama.cpp",
+                {"bits": bits, "zero_point": zero_point, "group_size": 32, "scale_dtype": "float16"},
+                name,
+            )
+            for name, bits, zero_point in (
+                ("Q4_0", 4, "none"),
+                ("Q4_1", 4, "float"),
+                ("Q5_0", 5, "none"),
+                ("Q5_1", 5, "float"),
+                ("Q8_0", 8, "none"),
+            )
         ),
     )
     usage = """\
@@ -115,6 +137,16 @@ llama-cli -hf THIS_REPOSITORY
         """A GGML type: F32 for vectors, by which llama.cpp adds and multiplies in float32 only."""
         name = "F32" if len(tensor.shape) == 1 else _FLOATS[super().dense_type(outline, tensor)]
         return name if name != "Q8_0" or tensor.shape[-1] % 32 == 0 else "F16"
+
+    def dense_bytes(self, outline: Outline, tensor: TensorInfo) -> float:
+        """In a GGML type."""
+        names = {kind: name for name, kind in _FLOATS.items()}
+        return math.prod(tensor.shape) * DENSE_BITS[names[self.dense_type(outline, tensor)]] / 8
+
+    def header_bytes(self, outline: Outline) -> int:
+        """Metadata, the vocabulary, and what names and aligns each tensor."""
+        vocabulary = outline.config.get_text_config().vocab_size * _TOKEN_BYTES
+        return 2000 + vocabulary + sum(len(tensor.name) + 55 for tensor in outline.tensors)
 
     def rounded(self, outline: Outline, tensor: TensorInfo, value: torch.Tensor) -> torch.Tensor:
         """Through the type's bytes and back."""

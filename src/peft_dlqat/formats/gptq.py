@@ -13,9 +13,10 @@ import torch
 
 from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
-from .base import IN_FLOAT16, Format, Outline, per_group
+from .base import IN_FLOAT16, Format, Outline, TensorInfo, per_group
 from .bit_stream import bit_stream
 from .engines import Engine, float32_logits
+from .presets import Preset
 
 
 def _gptqmodel(folder: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -33,6 +34,10 @@ class GPTQ(Format):
     name = "gptq"
     multiple = 32
     engines = (Engine("gptqmodel", "gptqmodel", _gptqmodel, 1e-9, largest_difference=1e-4, dense_dtype=torch.float16),)
+    presets = tuple(
+        Preset("gptqmodel", {"bits": bits, "zero_point": "none", "group_size": 128, "scale_dtype": "float16"})
+        for bits in (2, 3, 4, 8)
+    )
     usage = """\
 ```python
 from gptqmodel import GPTQModel
@@ -47,6 +52,10 @@ model = GPTQModel.load("THIS_REPOSITORY")
     def stored_as(self, grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[str, float]:
         """Symmetric grids have zero points too. g_idx is left out: 32 bits an input, over all outputs of the layer."""
         return f"gptq int{grid.bits}", grid.bits + per_group(grid, 16 + grid.bits)
+
+    def weight_bytes(self, tensor: TensorInfo, grid: Grid, dtype: torch.dtype) -> float:
+        """With g_idx."""
+        return super().weight_bytes(tensor, grid, dtype) + 4 * tensor.out_in[1]
 
     def scale_dtype(self, grid: Grid) -> torch.dtype:
         """Always float16."""

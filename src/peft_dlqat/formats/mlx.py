@@ -12,6 +12,7 @@ from ..quant.quantizer import QuantizedWeight
 from .base import Format, Outline
 from .bit_stream import bit_stream
 from .engines import Engine
+from .presets import Preset
 
 _GROUPS = (128, 64, 32)
 
@@ -33,6 +34,8 @@ class MLX(Format):
     name = "mlx"
     library = "mlx"
     engines = (Engine("mlx-lm", "mlx_lm", _mlx_lm, largest_kl=1e-10, largest_difference=1e-4),)
+    # It keeps a bias a group in any case.
+    presets = tuple(Preset("mlx", {"bits": bits, "zero_point": "float", "group_size": 128}) for bits in (2, 3, 4, 8))
     usage = """\
 ```bash
 mlx_lm.generate --model THIS_REPOSITORY --prompt ...

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..config import DLQATConfig
+from ..console import progress_bar
 from ..decoder import capture, decoder_layers, hidden_states
 from ..files import unfinished
 from ..layer import DLQATLayer, adapter_layers
+from ..module_names import folded
 from ..placement import several_processes
 from ..running import evaluating, random_state_kept
 from ..train.blocks import BlockError, calibrate_block
@@ -107,7 +108,7 @@ def calibrate_from_disk(
             with random_state_kept():
                 calls = capture(inner, list(blocks.values()), batches, hidden)
             weights.release(inner, before)
-            bar = tqdm(blocks.items(), desc="calibrating blocks", disable=not progress)
+            bar = progress_bar(blocks.items(), desc="calibrating blocks", shown=progress)
             for index, (name, block) in enumerate(bar):
                 own = [tensor for tensor in weights.names if tensor.startswith(f"{name}.")]
                 weights.load(inner, own)
@@ -141,7 +142,7 @@ def _check_inside(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
     outside = [name for name in adapter_layers(model, _ADAPTER)[1] if not name.startswith(inside)]
     if outside:
         raise ValueError(
-            f"{', '.join(outside)} lie outside the decoder layers, where nothing would calibrate them; narrow "
+            f"{folded(outside)} lie outside the decoder layers, where nothing would calibrate them; narrow "
             "target_modules or use exclude_modules."
         )
 

@@ -12,6 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..config import DLQATConfig
+from ..console import progress_bar
 from ..layer import adapter_layers
 from ..model import check_target
 from ..packing import warn_if_trained
@@ -92,7 +93,7 @@ def load_packed(
     others = []
     if not new:
         warn_if_trained(layers.values(), adapter_name, config)
-    for name, layer in layers.items():
+    for name, layer in progress_bar(layers.items(), desc="loading and packing"):
         own = [f"{name}.weight", f"{name}.bias"]
         weights.load(
             inner, [part for part in own if part in weights.names and _is_first(weights, inner, part)], device

@@ -102,8 +102,11 @@ class Grid:
         return self.bits + (scale_bits + zero_bits) / self.group_size
 
 
-def largest_group(in_features: int, group_size: int) -> int:
-    """The largest divisor of `in_features` that is not above `group_size`; -1 stands for the whole row."""
-    if group_size == -1:
-        return in_features
-    return next(size for size in range(min(group_size, in_features), 0, -1) if in_features % size == 0)
+# Group sizes that take the place of one that does not divide a layer's inputs: engines have kernels for them.
+_USUAL_GROUPS = (64, 32)
+
+
+def fitting_group(in_features: int, group_size: int) -> int:
+    """The group size of a layer: the one asked for, -1 being the row; where it divides not, 64, 32 or the row."""
+    sizes = (group_size, *(size for size in _USUAL_GROUPS if size < group_size))
+    return next((size for size in sizes if size > 0 and in_features % size == 0), in_features)

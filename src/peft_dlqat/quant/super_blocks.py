@@ -44,6 +44,16 @@ class KQuant:
     scale_bits: int
 
     @property
+    def settings(self) -> dict[str, int | str]:
+        """The settings of `DLQATConfig` that make its grid."""
+        return {
+            "bits": self.bits,
+            "zero_point": self.zero_point,
+            "group_size": self.group_size,
+            "scale_dtype": "k_quant",
+        }
+
+    @property
     def scale_range(self) -> tuple[int, int]:
         """Smallest and largest integer scale; an unsigned one is never 0, since a code needs a step."""
         if self.zero_point == "none":

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
-from tqdm.auto import tqdm
 
+from ..console import progress_bar
 from ..decoder import Call, Hidden, HiddenStates, capture, decoder_layers, hidden_states
 from ..layer import DLQATLayer
 from ..placement import device_of
@@ -79,7 +79,7 @@ def calibrate_by_blocks(
     errors: list[BlockError] = []
     with evaluating(model), hidden_states(cache_dir) as hidden:
         calls = capture(model, list(blocks.values()), batches, hidden)
-        bar = tqdm(blocks.items(), desc="calibrating blocks", disable=not progress)
+        bar = progress_bar(blocks.items(), desc="calibrating blocks", shown=progress)
         for index, (name, block) in enumerate(bar):
             own, later = [call[index] for call in calls], _from(len(errors) * descent.steps, log)
             error = calibrate_block(name, block, own, hidden, descent, init, later)

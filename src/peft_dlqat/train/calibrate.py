@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..config import DLQATConfig
+from ..console import progress_bar
 from ..decoder import NoDecoderLayers
 from ..layer import adapter_layers
 from ..packing import check_packable, pack_weights
@@ -243,7 +243,7 @@ def _on_model_loss(
 
     def fit() -> None:
         moments = input_moments(model, layers, loss.measured, progress)
-        fit_to_inputs(layers, moments, descent.adapter_name, init)
+        fit_to_inputs(layers, moments, descent.adapter_name, init, progress)
 
     def descend() -> None:
         nonlocal by
@@ -259,7 +259,7 @@ def _on_model_loss(
                     stacklevel=5,
                 )
                 by, loss.training = "model", itertools.cycle(batches)
-        with tqdm(total=descent.steps, desc="calibrating", disable=not progress) as bar:
+        with progress_bar(total=descent.steps, desc="calibrating", shown=progress) as bar:
 
             def after_step(step: int, value: float, lr: float) -> None:
                 bar.update()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm.auto import tqdm
 
+from ..console import progress_bar
 from ..layer import DLQATLayer
 from ..placement import device_of, several_processes
 from ..quant.fit import initialise
@@ -81,7 +81,7 @@ def input_moments(
         By layer name, E[x²] [in], float32.
     """
     with InputMoments(layers) as moments, evaluating(model), adapters_disabled(model):
-        for batch in tqdm(batches, desc="measuring inputs", disable=not progress):
+        for batch in progress_bar(batches, desc="measuring inputs", shown=progress):
             mask = batch.get("attention_mask")
             moments.mask = mask.bool() if mask is not None and mask.dim() == 2 else None
             forward(model, batch)
@@ -90,7 +90,11 @@ def input_moments(
 
 @torch.no_grad()
 def fit_to_inputs(
-    layers: Mapping[str, DLQATLayer], moments: Mapping[str, torch.Tensor], adapter_name: str, init: str
+    layers: Mapping[str, DLQATLayer],
+    moments: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    init: str,
+    progress: bool = False,
 ) -> None:
     """Fit every layer's scales and zeros anew to W0, an error counted by the second moment of what it multiplies.
 
@@ -102,8 +106,9 @@ def fit_to_inputs(
         moments: from [`input_moments`].
         adapter_name: whose scales and zeros.
         init: the config's `init`, one that looks at inputs.
+        progress: show a progress bar.
     """
-    for name, layer in layers.items():
+    for name, layer in progress_bar(layers.items(), desc="fitting scales and zeros", shown=progress):
         scale, zero = initialise(
             layer.frozen.original(), layer.specs[adapter_name].grid, init, importance=moments[name]
         )

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from ..console import progress_bar
 from ..placement import device_of
 from ..running import adapters_disabled, base_model, evaluating, is_encoder_decoder
 
@@ -91,7 +91,7 @@ def generate_dataset(
     settings = _settings(length - shortest + 1, temperature, ends)
     device = device_of(model)
     rows: list[list[int]] = []
-    bar = tqdm(total=n, desc="generating", disable=not progress)
+    bar = progress_bar(total=n, desc="generating", shown=progress)
     with bar, torch.random.fork_rng(devices=range(torch.cuda.device_count())), evaluating(model):
         torch.manual_seed(seed)
         while len(rows) < n:

@@ -1,0 +1,91 @@
+"""What is said at injection is what comes out."""
+
+import warnings
+
+import pytest
+import torch
+from conftest import tiny_model
+from export_models import EMBEDDED, adapted, base_model
+from peft import PeftModel, get_peft_model
+from transformers import AutoTokenizer
+
+from peft_dlqat import DLQATConfig, estimate_memory, export_model, summarize
+from peft_dlqat.formats import FORMATS
+
+GRIDS = {
+    "integer": {},
+    "symmetric": {"zero_point": "none", "bits": 4},
+    "offset": {"zero_point": "float", "bits": 2, "group_size": 64},
+    "row": {"group_size": -1},
+    "mixed": {"bits_pattern": {"down_proj": 8}, "zero_point": "integer"},
+    "q3_k": {"bits": 3, "zero_point": "none", "group_size": 16, "scale_dtype": "k_quant"},
+}
+
+
+@pytest.mark.product(every=6)
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_size_that_is_said_is_the_files(format, name, tmp_path):
+    model = adapted("tied", dtype=torch.bfloat16, **GRIDS[name])
+    (row,) = (row for row in summarize(model).files if row.format == format)
+    if row.problem:
+        with pytest.raises(ValueError, match="exactly"):
+            export_model(model, tmp_path / "out", format, verify=False)
+        return
+    export_model(model, tmp_path / "out", format, verify=False)
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob(FORMATS[format].files))
+    assert row.size == pytest.approx(size, rel=0.02)
+
+
+def test_of_a_whole_model_with_its_vocabulary(tmp_path, capsys):
+    model = get_peft_model(base_model("embedded"), DLQATConfig(bits=3, init="minmax", task_type="CAUSAL_LM"))
+    said = capsys.readouterr().out
+    assert said.strip() == str(summarize(model))
+    (row,) = (row for row in summarize(model).files if row.format == "gguf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        export_model(model, tmp_path / "out", "gguf", tokenizer=AutoTokenizer.from_pretrained(EMBEDDED), verify=False)
+    assert row.size == pytest.approx((tmp_path / "out" / "model.gguf").stat().st_size, rel=0.02)
+    said = capsys.readouterr().out
+    assert f"trained at {summarize(model).bits_per_weight:.2f} bits, are stored as Q4_0 at 4.50; {row.advice}" in said
+
+
+def test_counts_and_bits():
+    model = adapted("llama", bits=3, group_size=32)
+    found = summarize(model)
+    weights = sum(p.numel() for n, p in base_model().named_parameters() if "_proj" in n)
+    everything = sum(p.numel() for p in base_model().parameters())
+    assert (found.layers, found.linears, found.weights) == (14, 15, weights)
+    assert found.bits_per_weight == pytest.approx(3 + (16 + 3) / 32)
+    assert sum(found.in_full.values()) == everything - weights
+    assert {"embedding", "output head", "norms and biases"} == set(found.in_full)
+    assert found.base_size == 4 * everything
+
+
+def test_the_text(capsys):
+    get_peft_model(
+        tiny_model("wide llama"),
+        DLQATConfig(bits=3, init="minmax", bits_pattern={"layers.0.mlp.*": 4}, export=["gguf"]),
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Adapter 'default': 14 of 15 linear layers, 1.2 M weights, at 3.")
+    assert "bits=3 in 11 layers; bits=4 in 3 layers" in lines[1]
+    assert lines[2].startswith("In full precision: 3% of the model's numbers (") and len(lines) == 5
+    assert "Q4_0 and Q5_0" in lines[4] and "scale_dtype='k_quant' takes 3.44" in lines[4]
+
+
+def test_it_is_said_once_and_not_of_what_is_loaded(tmp_path, capsys):
+    model = get_peft_model(tiny_model(), DLQATConfig(init="minmax", group_size=32))
+    assert capsys.readouterr().out.count("Adapter 'default'") == 1
+    model.add_adapter("second", DLQATConfig(init="minmax", group_size=32))
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True)
+    estimate_memory(DLQATConfig(group_size=32), tiny_model().config, 1, 8)
+    assert capsys.readouterr().out == ""
+
+
+def test_parts_of_multimodal_models_and_plain_nets(capsys):
+    net = torch.nn.Sequential(torch.nn.Conv1d(4, 64, 3), torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
+    found = summarize(get_peft_model(net, DLQATConfig(init="minmax", group_size=64, target_modules=["1"])))
+    assert found.files == () and set(found.in_full) == {"convolutions", "norms and biases"}
+    assert "Exported" not in str(found)
