@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import trl_trainers
 from conftest import perturb
 from export_models import adapted, base_model, merged_logits, save_base
 from peft import get_peft_model
@@ -55,6 +56,20 @@ def test_merged_disabled_training_or_not_the_active_one():
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     model.set_adapter("other")
     assert torch.equal(trained(model.train()), expected) and model.active_adapters == ["other"] and model.training
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_forward_that_a_trainer_put_in_the_models_place(kind, tmp_path):
+    """TRL's runs the very model that it was made for, also when it is called on a copy."""
+    run = trl_trainers.trainer(
+        kind, trl_trainers.adapted(kind, trained=True), tmp_path, max_steps=1, learning_rate=1e-4
+    )
+    run.train()
+    assert "forward" in vars(run.model.get_base_model())
+    with torch.no_grad():
+        model = run.model.get_base_model().eval()
+        expected = type(model).forward(model, input_ids=IDS, use_cache=False).logits
+    assert torch.equal(trained(run.model), expected)
 
 
 def test_packed_weights():

@@ -61,6 +61,8 @@ def trained_logits(source: Source, ids: torch.Tensor, notes: list[str]) -> torch
     model: Any = copy.deepcopy(source.model, {id(tensor): _empty(tensor) for tensor in weights}).eval()
     blocks = [model.get_submodule(name) for name in layers]
     _make_ready(source, model, "", made, {inner for block in blocks for inner in block.modules()})
+    # A trainer's, such as TRL's, which computes the loss in a way of its own and knows the model that it was made for.
+    vars(model).pop("forward", None)
 
     def filled() -> Iterator[nn.Module]:
         for name, block in layers.items():
