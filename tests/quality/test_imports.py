@@ -39,6 +39,7 @@ ORDER = [
     "large",
     "evaluate",
     "export",
+    "cli",
 ]
 
 

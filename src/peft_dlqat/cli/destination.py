@@ -7,15 +7,7 @@ from typing import Any
 
 from ..config import DLQATConfig
 
-DESTINATIONS = "gguf:TYPE (such as gguf:Q3_K), vllm:BITS, mlx:BITS, transformers:BITS"
-# Words for an engine, and the format that it reads.
-_ENGINES = {
-    "gguf": ("llama.cpp", "gguf"),
-    "llama.cpp": ("llama.cpp", "gguf"),
-    "vllm": ("vllm", "compressed-tensors"),
-    "transformers": ("transformers", "compressed-tensors"),
-    "mlx": ("mlx", "mlx"),
-}
+DESTINATIONS = "gguf:TYPE (such as gguf:Q3_K), vllm:BITS, mlx:BITS, transformers:BITS or gptqmodel:BITS"
 
 
 def config_for(to: str | None, bits: int | None, settings: list[str], **others: Any) -> tuple[DLQATConfig, str | None]:
@@ -28,21 +20,20 @@ def config_for(to: str | None, bits: int | None, settings: list[str], **others: 
         others: further fields.
 
     Raises:
-        ValueError: for neither destination nor bits, an unknown destination, or an unknown field.
+        ValueError: for neither destination nor bits, a destination or a field that is unknown, or what no layer could
+            take.
     """
     fields = {"task_type": "CAUSAL_LM", **others, **dict(_setting(entry) for entry in settings)}
     if to is None:
         if bits is None:
             raise ValueError(f"say what for: --bits 3, or --to DESTINATION: {DESTINATIONS}.")
         return DLQATConfig(bits=bits, **fields), None
-    word, _, kind = to.partition(":")
-    if word not in _ENGINES:
-        raise ValueError(f"--to {to}: {word!r} is no destination; take {DESTINATIONS}.")
-    engine, format = _ENGINES[word]
+    engine, _, kind = to.partition(":")
     if kind.isdecimal():
         bits, kind = int(kind), ""
-    width = {} if bits is None else {"bits": bits}
-    return DLQATConfig.for_engine(engine, kind or None, **width, **fields), format
+    config = DLQATConfig.for_engine("llama.cpp" if engine == "gguf" else engine, kind or None, bits, **fields)
+    assert config.export
+    return config, config.export[0]
 
 
 def _setting(entry: str) -> tuple[str, Any]:

@@ -27,8 +27,8 @@ class TrainArguments:
     model: str = field(metadata={"help": "Hub id or folder of a causal language model."})
     dataset: str = field(
         metadata={
-            "help": "Hub id, file (.jsonl, .json, .csv, .parquet, .txt) or folder, with a column `text`, `messages`, or "
-            "`prompt` and `completion`."
+            "help": "Hub id, file (.jsonl, .json, .csv, .parquet, .txt) or folder, with a column `text` or "
+            "`messages`, or with `prompt` and `completion`."
         }
     )
     output: str = field(metadata={"help": "Folder for the adapter, the checkpoints and the exported file."})
@@ -36,9 +36,7 @@ class TrainArguments:
     bits: int | None = field(default=None, metadata={"help": "Bits of a weight, 2 to 8; or give --to."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     split: str = field(default="train", metadata={"help": "Split to train on, such as train[:10%]."})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split to measure the loss on, as --eval_steps says."}
-    )
+    eval_split: str | None = field(default=None, metadata={"help": "Split to measure the loss on."})
     r: int = field(default=16, metadata={"help": "Rank, as LoRA's."})
     lora_alpha: int = field(default=16, metadata={"help": "As LoRA's."})
     dtype: str = field(default="auto", metadata={"help": "Of the base model: auto, float32, bfloat16 or float16."})
@@ -67,7 +65,11 @@ def train(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    parser = TrlParser((TrainArguments, TrainingSettings), prog="dlqat train", description=__doc__)
+    parser = TrlParser(
+        [TrainArguments, TrainingSettings],  # type: ignore[arg-type]
+        prog="dlqat train",
+        description="Fine-tune a language model on text or chat, and write the file that an engine loads.",
+    )
     args, settings = parser.parse_args_and_config(argv)
     config, format = config_for(args.to, args.bits, args.set, r=args.r, lora_alpha=args.lora_alpha)
     if format is not None:
