@@ -66,7 +66,7 @@ def train(argv: list[str]) -> int:
         The exit status.
     """
     parser = TrlParser(
-        [TrainArguments, TrainingSettings],  # type: ignore[arg-type]
+        [TrainArguments, TrainingSettings],  # type: ignore[arg-type,list-item]
         prog="dlqat train",
         description="Fine-tune a language model on text or chat, and write the file that an engine loads.",
     )
