@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        own = commands.add_parser(name, help=help, description=help)
+        own = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
         own.set_defaults(run=run)
         return own
 
@@ -187,7 +187,7 @@ def _plan(args: argparse.Namespace) -> int:
     config, _ = config_for(args.to, args.bits, args.set)
     outline = AutoConfig.from_pretrained(args.model)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(outline)
+        model = AutoModelForCausalLM.from_config(outline, dtype=outline.dtype)
     print(summarize(get_peft_model(model, config)))
     print(estimate_memory(config, outline, args.batch_size, args.length))
     return 0

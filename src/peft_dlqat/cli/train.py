@@ -35,7 +35,7 @@ class TrainArguments:
     to: str | None = field(default=None, metadata={"help": f"Where it will run: {DESTINATIONS}."})
     bits: int | None = field(default=None, metadata={"help": "Bits of a weight, 2 to 8; or give --to."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    split: str = field(default="train", metadata={"help": "Split to train on, such as train[:10%]."})
+    split: str = field(default="train", metadata={"help": "Split to train on, such as train[:10%%]."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to measure the loss on."})
     r: int = field(default=16, metadata={"help": "Rank, as LoRA's."})
     lora_alpha: int = field(default=16, metadata={"help": "As LoRA's."})
@@ -80,8 +80,11 @@ def train(argv: list[str]) -> int:
 
     rows = load_rows(args.dataset, args.dataset_config, args.split)
     held_out = load_rows(args.dataset, args.dataset_config, args.eval_split) if args.eval_split else None
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the model {args.model!r}: {error}") from error
     trainer = SFTTrainer(
         get_peft_model(model, config),
         settings,
