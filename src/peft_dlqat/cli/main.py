@@ -176,7 +176,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from accelerate import init_empty_weights
+    import torch
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -186,7 +186,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     config, _ = config_for(args.to, args.bits, args.set)
     outline = AutoConfig.from_pretrained(args.model)
-    with init_empty_weights():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(outline, dtype=outline.dtype)
     print(summarize(get_peft_model(model, config)))
     print(estimate_memory(config, outline, args.batch_size, args.length))
