@@ -42,6 +42,7 @@ ORDER = [
     "large",
     "evaluate",
     "export",
+    "cli",
 ]
 
 

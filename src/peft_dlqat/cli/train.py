@@ -1,0 +1,108 @@
+"""`dlqat train`: supervised fine-tuning by TRL, of chat or text, to a file that an engine loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..export import export_model
+from ..formats import FORMATS
+from ..train.callback import DLQATCallback
+from .destination import DESTINATIONS, config_for
+from .rows import load_rows
+
+try:
+    from trl import SFTConfig, SFTTrainer, TrlParser
+except ImportError as error:
+    raise ImportError("`dlqat train` trains by TRL: pip install 'peft-dlqat[train]'") from error
+
+
+@dataclass
+class TrainArguments:
+    """What is trained, on what, and where it will run."""
+
+    model: str = field(metadata={"help": "Hub id or folder of a causal language model."})
+    dataset: str = field(
+        metadata={
+            "help": "Hub id, file (.jsonl, .json, .csv, .parquet, .txt) or folder, with a column `text` or "
+            "`messages`, or with `prompt` and `completion`."
+        }
+    )
+    output: str = field(metadata={"help": "Folder for the adapter, the checkpoints and the exported file."})
+    to: str | None = field(default=None, metadata={"help": f"Where it will run: {DESTINATIONS}."})
+    bits: int | None = field(default=None, metadata={"help": "Bits of a weight, 2 to 8; or give --to."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    split: str = field(default="train", metadata={"help": "Split to train on, such as train[:10%%]."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to measure the loss on."})
+    r: int = field(default=16, metadata={"help": "Rank, as LoRA's."})
+    lora_alpha: int = field(default=16, metadata={"help": "As LoRA's."})
+    dtype: str = field(default="auto", metadata={"help": "Of the base model: auto, float32, bfloat16 or float16."})
+    set: list[str] = field(
+        default_factory=list, metadata={"help": "Other settings of DLQATConfig, NAME=VALUE, such as storage=int4."}
+    )
+
+
+@dataclass
+class TrainingSettings(SFTConfig):
+    """TRL's, with defaults that go with a low-bit model."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Of checkpoints; default: OUTPUT/checkpoints."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "LoRA's usual one is right here, too."})
+    # w_hat is computed in float32 and rounded to the base's dtype: autocast would round it a second time.
+    bf16: bool | None = field(default=False, metadata={"help": "Autocast; the base model's own dtype is --dtype."})
+
+    def __post_init__(self) -> None:
+        self.output_dir = self.output_dir or "checkpoints"  # filled in by `train`
+        super().__post_init__()
+
+
+def train(argv: list[str]) -> int:
+    """Fine-tune, save the adapter, and export it.
+
+    Returns:
+        The exit status.
+    """
+    parser = TrlParser(
+        [TrainArguments, TrainingSettings],  # type: ignore[arg-type,list-item]
+        prog="dlqat train",
+        description="Fine-tune a language model on text or chat, and write the file that an engine loads.",
+    )
+    args, settings = parser.parse_args_and_config(argv)
+    config, format = config_for(args.to, args.bits, args.set, r=args.r, lora_alpha=args.lora_alpha)
+    if format is not None:
+        FORMATS[format].check_installed()  # before hours of training
+    output = Path(args.output)
+    if settings.output_dir == "checkpoints":
+        settings.output_dir = str(output / "checkpoints")
+
+    rows = load_rows(args.dataset, args.dataset_config, args.split)
+    held_out = load_rows(args.dataset, args.dataset_config, args.eval_split) if args.eval_split else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the model {args.model!r}: {error}") from error
+    trainer = SFTTrainer(
+        get_peft_model(model, config),
+        settings,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=[DLQATCallback()],
+    )
+    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if not trainer.is_world_process_zero():
+        return 0
+    trained.save_pretrained(output / "adapter")
+    tokenizer.save_pretrained(output / "adapter")
+    print(f"adapter: {output / 'adapter'}")
+    if format is None:
+        return 0
+    result = export_model(trained, output / format, format, tokenizer=tokenizer, overwrite=True)
+    print(f"{format}: {output / format}" + ("" if result is None else f"\n{result}"))
+    print(f"run it: {FORMATS[format].usage}")
+    return 0

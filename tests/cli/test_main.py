@@ -1,0 +1,134 @@
+"""The commands, replayed as a user would type them, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_dlqat.cli.main import main
+from peft_dlqat.formats.llama_cpp import logits
+
+ROOT = Path(__file__).parents[2]
+CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model that can chat, a data set of chat, one of text, and what `dlqat train` made of them."""
+    folder = tmp_path_factory.mktemp("cli")
+    shutil.copytree(ROOT / "examples" / "embedded" / "model", folder / "base")
+    path = folder / "base" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": CHAT}))
+    turns = [("user", "What does list.append do?"), ("assistant", "It adds an item to the end of the list.")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(16)))
+    (folder / "text.txt").write_text(
+        "\n\n".join(f"The list has {i} items, and append adds one more." for i in range(99))
+    )
+    arguments = [
+        "--max_steps",
+        "2",
+        "--per_device_train_batch_size",
+        "2",
+        "--max_length",
+        "48",
+        "--report_to",
+        "none",
+        "--use_cpu",
+    ]
+    assert main(["train", *_base(folder), "--to", "gguf:Q3_K", "--output", str(folder / "out"), *arguments]) == 0
+    return folder
+
+
+def _base(folder):
+    return ["--model", str(folder / "base"), "--dataset", str(folder / "chat.jsonl")]
+
+
+def test_training_makes_a_file_that_llama_cpp_runs_as_the_model_trained(folder):
+    adapter = json.loads((folder / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["bits"], adapter["scale_dtype"], adapter["export"]) == (3, "k_quant", ["gguf"])
+    ids = torch.arange(40)[None]
+    found = logits(folder / "out" / "gguf" / "model.gguf", ids, as_float32=True)
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "out" / "adapter", dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    assert torch.allclose(found, expected, atol=1e-3)
+
+
+def test_an_adapter_is_exported_verified_and_inspected(folder, capsys):
+    adapter, out = str(folder / "out" / "adapter"), str(folder / "dense")
+    assert main(["export", adapter, "--to", "dense", "--output", out]) == 0
+    assert main(["verify", out]) == 0
+    assert "transformers: max difference 0" in capsys.readouterr().out
+    weights = folder / "dense" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    assert main(["verify", out]) == 1
+    picture = folder / "layers.png"
+    assert main(["inspect", adapter, "--png", str(picture)]) == 0
+    assert "layers.2.mlp.down_proj" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_adapter_and_a_plain_model_are_measured(folder, capsys):
+    text = ["--dataset", str(folder / "text.txt"), "--split", "train", "--length", "32", "--blocks", "4"]
+    assert main(["eval", str(folder / "out" / "adapter"), *text]) == 0
+    of_adapter = capsys.readouterr().out
+    assert main(["eval", str(folder / "base"), "--teacher", str(folder / "base"), *text]) == 0
+    of_base = capsys.readouterr().out
+    assert "KL" in of_adapter and of_adapter != of_base
+
+
+def test_a_plan_names_the_size_that_the_file_has(folder, capsys):
+    assert main(["plan", str(folder / "base"), "--to", "gguf:Q3_K", "--set", "r=4"]) == 0
+    said = capsys.readouterr().out
+    size = (folder / "out" / "gguf" / "model.gguf").stat().st_size / 1e6
+    assert f"gguf    {size:.1f} MB" in said and "GiB" in said
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--bits", "3", "--model", "none/such", "--dataset", "{chat}", "--output", "o"], "none/such"),
+        (["train", "--model", "{base}", "--dataset", "{chat}", "--output", "o"], "--bits 3, or --to"),
+        (["train", "--to", "phone:3", "--model", "{base}", "--dataset", "{chat}", "--output", "o"], "'phone'"),
+        (["train", "--to", "gguf:Q9", "--model", "{base}", "--dataset", "{chat}", "--output", "o"], "Q9"),
+        (["train", "--bits", "3", "--model", "{base}", "--dataset", "no.csv", "--output", "o"], "no.csv"),
+        (["export", "{base}", "--to", "gguf", "--output", "o"], "adapter_config.json"),
+        (["verify", "{base}"], "export"),
+        (["eval", "{base}"], "--dataset"),
+        (["plan", "{base}", "--bits", "3", "--set", "colour=red"], "colour=red"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else None,
+)
+def test_mistakes_are_told_in_a_line(arguments, message, folder, capsys):
+    names = {"base": str(folder / "base"), "chat": str(folder / "chat.jsonl")}
+    assert main([argument.format(**names) for argument in arguments]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("dlqat: error: ") and message in said and "Traceback" not in said
+
+
+def test_help_teaches_and_settings_come_from_a_file(folder, tmp_path, capsys):
+    for arguments in (["--help"], ["train", "--help"], ["export", "--help"]):
+        with pytest.raises(SystemExit) as status:
+            main(arguments)
+        assert status.value.code == 0
+    said = capsys.readouterr().out
+    assert "--to gguf:Q3_K" in said and "--learning_rate" in said and "--lora_alpha" in said
+    settings = {"model": str(folder / "base"), "dataset": str(folder / "text.txt"), "bits": 2, "max_steps": 1}
+    (tmp_path / "run.yaml").write_text(json.dumps({**settings, "max_length": 32, "use_cpu": True}))  # JSON is YAML
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "out")]) == 0
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["bits"] == 2 and not (tmp_path / "out" / "gguf").exists()
+
+
+def test_a_saved_tokenizer_goes_with_the_adapter(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out" / "adapter")
+    assert tokenizer.chat_template == CHAT
+    assert AutoModelForCausalLM.from_pretrained(folder / "base").config.vocab_size >= len(tokenizer)
