@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 import peft_dlqat
 from peft_dlqat.adapter_file import with_current_names
 from peft_dlqat.layer import adapter_layers
+from peft_dlqat.train.report import grid_report
 
 FOLDER = Path(__file__).parent / "adapters_256f47d"
 WEIGHTS = "adapter_model.safetensors"
@@ -126,6 +127,13 @@ def test_it_is_converted_by_every_way_in_and_is_of_this_format_when_saved(name, 
         warnings.simplefilter("error")
         again = WAYS[way](tmp_path / "again")
     check(again, name)
+
+
+def test_who_looks_at_it_before_the_first_forward_sees_it_converted(tmp_path):
+    older("dlqat-integer", tmp_path)
+    seen, expected = (grid_report(WAYS[way](tmp_path)).layers[0] for way in ("transformers", "from_pretrained"))
+    assert (seen.magnitude_min, seen.magnitude_max) == (expected.magnitude_min, expected.magnitude_max)
+    assert 0 < seen.magnitude_max < 3
 
 
 @pytest.mark.parametrize("way", WAYS)

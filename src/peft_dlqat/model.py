@@ -231,18 +231,26 @@ class DLQATModel(BaseTuner):
     def _before_forward(self, model: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        while self._unchecked:  # tensors that came by other ways than PEFT's loading, such as transformers'
+        self.check_loaded(model)
+        if model.training and torch.is_grad_enabled():
+            self._warn_if_never_calibrated(model)
+            if not self._training_was_seen:
+                self._training_was_seen = True
+                _warn_of_moving_statistics(model)
+
+    def check_loaded(self, model: nn.Module) -> None:
+        """Check tensors that came by other ways than PEFT's loading, such as transformers', if there are any.
+
+        Raises:
+            ValueError: as loading does.
+        """
+        while self._unchecked:
             adapter_name = next(iter(self._unchecked))
             if isinstance(config := self.peft_config.get(adapter_name), DLQATConfig):
                 if adapter_name in self._before_loading:
                     _check_replaced(model, adapter_name, config, self._before_loading[adapter_name])
                 check_loaded(model, adapter_name, config.storage)
             self._checked(adapter_name)
-        if model.training and torch.is_grad_enabled():
-            self._warn_if_never_calibrated(model)
-            if not self._training_was_seen:
-                self._training_was_seen = True
-                _warn_of_moving_statistics(model)
 
     def _checked(self, adapter_name: str) -> None:
         self._unchecked.discard(adapter_name)
@@ -302,6 +310,18 @@ class DLQATModel(BaseTuner):
         if isinstance(tuner := getattr(model, "base_model", None), cls):
             tuner._checked(adapter_name)
         return checked
+
+
+def check_what_was_loaded(model: nn.Module) -> None:
+    """Check adapters as their first forward pass would, for who looks at them before.
+
+    Raises:
+        ValueError: as loading does.
+    """
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(tuner := getattr(hook, "__self__", None), DLQATModel):
+                tuner.check_loaded(module)
 
 
 def _is_on_meta(model: nn.Module) -> bool:

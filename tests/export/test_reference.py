@@ -58,6 +58,14 @@ def test_merged_disabled_training_or_not_the_active_one():
     assert torch.equal(trained(model.train()), expected) and model.active_adapters == ["other"] and model.training
 
 
+def test_an_adapter_that_transformers_has_loaded_itself_and_nobody_has_run(tmp_path):
+    model = adapted(bits=3)
+    model.save_pretrained(tmp_path)
+    loaded = base_model("llama")
+    loaded.load_adapter(tmp_path)
+    assert torch.equal(trained(loaded), merged_logits(model, IDS))
+
+
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_forward_that_a_trainer_put_in_the_models_place(kind, tmp_path):
     """TRL's runs the very model that it was made for, also when it is called on a copy."""

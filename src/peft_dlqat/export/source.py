@@ -17,6 +17,7 @@ from ..contents import Contents, plain_name, resolve
 from ..formats import TensorInfo
 from ..large.checkpoint import Checkpoint, empty_model, weights_folder
 from ..layer import DLQATLayer
+from ..model import check_what_was_loaded
 from ..quant.quantizer import QuantizedWeight
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ class Source(Contents):
     """
 
     def __init__(self, model: nn.Module, adapter_name: str | None, checkpoint: Checkpoint | None = None) -> None:
+        check_what_was_loaded(model)
         super().__init__(model, adapter_name)
         self.adapter: DLQATConfig = getattr(model, "peft_config")[self.adapter_name]  # noqa: B009  mypy sees a tensor
         self._checkpoint = checkpoint

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..layer import DLQATLayer, adapter_layers
+from ..model import check_what_was_loaded
 from ..quant.quantizer import dequantize, pieces, round_codes, ship, unrounded_codes
 
 # Beyond these a layer is called broken; a sound 2-bit layer clips about a tenth of its weights and keeps m near 1.
@@ -98,6 +99,7 @@ def grid_report(model: nn.Module, adapter_name: str | None = None) -> GridReport
     Raises:
         ValueError: if the model has no such adapter, or several are active and none is named.
     """
+    check_what_was_loaded(model)
     adapter_name, layers = adapter_layers(model, adapter_name)
     return GridReport(tuple(_examine(name, layer, adapter_name) for name, layer in layers.items()))
 
