@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_dlqat.cli.main import main
@@ -54,12 +55,21 @@ def test_training_makes_a_file_that_llama_cpp_runs_as_the_model_trained(folder):
     assert (adapter["bits"], adapter["scale_dtype"], adapter["export"]) == (3, "k_quant", ["gguf"])
     ids = torch.arange(40)[None]
     found = logits(folder / "out" / "gguf" / "model.gguf", ids, as_float32=True)
-    from peft import AutoPeftModelForCausalLM
-
     model = AutoPeftModelForCausalLM.from_pretrained(folder / "out" / "adapter", dtype=torch.float32)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
     assert torch.allclose(found, expected, atol=1e-3)
+
+
+def test_llama_cpp_writes_on_as_the_model_does(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out" / "adapter")
+    ids = tokenizer("user: What does list.append do?", return_tensors="pt").input_ids
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "out" / "adapter", dtype=torch.float32)
+    expected = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    for _ in range(4):
+        found = logits(folder / "out" / "gguf" / "model.gguf", ids, as_float32=True)
+        ids = torch.cat([ids, found[:, -1:].argmax(-1)], dim=1)
+    assert ids.tolist() == expected.tolist()
 
 
 def test_an_adapter_is_exported_verified_and_inspected(folder, capsys):

@@ -1,4 +1,4 @@
-"""Data sets by name: from the Hub, from a file, or from a folder."""
+"""Datasets by name: from the Hub, from a file, or from a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> dat
 
     Args:
         name: Hub id; a file of a kind in `FILE_FORMATS`; or a folder of such files, or of `save_to_disk`.
-        config: configuration of the data set.
+        config: configuration of the dataset.
         split: such as "train" or "train[:10%]".
 
     Raises:
@@ -27,7 +27,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> dat
         return _load(Path(name), config, split) if Path(name).exists() else _of_hub(name, config, split)
     except (OSError, ValueError) as error:  # not found, no connection; unknown config or split
         raise ValueError(
-            f"cannot load the data set {name!r} (config {config!r}, split {split!r}): {error}\nIt must be an id on "
+            f"cannot load the dataset {name!r} (config {config!r}, split {split!r}): {error}\nIt must be an id on "
             f"the Hub, a file ({', '.join(FILE_FORMATS)}), or a folder of such files or of save_to_disk."
         ) from error
 
@@ -39,7 +39,7 @@ def _of_hub(name: str, config: str | None, split: str) -> datasets.Dataset:
 def _load(path: Path, config: str | None, split: str) -> datasets.Dataset:
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
-            raise ValueError(f"{path.suffix or 'a file without an ending'} is none of the known kinds of file")
+            raise ValueError(f"{path} is none of the known kinds of file: {', '.join(FILE_FORMATS)}")
         # A paragraph a row: end-of-text tokens go between rows, and lines are too short for that.
         options: dict[str, Any] = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
         return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=split, **options)
@@ -64,9 +64,9 @@ def text_blocks(
         ValueError: if there is no such column of text, or less text than one block.
     """
     if column not in rows.column_names:
-        raise ValueError(f"the data set has no column {column!r}; name one of {rows.column_names} by --text_column.")
+        raise ValueError(f"the dataset has no column {column!r}; name one of {rows.column_names} by --text_column.")
     if len(rows) and not isinstance(rows[0][column], str | None):
-        raise ValueError(f"column {column!r} of the data set holds {type(rows[0][column]).__name__}, not text.")
+        raise ValueError(f"column {column!r} of the dataset holds {type(rows[0][column]).__name__}, not text.")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def join_and_cut(batch: dict[str, list[str | None]]) -> dict[str, list[list[int]]]:

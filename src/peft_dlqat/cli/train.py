@@ -34,7 +34,7 @@ class TrainArguments:
     output: str = field(metadata={"help": "Folder for the adapter, the checkpoints and the exported file."})
     to: str | None = field(default=None, metadata={"help": f"Where it will run: {DESTINATIONS}."})
     bits: int | None = field(default=None, metadata={"help": "Bits of a weight, 2 to 8; or give --to."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     split: str = field(default="train", metadata={"help": "Split to train on, such as train[:10%%]."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to measure the loss on."})
     r: int = field(default=16, metadata={"help": "Rank, as LoRA's."})
