@@ -136,6 +136,48 @@ def test_who_looks_at_it_before_the_first_forward_sees_it_converted(tmp_path):
     assert 0 < seen.magnitude_max < 3
 
 
+def in_unit_32(name, folder):
+    """The adapter in this format, in a unit that is not the layer's."""
+    from_pretrained(FOLDER / name).save_pretrained(folder)
+    state = load_file(folder / WEIGHTS)
+    trained = ("dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_shift")
+    for key, tensor in state.items():
+        if any(kind in key for kind in trained):
+            tensor *= 2
+        elif "dlqat_spec" in key:
+            assert tensor[7] == 3 + 64 / 1024
+            tensor[7] = 3 + 32 / 1024
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+FIRST = {
+    "forward": lambda model: None,
+    "compiled": lambda model: torch.compile(model, backend="eager")(torch.eye(make.IN)),
+    "codes": lambda model: layer_of(model).quantized_weight(),
+    "packed": peft_dlqat.pack_weights,
+    "report": grid_report,
+}
+
+
+@pytest.mark.product(every=3)
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("way", WAYS)
+def test_another_unit_is_converted_whatever_is_done_first(way, first, tmp_path):
+    name = "dlqat-int4" if first == "packed" else "dlqat-float"
+    in_unit_32(name, tmp_path)
+    model = WAYS[way](tmp_path)
+    FIRST[first](model)
+    check(model, name)
+    assert layer_of(model).dlqat_spec["default"][7] == 3 + 64 / 1024
+
+
+def test_a_state_dict_without_the_unit_is_refused(tmp_path):
+    model = from_pretrained(FOLDER / "dlqat-integer")
+    state = {key: value for key, value in model.state_dict().items() if "dlqat_spec" not in key}
+    with pytest.raises(ValueError, match=r"not the dlqat_spec .* in which unit"):
+        model.load_state_dict(state, strict=False)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_magnitudes_that_do_not_convert_exactly_are_counted_and_said_once(way, tmp_path):
     older("dlqat-integer", tmp_path, dlqat_magnitude=[0.3, -0.3, 0.1, -2.0, 0.0, 0.75])

@@ -170,7 +170,7 @@ def check_loaded(model: nn.Module, adapter_name: str, storage: str) -> None:
         scale = state["dlqat_scale"]
         if scale is None or scale.is_meta or type(scale.data) is not torch.Tensor or is_partitioned(scale):
             continue  # not there, or a shard of it
-        inexact += _convert_in_place(layer, adapter_name)
+        inexact += layer.convert_in_place(adapter_name)
         encoded = state["dlqat_spec"]
         assert encoded is not None
         _check_layer(name, layer, adapter_name, state, storage)
@@ -181,19 +181,6 @@ def check_loaded(model: nn.Module, adapter_name: str, storage: str) -> None:
             records[name] = record
     warn_of_inexact(inexact)
     warn_of_other_base(adapter_name, layers, records)
-
-
-@torch.no_grad()
-def _convert_in_place(layer: DLQATLayer, adapter_name: str) -> int:
-    """Bring tensors of an older file up to date where they lie, see `DLQATLayer.convert`; returns the inexact ones."""
-    kinds = (*layer.adapter_layer_names, *SAVED)
-    own = {kind: entries[adapter_name] for kind in kinds if adapter_name in (entries := getattr(layer, kind))}
-    new = dict(own)
-    inexact = layer.convert(adapter_name, new)
-    for kind, tensor in own.items():
-        if new[kind] is not tensor:
-            tensor.data.copy_(new[kind])
-    return inexact
 
 
 def warn_of_other_base(adapter_name: str, layers: Mapping[str, DLQATLayer], records: Mapping[str, Record]) -> None:

@@ -26,7 +26,7 @@ from .deferred import DeferredWeight
 from .float32 import Float32BufferDict, Float32ParameterDict
 from .frozen import FrozenWeight
 from .kept_weight import KeptWeight
-from .layer_spec import LayerSpec
+from .layer_spec import LayerSpec, put_storage
 from .methods import AdapterTensors, TrainedTensor
 from .placement import at_hand, check_here, full_shape, gather_with, is_partitioned
 from .quant.dispatch import harden
@@ -124,6 +124,7 @@ class DLQATLayer(BaseTunerLayer):
         else:
             scale, zero = initialise(weight, grid, init)
         self.specs[adapter_name] = spec
+        self.on_other_base.discard(adapter_name)
         self.dlqat_scale[adapter_name] = nn.Parameter(scale, requires_grad=False)
         if zero is not None:
             zeros = self.dlqat_zero_point if grid.zero_point == "integer" else self.dlqat_offset
@@ -167,7 +168,7 @@ class DLQATLayer(BaseTunerLayer):
     def set_storage(self, adapter_name: str, storage: str) -> None:
         """Say that the adapter belongs to W0 as this storage keeps it."""
         self.specs[adapter_name] = spec = replace(self.specs[adapter_name], storage=storage)
-        self.dlqat_spec[adapter_name].copy_(spec.encode())
+        put_storage(self.dlqat_spec[adapter_name], spec)
 
     def record(self, adapter_name: str) -> Record:
         """How the adapter was made."""
@@ -282,8 +283,21 @@ class DLQATLayer(BaseTunerLayer):
     def _present(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in self.specs]
 
+    @torch.no_grad()
+    def convert_in_place(self, adapter_name: str) -> int:
+        """As `convert`, of the tensors that are in the layer: some loading puts them there and asks nobody."""
+        kinds = (*self.adapter_layer_names, *SAVED)
+        own = {kind: entries[adapter_name] for kind in kinds if adapter_name in (entries := getattr(self, kind))}
+        new = dict(own)
+        inexact = self.convert(adapter_name, new)
+        for kind, tensor in own.items():
+            if new[kind] is not tensor:
+                tensor.data.copy_(new[kind])
+        return inexact
+
     def _check_codes(self, adapter_name: str) -> None:
         """Refuse to make codes of NaN: they are integers, which would hide that the adapter is broken."""
+        warn_of_inexact(self.convert_in_place(adapter_name))
         with at_hand(self):
             quantizer = self.quantizer(adapter_name)
             chosen_by = (quantizer.A, quantizer.B, quantizer.step, quantizer.rounding_zero)
@@ -604,6 +618,11 @@ def _check_complete(prefix: str, spec: LayerSpec, found: dict[str, torch.Tensor]
         raise ValueError(
             f"{prefix}dlqat_spec of the state dict was made with another config ({'; '.join(differences)}); make the "
             "model with that config."
+        )
+    if found and encoded is None:
+        raise ValueError(
+            f"the state dict has {prefix}{next(iter(found))}, but not the dlqat_spec that says in which unit it "
+            "counts: buffers were left out; take model.state_dict(), or load the adapter's own file by load_adapter()."
         )
     if found and "dlqat_scale" not in found:
         raise ValueError(

@@ -23,7 +23,7 @@ from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid, fitting_group
 # from its start, in units of its own.
 _FORMAT = 3
 _STORAGE = "storage"
-_FORMAT_AT = 7  # among the numbers
+_STORAGE_AT, _FORMAT_AT = 6, 7  # among the numbers
 _UNITS = 2.0**10  # of so many parts of 1 is the unit, behind the format's number
 # The unit of what trains for few layers, and how it falls with them, see `unit_of`.
 _LARGEST_UNIT, _UNIT_OF_ONE_LAYER = 64.0, 256.0
@@ -179,6 +179,8 @@ class LayerSpec:
             "scale_dtype": dict(enumerate(SCALE_DTYPES)),
             "method": {method.number: key for key, method in METHODS.items()},
         }
+        if name == "format":
+            return int(number)
         if name in known:
             return repr(known[name][int(number)]) if int(number) in known[name] else number
         return round(number, 6) if number != int(number) else int(number)
@@ -195,6 +197,11 @@ def setting(config: Any, key: str, name: str) -> Any:
     return pattern.get(get_pattern_key(pattern.keys(), name), getattr(config, key))
 
 
+def put_storage(encoded: torch.Tensor, spec: LayerSpec) -> None:
+    """Write how W0 is kept into an adapter's numbers; its other ones may be a file's, whose unit is another."""
+    encoded[_STORAGE_AT] = STORAGES[spec.storage].number
+
+
 def stored_as(encoded: torch.Tensor) -> str | None:
     """How W0 was kept for an adapter with these numbers, a key of `STORAGES`; None for no known storage."""
-    return storage_of(int(encoded[6]))
+    return storage_of(int(encoded[_STORAGE_AT]))

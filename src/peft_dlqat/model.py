@@ -50,6 +50,7 @@ class DLQATModel(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._bar: Any = None
+        self._places: dict[int, Any] = {}
         self._warned: set[str] = set()
         self._unchecked: set[str] = set()
         self._before_loading: dict[str, dict[str, nn.Parameter]] = {}
@@ -127,7 +128,7 @@ class DLQATModel(BaseTuner):
             with progress_bar(desc="finding first scales and zeros") as self._bar:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            self._bar = None  # it can be neither copied nor pickled, as models are
+            self._bar, self._places = None, {}  # what can be neither copied nor pickled, as models are
         if all_linear:
             config.all_linear = config.target_modules  # PEFT shortens a list of many names
         if config.was_saved and not kwargs.get("low_cpu_mem_usage"):
@@ -229,7 +230,7 @@ class DLQATModel(BaseTuner):
         )
 
     def _before_forward(self, model: nn.Module, _: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self._unchecked:
             return
         self.check_loaded(model)
         if model.training and torch.is_grad_enabled():
@@ -238,6 +239,7 @@ class DLQATModel(BaseTuner):
                 self._training_was_seen = True
                 _warn_of_moving_statistics(model)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check_loaded(self, model: nn.Module) -> None:
         """Check tensors that came by other ways than PEFT's loading, such as transformers', if there are any.
 

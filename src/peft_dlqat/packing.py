@@ -12,6 +12,7 @@ from torch import nn
 from .config import DLQATConfig
 from .console import progress_bar
 from .layer import DLQATLayer, adapter_layers
+from .model import check_what_was_loaded
 
 
 def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
@@ -31,6 +32,7 @@ def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
         ValueError: if there are adapters of other scales, or it is merged, or was trained on weights in another
             storage. No layer is packed then.
     """
+    check_what_was_loaded(model)
     adapter_name, layers = adapter_layers(model, adapter_name)
     config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr,index]
     if config.storage == "full":

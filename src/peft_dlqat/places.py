@@ -79,9 +79,10 @@ def elsewhere(model: nn.Module) -> dict[int, str]:
 def _entries(container: Any, seen: set[int]) -> Iterator[tuple[Any, Any, Any]]:
     """The entries of a container, and of those in it: the container, the key, and what is there."""
     held = container._container[container._key] if isinstance(container, _InTuple) else container
-    if id(held) in seen:
-        return
-    seen.add(id(held))
+    if held is container:  # a tuple may be kept in several places, and is another one in each
+        if id(held) in seen:
+            return
+        seen.add(id(held))
     for key, value in list(held.items()) if isinstance(held, dict) else list(enumerate(held)):
         yield container, key, value
         if isinstance(value, list | dict):

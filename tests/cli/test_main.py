@@ -114,14 +114,25 @@ def test_a_plan_names_the_size_that_the_file_has(folder, capsys):
         (["verify", "{base}"], "export"),
         (["eval", "{base}"], "--dataset"),
         (["plan", "{base}", "--bits", "3", "--set", "colour=red"], "colour=red"),
+        (["plan", "{base}", "--bits", "3", "--set", "bits=2"], "an option of its own"),
+        (["plan", "{base}", "--bits", "3", "--to", "vllm:4"], "different widths"),
+        (
+            ["train", "--to", "gguf:Q3_K", "--model", "{base}", "--dataset", "{chat}", "--output", "{taken}"],
+            "not empty",
+        ),
+        (
+            ["train", "--to", "vllm:4", "--model", "{base}", "--dataset", "{chat}", "--output", "o", "--push_to_hub"],
+            "hf upload",
+        ),
+        (["eval", "{base}", "--dataset", "{saved}"], "without splits"),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else None,
 )
 def test_mistakes_are_told_in_a_line(arguments, message, folder, capsys):
-    names = {"base": str(folder / "base"), "chat": str(folder / "chat.jsonl")}
+    names = {name: str(folder / name) for name in ("base", "taken", "saved")} | {"chat": str(folder / "chat.jsonl")}
     assert main([argument.format(**names) for argument in arguments]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("dlqat: error: ") and message in said and "Traceback" not in said
+    assert "dlqat: error: " in said and message in said and "Traceback" not in said
 
 
 def test_help_teaches_and_settings_come_from_a_file(folder, tmp_path, capsys):

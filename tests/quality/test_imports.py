@@ -43,6 +43,7 @@ ORDER = [
     "evaluate",
     "export",
     "cli",
+    "__main__",
 ]
 
 

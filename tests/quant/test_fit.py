@@ -24,6 +24,17 @@ def test_a_k_quants_scale_of_0_becomes_the_smallest():
     assert scale.abs().unique().tolist() == [SMALLEST_SCALE]
 
 
+@pytest.mark.parametrize("mean", [0.0, 10.0, 1000.0])
+def test_an_offset_far_from_zero_costs_no_precision(mean):
+    grid, weight = Grid(8, 64, "float", torch.float32), torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for init in ("mse", "minmax"):
+        scale, zero = initialise(weight.double().add(mean).float(), grid, init)
+        w_hat = round_to_nearest(weight.double().add(mean).float(), scale, zero, grid)[1]
+        errors.append((w_hat.double() - mean - weight.double()).square().mean().item())
+    assert errors[0] < 1.01 * errors[1]
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("zero_point", ["none", "integer", "float"])
 def test_least_squares_is_nearly_what_trying_everything_finds(bits, zero_point):

@@ -65,7 +65,7 @@ LEFT_OUT = {
         "so many at a time: the same bits in more or less time": "_PIECE _PIECE_ON_GPU _CHUNK _CHUNK_ON_GPU",
         "the shape of a tile: the same bits": "_TILE num_warps",
         "how long the search for scales is: better or worse by little": "_REFINEMENTS _CLIP_SHARES",
-        "found by measuring a model: what is best, not what is right": "_UNIT _unit_of_a _UPDATE _block_step_of_a",
+        "found by measuring a model: what is best, not what is right": "_UNIT _UPDATE _block_step_of_a",
         "runs in an environment of its own only, see make test-engines": "_gptqmodel",
         "on a GPU only": "enable_fp_fusion",
         "a check of the check": "strict",

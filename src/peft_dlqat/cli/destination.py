@@ -23,21 +23,26 @@ def config_for(to: str | None, bits: int | None, settings: list[str], **others: 
         ValueError: for neither destination nor bits, a destination or a field that is unknown, or what no layer could
             take.
     """
-    fields = {"task_type": "CAUSAL_LM", **others, **dict(_setting(entry) for entry in settings)}
+    options = {"bits", "export", *others}
+    fields = {"task_type": "CAUSAL_LM", **others, **dict(_setting(entry, options) for entry in settings)}
     if to is None:
         if bits is None:
             raise ValueError(f"say what for: --bits 3, or --to DESTINATION: {DESTINATIONS}.")
         return DLQATConfig(bits=bits, **fields), None
     engine, _, kind = to.partition(":")
     if kind.isdecimal():
+        if bits not in (None, int(kind)):
+            raise ValueError(f"--bits {bits} and --to {to} ask for different widths; leave one out.")
         bits, kind = int(kind), ""
     config = DLQATConfig.for_engine("llama.cpp" if engine == "gguf" else engine, kind or None, bits, **fields)
     assert config.export
     return config, config.export[0]
 
 
-def _setting(entry: str) -> tuple[str, Any]:
+def _setting(entry: str, options: set[str]) -> tuple[str, Any]:
     name, equals, value = entry.partition("=")
+    if name in options:
+        raise ValueError(f"--set {entry}: {name} has an option of its own; --to sets export.")
     known = DLQATConfig.__dataclass_fields__
     if not equals or name not in known:
         raise ValueError(f"--set {entry} must be NAME=VALUE, with a name among {', '.join(sorted(known))}.")

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("DLQAT_TRACEBACK"):
             raise
         print(f"dlqat: error: {error}", file=sys.stderr)
@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--teacher", help="model to compare with; default: the adapter's base model")
     own.add_argument("--dataset", help="text: Hub id, file or folder")
     own.add_argument("--dataset_config")
-    own.add_argument("--split", default="test")
+    own.add_argument("--split", help="default: test, of a file train, which is all of it")
     own.add_argument("--text_column", default="text")
     own.add_argument("--length", type=_positive, default=512, help="tokens a block")
     own.add_argument("--blocks", type=_positive, default=64, help="at most so many")
@@ -146,11 +146,14 @@ def _eval(args: argparse.Namespace) -> int:
         raise ValueError("there is nothing to measure on; give a --dataset of text, or --tasks.")
     model, tokenizer = _load(args.model)
     if args.dataset:
+        split = args.split or ("train" if Path(args.dataset).is_file() else "test")
         blocks = text_blocks(
-            load_rows(args.dataset, args.dataset_config, args.split), args.text_column, tokenizer, args.length
+            load_rows(args.dataset, args.dataset_config, split), args.text_column, tokenizer, args.length
         )
         batches = blocks.select(range(min(args.blocks, len(blocks)))).iter(args.batch_size)
-        teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto") if args.teacher else None
+        teacher = None
+        if args.teacher:
+            teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto").to(model.device)
         print(evaluate_model(model, batches, teacher))
     if args.tasks:
         for task, figures in evaluate_tasks(
@@ -195,15 +198,18 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _load(name: str) -> tuple[Any, Any]:
     """A model, or an adapter on its base model, in the dtype that it was trained in; and its tokenizer."""
+    from accelerate import PartialState
     from peft import AutoPeftModelForCausalLM, PeftConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..adapter_file import recorded_dtype
 
+    device = PartialState().device
     try:
         config = PeftConfig.from_pretrained(name)
     except ValueError:  # PEFT's word for a folder without an adapter's config
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
-    model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=recorded_dtype(name) or "auto")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device)
+        return model, AutoTokenizer.from_pretrained(name)
+    model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=recorded_dtype(name) or "auto").to(device)
     has_tokenizer = (Path(name) / "tokenizer_config.json").is_file()
     return model, AutoTokenizer.from_pretrained(name if has_tokenizer else config.base_model_name_or_path)

@@ -47,6 +47,8 @@ def _load(path: Path, config: str | None, split: str) -> datasets.Dataset:
         return datasets.load_dataset(str(path), config, split=split)
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.Dataset):
+        if split != "train":
+            raise ValueError("it was saved without splits, and is all 'train'")
         return saved
     if split not in saved:
         raise ValueError(f"it has the splits {list(saved)}")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from accelerate import PartialState
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..export import export_model
+from ..export.folder import check_free
 from ..formats import FORMATS
+from ..summary import summarize
 from ..train.callback import DLQATCallback
 from .destination import DESTINATIONS, config_for
 from .rows import load_rows
@@ -18,6 +22,9 @@ try:
     from trl import SFTConfig, SFTTrainer, TrlParser
 except ImportError as error:
     raise ImportError("`dlqat train` trains by TRL: pip install 'peft-dlqat[train]'") from error
+
+
+_IN_OUTPUT = "OUTPUT/checkpoints"  # until `train` knows where that is
 
 
 @dataclass
@@ -55,7 +62,7 @@ class TrainingSettings(SFTConfig):
     bf16: bool | None = field(default=False, metadata={"help": "Autocast; the base model's own dtype is --dtype."})
 
     def __post_init__(self) -> None:
-        self.output_dir = self.output_dir or "checkpoints"  # filled in by `train`
+        self.output_dir = self.output_dir or _IN_OUTPUT
         super().__post_init__()
 
 
@@ -72,10 +79,13 @@ def train(argv: list[str]) -> int:
     )
     args, settings = parser.parse_args_and_config(argv)
     config, format = config_for(args.to, args.bits, args.set, r=args.r, lora_alpha=args.lora_alpha)
-    if format is not None:
-        FORMATS[format].check_installed()  # before hours of training
     output = Path(args.output)
-    if settings.output_dir == "checkpoints":
+    if format is not None:  # before hours of training
+        FORMATS[format].check_installed()
+        check_free(output / format, overwrite=True)
+    if settings.push_to_hub:
+        raise ValueError("--push_to_hub would push checkpoints; push what comes out: hf upload NAME OUTPUT/adapter.")
+    if settings.output_dir == _IN_OUTPUT:
         settings.output_dir = str(output / "checkpoints")
 
     rows = load_rows(args.dataset, args.dataset_config, args.split)
@@ -85,24 +95,28 @@ def train(argv: list[str]) -> int:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model {args.model!r}: {error}") from error
+    adapted = get_peft_model(model.to(PartialState().device), config)
+    if format is not None and (problem := summarize(adapted, formats=[format]).files[0].problem):
+        raise ValueError(problem)
     trainer = SFTTrainer(
-        get_peft_model(model, config),
+        adapted,
         settings,
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
         callbacks=[DLQATCallback()],
     )
-    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
-    trained = trainer.accelerator.unwrap_model(trainer.model)
+    resume: Any = settings.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint={"true": True, "false": False}.get(str(resume).lower(), resume))
+    if held_out is not None:
+        print(f"held out: {trainer.evaluate()}")
+    trainer.save_model(str(output / "adapter"))  # in all processes, whose shards it may need
     if not trainer.is_world_process_zero():
         return 0
-    trained.save_pretrained(output / "adapter")
-    tokenizer.save_pretrained(output / "adapter")
     print(f"adapter: {output / 'adapter'}")
     if format is None:
         return 0
+    trained = trainer.accelerator.unwrap_model(trainer.model)
     result = export_model(trained, output / format, format, tokenizer=tokenizer, overwrite=True)
     print(f"{format}: {output / format}" + ("" if result is None else f"\n{result}"))
-    print(f"run it: {FORMATS[format].usage}")
     return 0

@@ -45,6 +45,10 @@ def prompt_ids(config: PretrainedConfig, special: set[int]) -> torch.Tensor:
     return allowed[torch.randint(len(allowed), (PROMPTS, length), generator=generator)]
 
 
+# Packages whose trainers put a forward of their own into a model.
+_TRAINERS = ("trl.",)
+
+
 @torch.no_grad()
 def trained_logits(source: Source, ids: torch.Tensor, notes: list[str]) -> torch.Tensor:
     """Logits [prompts, tokens, vocabulary] of the model as it trained: its adapter active, nothing merged; float32.
@@ -61,8 +65,10 @@ def trained_logits(source: Source, ids: torch.Tensor, notes: list[str]) -> torch
     model: Any = copy.deepcopy(source.model, {id(tensor): _empty(tensor) for tensor in weights}).eval()
     blocks = [model.get_submodule(name) for name in layers]
     _make_ready(source, model, "", made, {inner for block in blocks for inner in block.modules()})
-    # A trainer's, such as TRL's, which computes the loss in a way of its own and knows the model that it was made for.
-    vars(model).pop("forward", None)
+    # TRL's computes the loss in a way of its own, and runs the very model that it was made for. One that is not a
+    # trainer's is part of what the model is.
+    if getattr(vars(model).get("forward"), "__globals__", {}).get("__name__", "").startswith(_TRAINERS):
+        del model.forward
 
     def filled() -> Iterator[nn.Module]:
         for name, block in layers.items():

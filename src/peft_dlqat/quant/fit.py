@@ -109,6 +109,10 @@ class _Search:
 
     def __init__(self, weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> None:
         self._grid, self._w = grid, grid.group(weight)
+        # An offset takes a group's mean; beside a large one the moments would lose their digits.
+        self._mean = self._w.mean(-1) if grid.zero_point == "float" else torch.zeros(())
+        if grid.zero_point == "float":
+            self._w = self._w - self._mean.unsqueeze(-1)
         self._h = grid.group(importance.expand_as(weight))
         self._hw = self._h * self._w
         self._sum_h, self._sum_hw = self._h.sum(-1), self._hw.sum(-1)
@@ -133,7 +137,7 @@ class _Search:
         if zero is None:
             torch.mul(self._w, inverse, out=q)
         else:
-            start = zero if self._grid.zero_point == "integer" else -zero / scale
+            start = zero if self._grid.zero_point == "integer" else (self._mean - zero) / scale
             torch.addcmul(start.unsqueeze(-1), self._w, inverse, out=q)
         q.round_().clamp_(self._grid.qmin, self._grid.qmax)
         sum_hqw = torch.mul(self._hw, q, out=product).sum(-1)
@@ -157,11 +161,11 @@ class _Search:
         # Of the sign it had: codes rise with the weight, up to rounding.
         scale = torch.where((square > 0) & (fitted * scale > 0), fitted, scale)
         if kind == "float":
-            zero = (hw - scale * sum_hq) / h
+            zero = (hw - scale * sum_hq) / h + self._mean
         scale, zero = snap(scale, zero, self._grid)
         error = self._sum_hww - scale * (2 * sum_hqw - scale * sum_hqq)
         if zero is not None:  # w_hat = scale * q + offset
-            offset = zero if kind == "float" else -scale * zero
+            offset = zero - self._mean if kind == "float" else -scale * zero
             error = error - offset * (2 * (hw - scale * sum_hq) - offset * h)
         return scale, zero, error
 

@@ -15,6 +15,7 @@ from ..config import DLQATConfig
 from ..console import progress_bar
 from ..decoder import NoDecoderLayers
 from ..layer import adapter_layers
+from ..model import check_what_was_loaded
 from ..packing import check_packable, pack_weights
 from ..placement import is_partitioned
 from ..quant.fit import WEIGHTED
@@ -182,6 +183,7 @@ def calibrate(
         raise ValueError(f"cache_dir={str(cache_dir)!r} keeps hidden states, which only by='blocks' has; add that.")
     if cache_dir is not None and not Path(cache_dir).is_dir():
         raise ValueError(f"cache_dir={str(cache_dir)!r} is no folder; make it first.")
+    check_what_was_loaded(model)
     adapter_name, layers = adapter_layers(model, adapter_name)
     config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr,index,operator]
     descent = Descent(adapter_name, default_steps(by) if steps is None else steps, lr, train_adapter)

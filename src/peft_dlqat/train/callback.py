@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..config import DLQATConfig
 from ..layer import DLQATLayer, adapter_layers, is_calibrated
-from ..model import DLQATModel
+from ..model import DLQATModel, check_what_was_loaded
 from ..packing import pack_weights
 from .calibrate import By, Objective, calibrate, check_arguments, default_steps
 from .recipe import RECIPE
@@ -89,6 +89,7 @@ class DLQATCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Calibrate, unless that was done before."""
+        check_what_was_loaded(model)
         adapter_name, layers = adapter_layers(model)
         config: DLQATConfig = model.peft_config[adapter_name]  # type: ignore[union-attr,index,assignment]
         self._warned = False
