@@ -20,7 +20,7 @@ CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base model that can chat, a data set of chat, one of text, and what `dlqat train` made of them."""
+    """A base model that can chat, a dataset of chat, one of text, and what `dlqat train` made of them."""
     folder = tmp_path_factory.mktemp("cli")
     shutil.copytree(ROOT / "examples" / "embedded" / "model", folder / "base")
     path = folder / "base" / "tokenizer_config.json"
@@ -28,18 +28,16 @@ def folder(tmp_path_factory):
     turns = [("user", "What does list.append do?"), ("assistant", "It adds an item to the end of the list.")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(16)))
-    (folder / "text.txt").write_text(
-        "\n\n".join(f"The list has {i} items, and append adds one more." for i in range(99))
-    )
+    sentences = "\n\n".join(f"The list has {i} items, and append adds one more." for i in range(99))
+    (folder / "text.txt").write_text(sentences)
+    (folder / "taken" / "gguf").mkdir(parents=True)
+    (folder / "taken" / "gguf" / "mine.txt").write_text("")
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(folder / "saved")
     arguments = [
-        "--max_steps",
-        "2",
-        "--per_device_train_batch_size",
-        "2",
-        "--max_length",
-        "48",
-        "--report_to",
-        "none",
+        "--max_steps=2",
+        "--per_device_train_batch_size=2",
+        "--max_length=48",
+        "--report_to=none",
         "--use_cpu",
     ]
     assert main(["train", *_base(folder), "--to", "gguf:Q3_K", "--output", str(folder / "out"), *arguments]) == 0
