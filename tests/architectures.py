@@ -264,7 +264,7 @@ ARCHITECTURES = [
     *each("state space", "FalconH1ForCausalLM", **GROUPED, mamba_d_ssm=32, mamba_d_state=8, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_chunk_size=8),
     *each("state space", "ZambaForCausalLM", **(TEXT | {"num_hidden_layers": 3, "num_key_value_heads": 4}), layer_types=["mamba", "hybrid", "hybrid"], mamba_d_state=8, mamba_dt_rank=16, use_mamba_kernels=False, n_mamba_heads=2),
     *each("state space", "Zamba2ForCausalLM", **(TEXT | {"num_hidden_layers": 3}), layers_block_type=["mamba", "hybrid", "hybrid"], mamba_d_state=8, mamba_headdim=8, n_mamba_heads=8, mamba_ngroups=1, chunk_size=8, num_mem_blocks=1, adapter_rank=8, use_mamba_kernels=False),
-    *each("state space", "RwkvForCausalLM", **TEXT, attention_hidden_size=32),
+    *each("state space", "RwkvForCausalLM", **TEXT, attention_hidden_size=32, rescale_every=0),  # else it divides weights in place
     *each("state space", "RecurrentGemmaForCausalLM", **GROUPED, lru_width=32, block_types=["recurrent", "attention"], attention_window_size=8),
     *each("state space", "Lfm2ForCausalLM", **GROUPED, layer_types=["conv", "full_attention"], block_multiple_of=32),
     *each("state space", "Lfm2MoeForCausalLM", **EXPERTS, layer_types=["conv", "full_attention"], num_dense_layers=1),

@@ -14,15 +14,17 @@ from peft_dlqat import DLQATConfig, estimate_memory, export_model, summarize
 
 
 def test_of_a_whole_model_with_its_vocabulary(tmp_path, capsys):
-    model = get_peft_model(base_model("embedded"), DLQATConfig(bits=3, init="minmax", task_type="CAUSAL_LM"))
-    said = capsys.readouterr().out
+    base = base_model("embedded")
+    capsys.readouterr()  # of loading
+    model = get_peft_model(base, DLQATConfig(bits=3, init="minmax", task_type="CAUSAL_LM"))
+    said = capsys.readouterr().err
     assert said.strip() == str(summarize(model))
     (row,) = (row for row in summarize(model).files if row.format == "gguf")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         export_model(model, tmp_path / "out", "gguf", tokenizer=AutoTokenizer.from_pretrained(EMBEDDED), verify=False)
     assert row.size == pytest.approx((tmp_path / "out" / "model.gguf").stat().st_size, rel=0.02)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert f"trained at {summarize(model).bits_per_weight:.2f} bits, are stored as Q4_0 at 4.50; {row.advice}" in said
 
 
@@ -39,11 +41,13 @@ def test_counts_and_bits():
 
 
 def test_the_text(capsys):
+    base = tiny_model("wide llama")
+    capsys.readouterr()
     get_peft_model(
-        tiny_model("wide llama"),
+        base,
         DLQATConfig(bits=3, init="minmax", bits_pattern={"layers.0.mlp.*": 4}, export=["gguf"]),
     )
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Adapter 'default': 14 of 15 linear layers, 1.2 M weights, at 3.")
     assert "bits=3 in 11 layers; bits=4 in 3 layers" in lines[1]
     assert lines[2].startswith("In full precision: 3% of the model's numbers (") and len(lines) == 5
@@ -52,12 +56,12 @@ def test_the_text(capsys):
 
 def test_it_is_said_once_and_not_of_what_is_loaded(tmp_path, capsys):
     model = get_peft_model(tiny_model(), DLQATConfig(init="minmax", group_size=32))
-    assert capsys.readouterr().out.count("Adapter 'default'") == 1
+    assert capsys.readouterr().err.count("Adapter 'default'") == 1
     model.add_adapter("second", DLQATConfig(init="minmax", group_size=32))
     model.save_pretrained(tmp_path)
     PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True)
     estimate_memory(DLQATConfig(group_size=32), tiny_model().config, 1, 8)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,9 +23,12 @@ def is_main_process() -> bool:
 
 
 def say(text: str) -> None:
-    """Print lines above a progress bar, if any; nothing after `transformers.logging.set_verbosity_error()`."""
+    """Print lines to stderr, above a progress bar if any; none after `transformers.logging.set_verbosity_error()`.
+
+    What a script prints to stdout may be read by another.
+    """
     if is_main_process() and logging.get_verbosity() <= logging.WARNING:
-        tqdm.write(text)
+        tqdm.write(text, file=sys.stderr)
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, desc: str, shown: bool = True, **kwargs: Any) -> Any:

@@ -49,7 +49,7 @@ def test_a_loss_is_measured_without_an_engine(verify, tmp_path, capsys):
     """GPTQ's engine is not among those of the test environment."""
     export_model(adapted(bits=4), tmp_path / "out", "gptq", dtype="bfloat16", verify=verify)
     loss = load_manifest(tmp_path / "out").loss
-    assert 1e-12 < loss["kl"] < 0.05 and f"KL {loss['kl']:.3g}" in capsys.readouterr().out
+    assert 1e-12 < loss["kl"] < 0.05 and f"KL {loss['kl']:.3g}" in capsys.readouterr().err
     assert f"KL {loss['kl']:.3g}" in (tmp_path / "out" / "README.md").read_text()
 
 
