@@ -132,6 +132,13 @@ def test_a_file_that_is_no_config_is_named(name, tmp_path):
         DLQATConfig.from_pretrained(str(tmp_path))
 
 
+def test_a_value_that_peft_shows_whole_is_cut(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "DLQAT", "task_type": "' + 9999 * "(" + '"}')
+    with pytest.raises(ValueError, match="Invalid task type") as error:
+        DLQATConfig.from_pretrained(str(tmp_path))
+    assert str(tmp_path) in str(error.value) and len(str(error.value)) < 2000
+
+
 def test_a_file_too_large_for_a_config_is_not_read(tmp_path):
     with (tmp_path / "adapter_config.json").open("wb") as file:
         file.truncate(2**35)

@@ -374,7 +374,7 @@ class DLQATConfig(PeftConfig):
         except (ValueError, TypeError) as error:
             if CONFIG_NAME in str(error):
                 raise
-            raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+            raise ValueError(f"{folder / CONFIG_NAME}: {str(error)[:1000]}") from error  # PEFT may show a whole value
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
