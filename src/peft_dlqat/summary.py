@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .contents import Contents, tensors_of
-from .formats import FORMATS, ExpectedFile, Format, TensorInfo, expected_file
+from .formats import FORMATS, ExpectedFile, TensorInfo, expected_file
 from .formats.base import as_settings, settings_of
 from .formats.expected import megabytes
 from .layer import DLQATLayer, adapter_layers
@@ -93,7 +93,7 @@ def summarize(model: nn.Module, adapter_name: str | None = None, formats: Collec
     formats = formats or getattr(config, "export", None) or FORMATS
     # Only what writes text has a vocabulary, and is exported.
     writes = isinstance(base, PreTrainedModel) and base.get_output_embeddings() is not None
-    contents = Contents(base, adapter_name) if writes else None
+    files = _files(Contents(base, adapter_name), formats) if writes else ()
     return Summary(
         adapter_name=adapter_name,
         layers=len(layers),
@@ -103,12 +103,14 @@ def summarize(model: nn.Module, adapter_name: str | None = None, formats: Collec
         grids=dict(Counter(specs).most_common()),
         in_full=_in_full(base, found),
         base_size=sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in found.values()),
-        files=tuple(_in_format(FORMATS[name], contents) for name in formats) if contents else (),
+        files=files,
     )
 
 
-def _in_format(target: Format, contents: Contents) -> ExpectedFile:
-    return expected_file(target, target.narrowed(contents.outline(contents.dtype, "", 0), contents.dense()))
+def _files(contents: Contents, formats: Iterable[str]) -> tuple[ExpectedFile, ...]:
+    """What each format would make of a model."""
+    outline, targets = contents.outline(contents.dtype, "", 0), [FORMATS[name] for name in formats]
+    return tuple(expected_file(target, target.narrowed(outline, contents.dense())) for target in targets)
 
 
 def _is_plain_linear(base: nn.Module, name: str, module: nn.Module) -> bool:
@@ -120,7 +122,7 @@ def _is_plain_linear(base: nn.Module, name: str, module: nn.Module) -> bool:
 def _in_full(base: nn.Module, found: dict[str, TensorInfo]) -> dict[str, int]:
     """Numbers that stay in full precision, by what they are."""
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
-    text = _language_model(base)
+    text = language_model(base)
     counts: Counter[str] = Counter()
     for key, tensor in found.items():
         if tensor.grid is None:
@@ -148,8 +150,8 @@ def _what(tensor: TensorInfo, module: nn.Module, head: nn.Module | None, text: s
     return "experts" if len(tensor.shape) == 3 else "other weights"
 
 
-def _language_model(base: nn.Module) -> str:
-    """What names begin with in the language model of a multimodal one; "" elsewhere."""
+def language_model(base: nn.Module) -> str:
+    """What names begin with in the language model of a multimodal one, with the dot; "" elsewhere."""
     if not isinstance(base, PreTrainedModel) or base.config.get_text_config() is base.config:
         return ""
     decoder = base.get_decoder()

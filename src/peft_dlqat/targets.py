@@ -26,6 +26,7 @@ from .quant.fixed_point import STORAGES
 from .quant.grid import Grid, fitting_group
 from .quant.super_blocks import check_k_quant
 from .regexes import LONGEST
+from .summary import language_model
 
 # Modules whose weights nobody expects "all-linear" to adapt, or that it does.
 _KNOWN_WEIGHTS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList)
@@ -147,13 +148,11 @@ def _match_no_others(config: DLQATConfig, model: nn.Module) -> None:
 
 def _say_what_is_no_text(config: DLQATConfig, model: nn.Module) -> None:
     """Say in one line which layers of "all-linear" are no part of a multimodal model's language model."""
-    if not isinstance(model, PreTrainedModel) or model.config.get_text_config() is model.config:
+    if not (inside := language_model(model)):
         return
-    decoder = model.get_decoder()
-    inside = next((name for name, module in model.named_modules() if module is decoder), "")
     targets = (name for name in config.target_modules or () if is_target(config, name))
-    others = sorted(name for name in targets if not name.startswith(f"{inside}."))
-    if inside and others:
+    others = sorted(name for name in targets if not name.startswith(inside))
+    if others:
         warnings.warn(
             f'"all-linear" takes in {len(others)} linear layers beside the language model, such as {others[0]}; '
             "exclude_modules leaves them in full precision."
