@@ -277,6 +277,7 @@ class DLQATLayer(BaseTunerLayer):
                 f"adapters {names} are active and their sum lies on no grid" if names else "there is no such adapter"
             )
             raise ValueError(f"{what}: codes belong to one adapter; name one of {sorted(self.specs)}.")
+        warn_of_inexact(self.convert_in_place(names[0]))
         self._check_codes(names[0])
         return harden(self.frozen.as_kept(), self.quantizer(names[0]))
 
@@ -297,7 +298,6 @@ class DLQATLayer(BaseTunerLayer):
 
     def _check_codes(self, adapter_name: str) -> None:
         """Refuse to make codes of NaN: they are integers, which would hide that the adapter is broken."""
-        warn_of_inexact(self.convert_in_place(adapter_name))
         with at_hand(self):
             quantizer = self.quantizer(adapter_name)
             chosen_by = (quantizer.A, quantizer.B, quantizer.step, quantizer.rounding_zero)

@@ -88,7 +88,7 @@ def mse(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[tor
     for low_share, high_share in _CLIP_SHARES + (() if grid.zero_point == "none" else _UNEVEN_SHARES):
         scale, zero = _affine(low * low_share, high * high_share, grid)
         search.consider(scale, zero)
-        if grid.zero_point == "none":  # the longer end may also fall on qmax, one level short of what -qmin reaches
+        if grid.zero_point == "none":  # the other sign puts the longer end among the positive codes
             search.consider(-scale, None)
     for size in _MOVES[grid.zero_point]:
         for step in (size, -size):
