@@ -24,7 +24,7 @@ def test_dense_says_what_its_dtype_rounds(tmp_path, capsys):
     assert_same(found, "dense")  # as the model that was rounded so
     manifest = load_manifest(tmp_path / "out")
     assert not manifest.exact and len(manifest.rounded) > 14 and manifest.loss["kl"] > 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "dense tensors rounded" in printed and f"rounded for the format: {found.loss}" in printed
     ids, trained = load_reference(tmp_path / "out")
     difference = (exported_logits(tmp_path / "out", ids) - trained).abs().max().item()

@@ -52,7 +52,7 @@ def test_a_chat_template_travels(tmp_path):
 def test_a_model_without_tokenizer_says_so(tmp_path, capsys):
     export_model(adapted(bits=4), tmp_path / "out", "gguf", verify=False)
     assert fields(tmp_path / "out")["tokenizer.ggml.model"] == "none"
-    assert "pass tokenizer=" in capsys.readouterr().out
+    assert "pass tokenizer=" in capsys.readouterr().err
 
 
 def test_a_way_of_splitting_that_has_no_name_is_said(tmp_path, capsys):
@@ -65,7 +65,7 @@ def test_a_way_of_splitting_that_has_no_name_is_said(tmp_path, capsys):
     adapted("embedded", bits=4).save_pretrained(tmp_path / "adapter")
     export_model(tmp_path / "adapter", tmp_path / "out", "gguf", base=base, verify=False)
     assert fields(tmp_path / "out")["tokenizer.ggml.pre"] == "default"
-    assert "splits text in a way that has no name here" in capsys.readouterr().out
+    assert "splits text in a way that has no name here" in capsys.readouterr().err
 
 
 def test_a_padded_vocabulary(tmp_path):
@@ -101,7 +101,7 @@ def test_merges_become_scores(tmp_path, capsys):
     kind = gguf.TokenType
     assert kinds[:4] == [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, kind.BYTE] and kinds[1000] == kind.CONTROL
     assert found["tokenizer.ggml.model"] == "llama" and found["tokenizer.ggml.add_space_prefix"]
-    assert "order of its merges is written as scores" in capsys.readouterr().out
+    assert "order of its merges is written as scores" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_added_tokens_without_a_row_are_left_out(tmp_path, capsys):
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     export_model(adapted("embedded", bits=4), tmp_path / "out", "gguf", tokenizer=tokenizer, verify=False)
     assert len(fields(tmp_path / "out")["tokenizer.ggml.tokens"]) == 2048
-    assert "1 tokens for which the embedding has no row are left out: <image>" in capsys.readouterr().out
+    assert "1 tokens for which the embedding has no row are left out: <image>" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):

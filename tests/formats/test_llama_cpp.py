@@ -179,7 +179,7 @@ def test_it_stops_where_the_configs_say(tmp_path, capsys):
     model.get_base_model().config.eos_token_id = [1, 7, 8, 9]
     export_model(model, tmp_path / "out", "gguf", tokenizer=tokenizer, verify=False)
     assert Vocabulary(tmp_path / "out").ends() == [1, 7, 8]
-    assert "llama.cpp does not stop at [9]" in capsys.readouterr().out
+    assert "llama.cpp does not stop at [9]" in capsys.readouterr().err
 
 
 def test_gelu_is_a_table_of_half_floats_between_its_limits():

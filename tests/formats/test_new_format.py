@@ -80,7 +80,7 @@ def test_a_model_is_exported_verified_and_described(tmp_path, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     for text in ("`toy run you/toy`", "library_name: toy-lib", "| toy-engine |", "stored as bytes", "(toy)"):
         assert text in card, text
-    assert "14 weights, trained at 3.50 bits, are stored as bytes at 8.50" in capsys.readouterr().out
+    assert "14 weights, trained at 3.50 bits, are stored as bytes at 8.50" in capsys.readouterr().err
 
 
 def test_what_it_does_not_hold_is_refused_with_the_formats_that_do(tmp_path):

@@ -106,7 +106,7 @@ def test_a_reference_in_full_precision_is_had_by_peft_config(kind, tmp_path, cap
     assert list(run.model.peft_config) == ["default"]
     first = next(entry for entry in run.state.log_history if "loss" in entry)
     assert abs(first.get("rewards/margins", first.get("kl"))) > 1e-4
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the reference is the model")]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("the reference is the model")]
     assert len(said) == 1 and "get_peft_model(model, config)" in said[0]
 
 

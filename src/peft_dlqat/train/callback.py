@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import DLQATConfig
+from ..console import say
 from ..layer import DLQATLayer, adapter_layers, is_calibrated
 from ..model import DLQATModel, check_what_was_loaded
 from ..packing import pack_weights
@@ -113,8 +113,7 @@ class DLQATCallback(TrainerCallback):
                     "computes; resume with storage='full', or start a new run in an empty folder."
                 )
         elif full_precision_reference(args, model.peft_config):  # type: ignore[arg-type]
-            _say(
-                state,
+            say(
                 "the reference is the model with its adapter off, in full precision; for a quantized one give the "
                 "trainer get_peft_model(model, config) in the place of peft_config=.",
             )
@@ -160,13 +159,13 @@ class DLQATCallback(TrainerCallback):
             objective=self.calibration_objective,
             adapter_name=adapter_name,
             by=self.calibration_by,
-            progress=state.is_world_process_zero and not args.disable_tqdm,
+            progress=not args.disable_tqdm,
             log=log,
         )
         figures = {"before": result.loss_before, "fitted": result.loss_fitted, "after": result.loss_after}
         known = {f"calibration/loss_{stage}": loss for stage, loss in figures.items() if loss is not None}
         _keep(state, known, steps)
-        _say(state, str(result))
+        say(str(result))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -177,7 +176,7 @@ class DLQATCallback(TrainerCallback):
             figures = report.summary()
             _keep(state, figures, state.global_step)
             line = ", ".join(f"{name.removeprefix('grid/')} {value:.4g}" for name, value in figures.items())
-            _say(state, f"grid at step {state.global_step}: {line}")
+            say(f"grid at step {state.global_step}: {line}")
             self._warn(report.problems)
 
     def on_log(
@@ -241,9 +240,3 @@ def _keep(state: TrainerState, values: dict[str, float], step: int) -> None:
     """Add to the log's history; a calibration's `step` is of its own count, before training's first."""
     entry = {**values, "step": state.global_step}
     state.log_history.append(entry if step == state.global_step else {**entry, "calibration_step": step})
-
-
-def _say(state: TrainerState, line: str) -> None:
-    """Print a line once, above the Trainer's progress bar if there is one."""
-    if state.is_world_process_zero:
-        tqdm.write(line)
