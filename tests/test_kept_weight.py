@@ -1,6 +1,7 @@
 """w_hat that is kept between forward passes is never a stale one."""
 
 import copy
+import gc
 import io
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -13,7 +14,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_dlqat import DLQATConfig, pack_weights
+from peft_dlqat import DLQATConfig, kept_weight, pack_weights
 from peft_dlqat import layer as layer_module
 from peft_dlqat.kept_weight import MOST_ROWS
 
@@ -167,14 +168,28 @@ def test_nothing_is_kept_while_it_trains_or_with_gradients_or_for_long_inputs(ma
     assert kept(model) and not kept(model.train())
 
 
-def test_nothing_is_kept_of_a_packed_weight(made):
+def test_of_packed_weights_so_much_is_kept_as_the_budget_says(made, monkeypatch):
     model = make(storage="int4", perturbed=False)
     run(model)
     assert kept(model)
     pack_weights(model)
+    assert not kept(model)
+    counted, size = kept_weight._packed_bytes, 4 * IN * OUT
+    monkeypatch.setattr(kept_weight, "PACKED_BUDGET", counted + 2 * size)
     expected = run(model)
-    assert made.call_count == 1 and not kept(model)
-    assert torch.equal(expected, anew(model))
+    assert kept(model) and made.call_count == 2
+    assert torch.equal(expected, anew(model)) and torch.equal(expected, run(model)) and made.call_count == 3
+    others = [copy.deepcopy(model) for _ in range(2)]
+    assert all(torch.equal(run(other), expected) for other in others)
+    assert [kept(other) for other in others] == [True, False]
+    layer_of(model).dlqat_B["default"].data += 1  # what is kept is renewed in its own place
+    assert torch.equal(run(model), anew(model)) and kept(model)
+    model.train()
+    run(others[1])
+    assert kept(others[1])
+    del others
+    gc.collect()
+    assert kept_weight._packed_bytes == counted
 
 
 def test_nothing_is_kept_of_an_offloaded_weight(made):

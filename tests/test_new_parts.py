@@ -190,8 +190,8 @@ def test_a_layer_setting(monkeypatch, tmp_path):
     perturb(model)
     expected = logits(model)
     for layer in adapter_layers(model)[1].values():
-        assert layer.specs["default"].others == {"damping": 0.25}
-        assert layer.dlqat_spec["default"].tolist()[8:] == [0.25]
+        assert layer.specs["default"].others["damping"] == 0.25
+        assert layer.dlqat_spec["default"].tolist()[-1] == 0.25
     assert torch.equal(logits(reloaded(model, tmp_path)), expected)
     assert torch.equal(logits(model.merge_and_unload()), expected)
     config = DampedConfig.from_pretrained(tmp_path)

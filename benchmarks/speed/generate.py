@@ -58,9 +58,8 @@ def generating(model: Any, new_tokens: int) -> Callable[[], object]:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors and of the weights that its layers keep."""
-    contents = (layer._kept_weight._content for layer in model.modules() if isinstance(layer, DLQATLayer))
-    kept = [tensor for content in contents if content is not None for tensor in (*content[1], content[2])]
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *kept))
+    kept = sum(layer._kept_weight.nbytes for layer in model.modules() if isinstance(layer, DLQATLayer))
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + kept
 
 
 def main() -> None:

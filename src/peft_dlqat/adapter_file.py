@@ -87,19 +87,20 @@ def check_state(
                 f"{key} of the saved adapter is {list(value.shape)}, not {list(own[key].shape)} as this model's; give "
                 "the model the shape that it was trained with first, by resize_token_embeddings, say."
             )
+    shapes = {key: tensor.shape for key, tensor in expected.items()}
     for name, layer in layers.items():
-        key = tensor_key(name, "dlqat_spec", adapter_name)
+        key, spec = tensor_key(name, "dlqat_spec", adapter_name), layer.specs[adapter_name]
         if found[key].dim() == 1:
-            found[key] = layer.specs[adapter_name].completed(found[key])
-            if len(found[key]) > len(expected[key]):
+            found[key], shapes[key] = spec.completed(found[key]), torch.Size([spec.length])
+            if len(found[key]) > spec.length:
                 raise ValueError(
                     f"{key} of the saved adapter has {len(found[key])} settings, and this version knows "
-                    f"{len(expected[key])}; update peft-dlqat."
+                    f"{spec.length}; update peft-dlqat."
                 )
     wrong = [
-        f"{key} is {list(found[key].shape)}, not {list(tensor.shape)}"
-        for key, tensor in expected.items()
-        if found[key].shape != tensor.shape
+        f"{key} is {list(found[key].shape)}, not {list(shape)}"
+        for key, shape in shapes.items()
+        if found[key].shape != shape
     ]
     if wrong:
         raise ValueError(
@@ -116,6 +117,8 @@ def check_state(
         layer.convert(adapter_name, own)
         found.update({keys[kind]: tensor for kind, tensor in own.items()})
         _check_layer(name, layer, adapter_name, {kind: own.get(kind) for kind in SAVED}, storage)
+        key = keys["dlqat_spec"]
+        found[key] = found[key][: len(expected[key])]  # without what both leave out
     again = {
         second + key.removeprefix(first): value
         for second, first in second_names.items()

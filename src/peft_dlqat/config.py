@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
@@ -11,17 +12,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
 from .files import allow
 from .formats import FORMATS, find_preset
 from .hub import write_section
-from .layer_spec import pattern_of
-from .lora_arguments import translated
+from .layer_spec import layer_setting, pattern_of
+from .lora_arguments import check_mergeable, translated
 from .messages import shown
 from .methods import MAGNITUDES, METHODS, Method
 from .quant.fit import INITIALISATIONS
@@ -34,6 +36,7 @@ from .regexes import LONGEST, check_matching_ends, check_regex
 Check = Callable[[str, Any], None]  # of a name and a value; raises a ValueError
 
 DEFAULT_GROUP_SIZE = 128
+_LORA_BESIDE = "lora"  # folder, in an adapter's own, with the LoRA adapter that it continues from
 _BIAS = ("none", "all", "dlqat_only")
 
 
@@ -132,6 +135,11 @@ def _check_export(name: str, value: Any) -> None:
         _check_choice(name, entry, FORMATS)
 
 
+def _check_embeddings(name: str, value: Any) -> None:
+    if value is not None:
+        _check_choice(name, value, ("q8_0",))
+
+
 def _check_pattern(name: str, value: Any, check: Check) -> None:
     if not isinstance(value, dict):
         raise ValueError(f"{name}={shown(value)} must be a dict from module names to values.")
@@ -217,6 +225,10 @@ class DLQATConfig(PeftConfig):
             grid that one of them cannot hold exactly is refused now rather than after training.
         init_weights: True starts B at zero, so that a fresh adapter is exactly round-to-nearest; False starts it
             at random, for tests.
+        lora: folder or hub id of a trained LoRA adapter to continue from: it is merged into the frozen weights, here
+            and wherever the adapter is loaded. See `from_lora`.
+        embeddings: "q8_0" rounds the token embedding and the output head to what GGUF's Q8_0 holds when the adapter
+            is put into a model, so that it trains with what ships; None leaves them.
 
     Raises:
         ValueError: for a value that no layer could take; says the value, the rule and a remedy.
@@ -270,6 +282,11 @@ class DLQATConfig(PeftConfig):
     export: list[str] | None = _setting(None, "Formats that must be able to hold the grid exactly.", _check_export)
     init_weights: bool = _setting(True, "Start B at zero; False starts it at random.", _check_flag)
 
+    lora: str | None = _setting(None, "Trained LoRA adapter to continue from: folder or hub id.", _check_text)
+    embeddings: str | None = layer_setting(
+        None, "'q8_0' rounds embedding and output head at injection.", _check_embeddings, lambda value: 8 * bool(value)
+    )
+
     def __post_init__(self) -> None:
         """Refuse what no layer could take."""
         for name, check in _OF_PEFT.items():
@@ -307,18 +324,35 @@ class DLQATConfig(PeftConfig):
         self.check_export(self.grids())
 
     @classmethod
-    def from_lora(cls, lora_config: LoraConfig, **settings: Any) -> DLQATConfig:
-        """The config of a LoRA script, for DL-QAT.
+    def from_lora(cls, lora: LoraConfig | str | os.PathLike[str], /, **settings: Any) -> DLQATConfig:
+        """The config of a LoRA script, for DL-QAT; or of a trained LoRA adapter, to continue from.
 
         Rank, alpha, modules and patterns are taken as they are. Where LoRA chooses modules by the model's type, every
         linear layer is adapted, as only adapted layers are quantized. A warning says what is left out.
 
+        A trained adapter becomes a part of the model that is quantized: the frozen weight is W0 + scaling * BA in its
+        dtype, and DL-QAT's own B starts at zero beside it. So scales are fitted to that weight, and the model with its
+        adapters disabled, the teacher of calibration and distillation, is the LoRA model.
+
         Args:
-            lora_config: the script's config.
+            lora: the script's config; or the folder or hub id of a trained adapter.
             settings: DL-QAT's own, such as `bits=3`; they come before LoRA's of the same name.
+
+        Raises:
+            ValueError: for an adapter that is more than A and B: DoRA, trained biases, modules_to_save and the like.
+
+        Example:
+            ```py
+            >>> config = DLQATConfig.from_lora("my-lora", bits=3, target_modules="all-linear")
+            >>> model = get_peft_model(base_model, config)
+            ```
         """
+        if not isinstance(lora, LoraConfig):
+            path = os.path.abspath(lora) if os.path.isdir(lora) else os.fspath(lora)
+            check_mergeable(trained := PeftConfig.from_pretrained(path), path)
+            return cls.from_lora(trained, **{"lora": path, **settings})
         own = {"peft_type", "peft_version", "auto_mapping", "inference_mode"}  # of LoRA, and of a trained adapter
-        arguments = {entry.name: getattr(lora_config, entry.name) for entry in fields(lora_config)}
+        arguments = {entry.name: getattr(lora, entry.name) for entry in fields(lora)}
         arguments = {name: value for name, value in arguments.items() if name not in own}
         taken, left_out = translated(arguments, {entry.name for entry in fields(cls)})
         if left_out:
@@ -370,11 +404,15 @@ class DLQATConfig(PeftConfig):
                     "download it again."
                 ) from error
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (ValueError, TypeError) as error:
             if CONFIG_NAME in str(error):
                 raise
             raise ValueError(f"{folder / CONFIG_NAME}: {str(error)[:1000]}") from error  # PEFT may show a whole value
+        if isinstance(config, DLQATConfig) and config.lora is not None and os.path.isabs(config.lora):
+            beside = _lora_beside(str(pretrained_model_name_or_path), subfolder, kwargs)
+            config.lora = str(beside) if beside.is_dir() else config.lora
+        return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
@@ -495,9 +533,30 @@ class DLQATConfig(PeftConfig):
         """
         super().save_pretrained(str(save_directory), **kwargs)
         write_section(save_directory, self)
+        if self.lora is not None:
+            _copy_lora(Path(self.lora), Path(save_directory, _LORA_BESIDE))
         weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
         if weights.is_file():
             allow(weights, Path(save_directory, CONFIG_NAME).stat().st_mode)
+
+
+def _copy_lora(lora: Path, beside: Path) -> None:
+    """Put the LoRA adapter of a folder beside an adapter that continues from it; one of the hub stays there."""
+    if not lora.is_dir() or beside.resolve() == lora.resolve():
+        return
+    beside.mkdir(exist_ok=True)
+    for file in lora.iterdir():
+        if file.name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+            shutil.copyfile(file, beside / file.name)
+
+
+def _lora_beside(adapter: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path:
+    """Where `_copy_lora` has put it, of an adapter's folder or hub id."""
+    inside = Path(subfolder or "", _LORA_BESIDE)
+    if os.path.isdir(adapter):
+        return Path(adapter, inside)
+    known = {name: value for name, value in kwargs.items() if name in ("revision", "token", "cache_dir")}
+    return Path(snapshot_download(adapter, allow_patterns=[f"{inside.as_posix()}/*"], **known), inside)
 
 
 def _takes_loras_arguments(init: Callable[..., None]) -> Callable[..., None]:

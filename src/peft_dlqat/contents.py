@@ -18,6 +18,9 @@ from .formats import Outline, TensorInfo
 from .layer import DLQATLayer, adapter_layers
 from .placement import full_shape
 
+# An attribute of a module: what was done to its weight before it was adapted, in words, see `base_weights`.
+CHANGED = "_dlqat_changed"
+
 
 class Contents:
     """The tensors of a transformers model with one adapter.

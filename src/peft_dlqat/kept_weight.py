@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from .record import sample
@@ -12,7 +14,12 @@ from .record import sample
 # Rows of an input up to which it is kept. With more the product costs more than the weight does, and a model that is
 # evaluated need not hold its weights twice.
 MOST_ROWS = 64
+# Bytes of w_hat that all layers with packed weights keep together. They are packed to save memory: what a small model
+# takes is no matter, and the weights of a large one are computed anew.
+PACKED_BUDGET = 2**30
 _SAMPLE = 64  # values of W0: each costs a cache line
+
+_lock, _packed_bytes = threading.Lock(), 0
 
 
 class KeptWeight:
@@ -23,14 +30,25 @@ class KeptWeight:
     """
 
     def __init__(self) -> None:
-        self._content: tuple[Any, list[torch.Tensor], torch.Tensor] | None = None
+        # The settings; the bytes of what it was made of, which compare as fast as memory is read; and w_hat.
+        self._content: tuple[Any, list[bytearray], torch.Tensor] | None = None
+        self._counted = 0  # of the budget
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return KeptWeight, ()
 
+    def __del__(self) -> None:
+        self._count(0)
+
     def clear(self) -> None:
         """Let w_hat go."""
         self._content = None
+        self._count(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return 0 if self._content is None else sum(map(len, self._content[1])) + self._content[2].nbytes
 
     def get(
         self,
@@ -39,6 +57,7 @@ class KeptWeight:
         tensors: Sequence[torch.Tensor],
         rows: int,
         make: Callable[[], torch.Tensor],
+        budget: int = 0,
     ) -> torch.Tensor | None:
         """w_hat, kept or made; None where it is not kept, and not to be kept for so few rows.
 
@@ -48,19 +67,36 @@ class KeptWeight:
             tensors: all else that it is made of.
             rows: of the input.
             make: makes it.
+            budget: bytes of w_hat that count for `PACKED_BUDGET`; 0 for one that is kept in any case.
         """
         content = self._content  # once: other threads may run
-        if content is None and rows > MOST_ROWS:
+        if content is None and (rows > MOST_ROWS or not self._has_room(budget)):
             return None
-        found = [sample(weight, _SAMPLE), *tensors]
+        found = [_numbers(sample(weight, _SAMPLE)), *map(_numbers, tensors)]
         key = (*settings, weight.data_ptr(), weight._version, weight.shape, weight.stride())
-        if content is not None and content[0] == key and all(map(torch.equal, found, content[1])):
+        if content is not None and content[0] == key and all(map(bytearray.__eq__, content[1], found)):
             return content[2]
         if rows > MOST_ROWS:
             self.clear()
             return None
         with torch.inference_mode(False), torch.no_grad():
-            copies = [tensor.detach().clone() for tensor in found]
+            copies = [bytearray(array) for array in found]  # before it is made: other threads may write
             w_hat = make()
         self._content = key, copies, w_hat
+        self._count(budget)
         return w_hat
+
+    def _has_room(self, budget: int) -> bool:
+        return not budget or _packed_bytes - self._counted + budget <= PACKED_BUDGET
+
+    def _count(self, budget: int) -> None:
+        global _packed_bytes
+        with _lock:
+            _packed_bytes += budget - self._counted
+            self._counted = budget
+
+
+def _numbers(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a tensor on the CPU."""
+    tensor = tensor.detach().contiguous()
+    return (tensor if tensor.dtype is torch.float32 else tensor.view(torch.uint8)).numpy()

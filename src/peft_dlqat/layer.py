@@ -446,7 +446,7 @@ class DLQATLayer(BaseTunerLayer):
         weight, bias, spec = base_layer.weight, base_layer.bias, self.specs[adapter_name]
         inputs = x if x.dtype == dtype else self._cast_input_dtype(x, dtype)
         bias = bias if bias is None or bias.dtype == inputs.dtype else bias.to(inputs.dtype)
-        if not torch.is_grad_enabled() and self._may_keep(weight, spec):
+        if not torch.is_grad_enabled() and self._may_keep(weight):
             entries = (self._modules[name].get(adapter_name) for name in (*self.adapter_layer_names, *CALIBRATED))  # type: ignore[union-attr]
             w_hat = self._kept_weight.get(
                 (adapter_name, spec, dtype),
@@ -454,6 +454,7 @@ class DLQATLayer(BaseTunerLayer):
                 [tensor for tensor in entries if tensor is not None],
                 inputs.numel() // self.in_features,
                 lambda: quantized(weight, self.quantizer(adapter_name), dtype, self.fan_in_fan_out),
+                budget=self.out_features * self.in_features * dtype.itemsize * (spec.storage != "full"),
             )
             if w_hat is not None:
                 return linear(inputs, bias, w_hat, self.fan_in_fan_out)
@@ -461,13 +462,12 @@ class DLQATLayer(BaseTunerLayer):
             inputs, bias, weight, self.quantizer(adapter_name), self.fan_in_fan_out, spec.gradient
         )
 
-    def _may_keep(self, weight: torch.Tensor, spec: LayerSpec) -> bool:
+    def _may_keep(self, weight: torch.Tensor) -> bool:
         """Whether w_hat may be kept beside W0: on a CPU. On a GPU comparing takes as long as computing."""
         return (
             not self.training  # type: ignore[attr-defined]
             and weight.device.type == "cpu"
-            and spec.storage == "full"  # a packed weight, and one that is offloaded, is so to save memory
-            and "_hf_hook" not in self.get_base_layer().__dict__
+            and "_hf_hook" not in self.get_base_layer().__dict__  # offloaded to save memory
             and type(weight.data) is torch.Tensor
             and weight.is_contiguous()
             and not weight.is_inference()

@@ -131,16 +131,25 @@ class LayerSpec:
 
         [bits, group_size, zero_point, scale_dtype, scaling, method, storage, format], then those of `numbers`. The
         format's number has the unit behind it, in parts of 1/1024: transformers loads no tensor of another length.
+        Those at the end that are as nobody has set them are left out, as in files from before they were there.
         zero_point and scale_dtype are positions in `ZERO_POINTS` and `SCALE_DTYPES`, to which names are only appended;
         method and storage are their own `number`. Two configs can agree in every tensor's shape and name and still
         mean other weights (3 or 4 bits, say). Loading compares these numbers.
         """
-        return torch.tensor(list(self._numbers().values()), device="cpu", dtype=torch.float32)
+        values, others = list(self._numbers().values()), list(self.numbers.values())
+        while others and others[-1][0] == others[-1][1]:
+            others.pop(), values.pop()
+        return torch.tensor(values, device="cpu", dtype=torch.float32)
+
+    @property
+    def length(self) -> int:
+        """How many numbers there are, with those that are left out."""
+        return len(self._numbers())
 
     def completed(self, encoded: torch.Tensor) -> torch.Tensor:
-        """Numbers of a file that was written before some fields were there, with their defaults added."""
+        """A file's numbers with the defaults that are left out; more than there are here, if it is a newer one's."""
         defaults = [default for _, default in self.numbers.values()]
-        missing = len(self._numbers()) - len(encoded)
+        missing = self.length - len(encoded)
         added = torch.tensor(defaults[len(defaults) - missing :] if missing > 0 else [], device="cpu")
         return torch.cat([encoded.float().cpu(), added])
 

@@ -7,9 +7,27 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from peft import LoraConfig
+from peft.config import PeftConfig
 
 from .messages import shown
 
+MERGE_IT = (
+    "merge it yourself, PeftModel.from_pretrained(model, lora).merge_and_unload(), save that model, and begin with it"
+)
+# What a plain LoRA adapter has not: with it, its model is not W0 + scaling * BA.
+_NOT_PLAIN = {
+    "use_dora": False,
+    "use_qalora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+}
+_INITS_ON_W0 = (True, False, "gaussian", "eva", "orthogonal")
 _OWN = "this is LoRA's own, and has no meaning where the update lies inside the quantizer; leave it out"
 # Why an argument that is not as LoRA has it by default cannot be taken, and what to do instead.
 _REASONS = {
@@ -58,3 +76,24 @@ def translated(arguments: Mapping[str, Any], known: set[str]) -> tuple[dict[str,
         elif name not in known and name not in ("fan_in_fan_out", "megatron_core") and value != defaults[name]:
             left_out[name] = f"{name}={shown(value)}: {_REASONS.get(name, _OWN)}"
     return settings, left_out
+
+
+def check_mergeable(config: PeftConfig, lora: str) -> None:
+    """Refuse a trained adapter whose model is not W0 + scaling * BA, with the base model's W0.
+
+    Args:
+        config: the adapter's.
+        lora: its folder or hub id.
+
+    Raises:
+        ValueError: naming what it has beside A and B.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"lora={lora!r} holds a {config.peft_type} adapter, not a LoRA; {MERGE_IT}.")
+    own = {name: value for name in _NOT_PLAIN if (value := getattr(config, name, None)) not in (None, [])}
+    own = {name: value for name, value in own.items() if value != _NOT_PLAIN[name]}
+    if config.init_lora_weights not in _INITS_ON_W0:  # such as PiSSA's, which takes a part out of W0
+        own["init_lora_weights"] = config.init_lora_weights
+    if own:
+        parts = ", ".join(f"{name}={shown(value)}" for name, value in own.items())
+        raise ValueError(f"lora={lora!r} is no plain LoRA, but has {parts}; {MERGE_IT}.")

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .adapter_file import check_loaded, check_state, tensor_key, warn_of_other_base, with_current_names
+from .base_weights import BaseChanges
 from .config import DLQATConfig
 from .console import progress_bar, say
 from .layer import NUMBERS, PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated, warn_of_inexact
@@ -60,10 +61,11 @@ class DLQATModel(BaseTuner):
         self._hook = self.model.register_forward_pre_hook(self._before_forward)
 
     def _prepare_model(self, peft_config: DLQATConfig, model: nn.Module) -> None:
-        """Resolve "all-linear", then check every target."""
+        """Resolve "all-linear", check every target, then change base weights as the config says."""
         self._places = places(model)
         resolve_all_linear(peft_config, model)
         self._depths = check_targets(peft_config, model)
+        BaseChanges(peft_config, model).apply()
         self._bar.total = len(self._depths)
 
     def _create_and_replace(

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .contents import Contents, tensors_of
+from .contents import CHANGED, Contents, tensors_of
 from .formats import FORMATS, ExpectedFile, TensorInfo, expected_file
 from .formats.base import as_settings, settings_of
 from .formats.expected import megabytes
@@ -93,7 +93,9 @@ def summarize(model: nn.Module, adapter_name: str | None = None, formats: Collec
     formats = formats or getattr(config, "export", None) or FORMATS
     # Only what writes text has a vocabulary, and is exported.
     writes = isinstance(base, PreTrainedModel) and base.get_output_embeddings() is not None
-    files = _files(Contents(base, adapter_name), formats) if writes else ()
+    # What is not in memory yet cannot be looked at.
+    later = getattr(config, "embeddings", None) if any(tensor.is_meta for tensor in base.parameters()) else None
+    files = _files(Contents(base, adapter_name), formats, later or "") if writes else ()
     return Summary(
         adapter_name=adapter_name,
         layers=len(layers),
@@ -107,10 +109,13 @@ def summarize(model: nn.Module, adapter_name: str | None = None, formats: Collec
     )
 
 
-def _files(contents: Contents, formats: Iterable[str]) -> tuple[ExpectedFile, ...]:
-    """What each format would make of a model."""
-    outline, targets = contents.outline(contents.dtype, "", 0), [FORMATS[name] for name in formats]
-    return tuple(expected_file(target, target.narrowed(outline, contents.dense())) for target in targets)
+def _files(contents: Contents, formats: Iterable[str], embeddings: str) -> tuple[ExpectedFile, ...]:
+    """What each format would make of a model; `embeddings` as in `Outline`, for a format that has such."""
+    found = []
+    for target in (FORMATS[name] for name in formats):
+        outline = contents.outline(contents.dtype, embeddings if embeddings in target.embedding_types else "", 0)
+        found.append(expected_file(target, target.narrowed(outline, contents.dense())))
+    return tuple(found)
 
 
 def _is_plain_linear(base: nn.Module, name: str, module: nn.Module) -> bool:
@@ -127,7 +132,8 @@ def _in_full(base: nn.Module, found: dict[str, TensorInfo]) -> dict[str, int]:
     for key, tensor in found.items():
         if tensor.grid is None:
             module = base.get_submodule(key.rpartition(".")[0])
-            counts[_what(tensor, module, head, text)] += math.prod(tensor.shape)
+            changed = f", {text_of}" if (text_of := getattr(module, CHANGED, "")) else ""
+            counts[_what(tensor, module, head, text) + changed] += math.prod(tensor.shape)
     return dict(counts.most_common())
 
 

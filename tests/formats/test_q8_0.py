@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_dlqat.formats.q8_0 import round_q8_0
+from peft_dlqat.formats.q8_0 import held_q8_0, round_q8_0
 
 
 def test_it_is_ggmls_own_and_finds_itself_again():
@@ -14,3 +14,17 @@ def test_it_is_ggmls_own_and_finds_itself_again():
     rounded = round_q8_0(value)
     assert torch.equal(rounded, torch.from_numpy(gguf.dequantize(gguf.quantize(value.numpy(), kind), kind)))
     assert torch.equal(round_q8_0(rounded), rounded) and not torch.equal(rounded, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_16_bits_were_rounded_to_is_held_exactly(dtype):
+    """Though a file's d has ten digits, and d * q more than 16 bits have."""
+    value = 0.1 * torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    value[3], value[5], value[6] = 0.0, value[5] * 1e-8, value[6] * 1e4
+    value = value.to(dtype)
+    rounded = round_q8_0(value)
+    assert torch.equal(round_q8_0(rounded), rounded) and torch.equal(held_q8_0(rounded), rounded)
+    assert torch.equal(held_q8_0(rounded.float()).to(dtype), rounded)
+    largest = value.float().unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True)
+    error = (rounded.float() - value.float()).unflatten(-1, (-1, 32)).abs()
+    assert (error <= largest / 127 + 2.0**-25).all()  # half a step that is at most twice ggml's

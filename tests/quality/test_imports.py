@@ -33,6 +33,7 @@ ORDER = [
     "summary",
     "places",
     "targets",
+    "base_weights",
     "adapter_file",
     "model",
     "packing",

@@ -72,7 +72,7 @@ class Source(Contents):
         name = plain_name(key, self.model, self.adapter_name)
         if name is None or self._checkpoint is None:
             return None
-        return self._checkpoint.read(name).to(dtype)
+        return self._checkpoint.read(name, dtype)
 
     @torch.no_grad()
     def _value(self, info: TensorInfo) -> torch.Tensor | QuantizedWeight:
@@ -81,7 +81,7 @@ class Source(Contents):
         tensor = resolve(self.model, self._keys[info.name])
         if tensor.is_meta:
             assert self._checkpoint is not None
-            return self._checkpoint.read(info.name).to(tensor.dtype)
+            return self._checkpoint.read(info.name, tensor.dtype)
         return tensor.detach().cpu()
 
     def _with_weight(self, path: str, function: Callable[[DLQATLayer], T]) -> T:
@@ -118,7 +118,7 @@ def open_source(
     model_config = AutoConfig.from_pretrained(folder)
     skeleton = empty_model(model_config, recorded_dtype(adapter))
     skeleton.name_or_path = str(base)
-    checkpoint = Checkpoint(folder, skeleton)
+    checkpoint = Checkpoint(folder, skeleton, config)
     model = PeftModel.from_pretrained(skeleton, adapter, adapter_name="default", low_cpu_mem_usage=True).eval()
     return Source(model, "default", checkpoint)
 

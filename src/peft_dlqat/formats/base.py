@@ -22,7 +22,7 @@ from ..quant.quantizer import QuantizedWeight
 from ..quant.super_blocks import K_QUANTS, SUPER_BLOCK
 from .engines import Engine
 from .presets import Preset
-from .q8_0 import Q8_0_BLOCK, round_q8_0
+from .q8_0 import Q8_0_BLOCK, held_q8_0
 from .tensor_files import TensorFiles
 
 if TYPE_CHECKING:
@@ -380,7 +380,7 @@ def is_exact(tensor: TensorInfo, value: torch.Tensor, kind: str) -> bool:
         return False
     rows = value.flatten(0, -2) if value.dim() > 1 else value.unsqueeze(0)
     return all(
-        torch.equal(round_q8_0(piece) if kind == "q8_0" else piece.to(getattr(torch, kind)).to(piece.dtype), piece)
+        torch.equal(held_q8_0(piece) if kind == "q8_0" else piece.to(getattr(torch, kind)).to(piece.dtype), piece)
         for piece in rows.split(max(1, _PIECE // max(1, rows.shape[-1])))
     )
 

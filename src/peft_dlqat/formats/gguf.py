@@ -29,6 +29,7 @@ from .gguf_k_quants import K_QUANT_TYPES
 from .gguf_metadata import ARCHITECTURES, architecture, rope_factors, write_metadata
 from .gguf_vocab import write_sampling, write_vocab
 from .presets import Preset
+from .q8_0 import encode_q8_0
 
 FILE = "model.gguf"
 # A new type is one entry.
@@ -42,6 +43,7 @@ BLOCK_TYPES: tuple[BlockType, ...] = (
     *K_QUANT_TYPES.values(),
 )
 _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+_EMBEDDINGS = {"embeddings": "q8_0"}  # of the presets
 # What a token of the vocabulary takes, with its share of the merges: 36 bytes of SmolLM2's.
 _TOKEN_BYTES = 36
 
@@ -98,12 +100,12 @@ class GGUF(Format):
         ),
     )
     presets = (
-        *(Preset("llama.cpp", kind.quant.settings, kind.name) for kind in K_QUANT_TYPES.values()),
+        *(Preset("llama.cpp", {**kind.quant.settings, **_EMBEDDINGS}, kind.name) for kind in K_QUANT_TYPES.values()),
         # The file keeps these scales in float16, too.
         *(
             Preset(
                 "llama.cpp",
-                {"bits": bits, "zero_point": zero_point, "group_size": 32, "scale_dtype": "float16"},
+                {"bits": bits, "zero_point": zero_point, "group_size": 32, "scale_dtype": "float16", **_EMBEDDINGS},
                 name,
             )
             for name, bits, zero_point in (
@@ -226,8 +228,6 @@ def _announce(writer: Any, name: str, tensor: TensorInfo, type_name: str) -> Non
 
 def _float_bytes(value: torch.Tensor, kind: str) -> np.ndarray:
     """A dense tensor in one of `_FLOATS`; what Q8_0 has rounded it finds again."""
-    import gguf
-
     value = value.contiguous()
     if kind == "F32":
         return value.float().numpy()
@@ -235,7 +235,7 @@ def _float_bytes(value: torch.Tensor, kind: str) -> np.ndarray:
         return value.to(torch.float16).numpy()
     if kind == "BF16":
         return value.to(torch.bfloat16).view(torch.uint8).numpy()
-    return gguf.quantize(value.float().numpy(), gguf.GGMLQuantizationType[kind])
+    return torch.cat([part.view(torch.uint8) for part in encode_q8_0(value)], -1).flatten(-2).numpy()
 
 
 def _file_type(types: dict[str, str]) -> int:

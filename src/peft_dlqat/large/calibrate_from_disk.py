@@ -93,7 +93,7 @@ def calibrate_from_disk(
         )
     folder = weights_folder(model_id, config.revision)
     inner = skeleton(folder, str(model_id), dtype)
-    weights = Checkpoint(folder, inner)
+    weights = Checkpoint(folder, inner, config)
     config = copy.deepcopy(config)
     config.base_model_name_or_path = str(model_id)
     model = get_peft_model(inner, config, adapter_name=_ADAPTER, low_cpu_mem_usage=True)

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from ..base_weights import BaseChanges
+from ..config import DLQATConfig
 from ..layer import DLQATLayer
 from ..messages import shown
 from ..targets import check_target
@@ -76,13 +78,14 @@ class Checkpoint:
     Args:
         folder: with model.safetensors, or with shards and their index.
         model: the empty model, without adapters.
+        config: of the adapter that the weights are read for, which may change them.
 
     Raises:
         FileNotFoundError: if the model is not stored as safetensors.
         ValueError: if a tensor of the model is not in the files, or a file is damaged.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+    def __init__(self, folder: Path, model: PreTrainedModel, config: DLQATConfig) -> None:
         index = folder / "model.safetensors.index.json"
         files = {"model.safetensors"}
         if index.is_file():
@@ -108,6 +111,7 @@ class Checkpoint:
         for file in sorted(files):
             for key, shape in _float_tensors(folder / file).items():
                 self._file[key], shapes[key] = folder / file, shape
+        self._changes = BaseChanges(config, model)
         state = model.state_dict(keep_vars=True)
         self.names = list(state)
         # By name, the first of those that are tied to it.
@@ -134,15 +138,17 @@ class Checkpoint:
                     replace_tensor(
                         model,
                         name,
-                        lambda old, key=self._key[name]: tensors.get_tensor(key).to(device, old.dtype, copy=True),
+                        lambda old, name=name: self._changes.of(
+                            name, tensors.get_tensor(self._key[name]).to(device, old.dtype, copy=True)
+                        ),
                     )
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, as the file has it."""
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One tensor, in the dtype that the model has it in."""
         key = self._key[name]
         assert key is not None
         with safe_open(self._file[key], framework="pt") as tensors:
-            return tensors.get_tensor(key)
+            return self._changes.of(name, tensors.get_tensor(key).to(dtype))
 
     def release(self, model: nn.Module, names: list[str]) -> None:
         """Put tensors back to the meta device."""

@@ -75,7 +75,7 @@ def load_packed(
         )
     folder = weights_folder(model_id, config.revision)
     inner = skeleton(folder, str(model_id), dtype)
-    weights = Checkpoint(folder, inner)
+    weights = Checkpoint(folder, inner, config)
     if new:
         config.base_model_name_or_path = str(model_id)
         model = get_peft_model(inner, config, adapter_name=adapter_name, low_cpu_mem_usage=True)
