@@ -12,10 +12,13 @@ from typing import Any
 import torch
 
 
-def ratios(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+def ratios(
+    steps: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, dict[str, float]]:
     """Median and quartiles of each contender's time over the first one's, round by round.
 
-    Every second round goes backwards, so that whoever comes after a slow one isn't always the same.
+    Every second round goes backwards, so that whoever comes after a slow one isn't always the same. On a machine that
+    others use, `time.process_time` leaves out the time that they have.
     """
     names = list(steps)
     for name in names:  # the first call allocates and plans
@@ -23,11 +26,11 @@ def ratios(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, dic
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         for name in names if i % 2 == 0 else reversed(names):
-            started = time.perf_counter()
+            started = clock()
             steps[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(clock() - started)
     return {name: _spread([a / b for a, b in zip(times[name], times[names[0]], strict=True)]) for name in names}
 
 

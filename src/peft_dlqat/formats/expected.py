@@ -64,8 +64,8 @@ def expected_file(target: Format, outline: Outline) -> ExpectedFile:
 
 
 def megabytes(number: int) -> str:
-    """Bytes in a unit to read."""
+    """Bytes in a unit to read, to within 0.5 %."""
     for size, unit in ((1e9, "GB"), (1e6, "MB")):
         if number >= size:
-            return f"{number / size:.1f} {unit}"
+            return f"{number / size:.{1 if number >= 10 * size else 2}f} {unit}"
     return f"{number / 1e3:.0f} kB"

@@ -35,8 +35,12 @@ def held_q8_0(value: torch.Tensor, powers: bool = False) -> torch.Tensor:
 
 
 def round_q8_0(value: torch.Tensor) -> torch.Tensor:
-    """A tensor rounded to what Q8_0 holds and its own dtype holds too, which has few digits for d * q in 16 bits."""
-    return held_q8_0(value, powers=value.element_size() == 2)
+    """A tensor rounded to what Q8_0 holds, and its own dtype too; a block that Q8_0 holds stays as it is.
+
+    d * q has 18 digits, which 16 bits have not, so that d is a power of two. In each dtype the same numbers are found.
+    """
+    exact = (held_q8_0(value.float()) == value.float()).unflatten(-1, (-1, Q8_0_BLOCK)).all(-1)
+    return torch.where(exact.repeat_interleave(Q8_0_BLOCK, -1), value, held_q8_0(value, powers=True))
 
 
 def _codes(blocks: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
