@@ -33,7 +33,7 @@ CHECK_OURS = if [ -e "$(VENV)" ] && [ ! -e "$(VENV)/.made-by-make" ]; then \
 .DELETE_ON_ERROR:
 # The targets share one environment, and two pips must not write to it at once.
 .NOTPARALLEL:
-.PHONY: help demo test test-all coverage test-engines quality bench-quality clean
+.PHONY: help demo test test-all coverage test-engines quality package bench-quality clean
 
 help:
 	@echo "make demo     fine-tune a small model with DL-QAT on this machine (ARGS= goes to examples/finetune.py)"
@@ -42,6 +42,7 @@ help:
 	@echo "make coverage  make test-all, and which branches of src it never takes; twice as long, fails below 95 %"
 	@echo "make test-engines  exported models in gptqmodel, built into an environment of its own"
 	@echo "make quality  ruff, mypy and the tests of the code's structure and documentation"
+	@echo "make package  build sdist and wheel into dist/, and train five steps where only the wheel and what it needs is"
 	@echo "make bench-quality  every method and peer on the same work; hours (EXPERIMENTS=all for all of them, ARGS= goes to benchmarks/run.py)"
 	@echo "make clean    remove $(VENV), caches and build files; outputs/ stays"
 	@echo "PYTHON=...    the interpreter to use; if it has torch, that torch is used, else $(TORCH) is installed"
@@ -88,6 +89,11 @@ quality: $(VENV)/.stamp-quality
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy src
 	$(BIN)/python -m pytest -q tests/quality
+
+# The two files that are published.
+package: $(VENV)/.stamp-test
+	rm -rf dist
+	OMP_NUM_THREADS=1 $(BIN)/python tests/scripts/package.py dist
 
 # On the embedded model and text that it makes up; ARGS="--model ... --tokens ..." for another.
 EXPERIMENTS ?= small

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,35 @@ _SAMPLE = 64  # values of W0: each costs a cache line
 _lock, _packed_bytes = threading.Lock(), 0
 
 
+class _Seen(NamedTuple):
+    """A tensor that w_hat was made of: where it lies, a view of it that holds that place, and the bytes it had."""
+
+    place: tuple[int, int]
+    view: np.ndarray
+    bytes: bytearray
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Seen:
+        view = tensor.detach().numpy()
+        return cls((tensor.data_ptr(), tensor.numel()), view, bytearray(view))
+
+    def still(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is this one, and its numbers the same: compared as bytes, as fast as memory is read."""
+        same_place = (tensor.data_ptr(), tensor.numel()) == self.place and tensor.is_contiguous()
+        return same_place and self.bytes == self.view
+
+
+class _Content(NamedTuple):
+    key: tuple[Any, ...]
+    seen: list[_Seen]
+    sample: torch.Tensor  # of W0
+    w_hat: torch.Tensor
+
+
+def _can_be_seen(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.dtype is torch.float32
+
+
 class KeptWeight:
     """A layer's w_hat, and all that it was made of. A copy of it, or a pickle, is empty.
 
@@ -30,8 +59,7 @@ class KeptWeight:
     """
 
     def __init__(self) -> None:
-        # The settings; the bytes of what it was made of, which compare as fast as memory is read; and w_hat.
-        self._content: tuple[Any, list[bytearray], torch.Tensor] | None = None
+        self._content: _Content | None = None
         self._counted = 0  # of the budget
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -48,7 +76,8 @@ class KeptWeight:
     @property
     def nbytes(self) -> int:
         """Bytes that it takes."""
-        return 0 if self._content is None else sum(map(len, self._content[1])) + self._content[2].nbytes
+        content = self._content
+        return 0 if content is None else content.w_hat.nbytes + sum(len(seen.bytes) for seen in content.seen)
 
     def get(
         self,
@@ -64,7 +93,7 @@ class KeptWeight:
         Args:
             settings: all beside tensors that it depends on, compared by `==`.
             weight: W0.
-            tensors: all else that it is made of.
+            tensors: all else that it is made of, float32 on the CPU.
             rows: of the input.
             make: makes it.
             budget: bytes of w_hat that count for `PACKED_BUDGET`; 0 for one that is kept in any case.
@@ -72,17 +101,19 @@ class KeptWeight:
         content = self._content  # once: other threads may run
         if content is None and (rows > MOST_ROWS or not self._has_room(budget)):
             return None
-        found = [_numbers(sample(weight, _SAMPLE)), *map(_numbers, tensors)]
         key = (*settings, weight.data_ptr(), weight._version, weight.shape, weight.stride())
-        if content is not None and content[0] == key and all(map(bytearray.__eq__, content[1], found)):
-            return content[2]
-        if rows > MOST_ROWS:
+        if content is not None and content.key == key and len(tensors) == len(content.seen):
+            same = all(seen.still(tensor) for seen, tensor in zip(content.seen, tensors, strict=True))
+            if same and torch.equal(sample(weight, _SAMPLE), content.sample):
+                return content.w_hat
+        if rows > MOST_ROWS or not all(map(_can_be_seen, tensors)):
             self.clear()
             return None
         with torch.inference_mode(False), torch.no_grad():
-            copies = [bytearray(array) for array in found]  # before it is made: other threads may write
+            # Before it is made: other threads may write.
+            seen, of_weight = [_Seen.of(tensor) for tensor in tensors], sample(weight, _SAMPLE).clone()
             w_hat = make()
-        self._content = key, copies, w_hat
+        self._content = _Content(key, seen, of_weight, w_hat)
         self._count(budget)
         return w_hat
 
@@ -94,9 +125,3 @@ class KeptWeight:
         with _lock:
             _packed_bytes += budget - self._counted
             self._counted = budget
-
-
-def _numbers(tensor: torch.Tensor) -> np.ndarray:
-    """The bytes of a tensor on the CPU."""
-    tensor = tensor.detach().contiguous()
-    return (tensor if tensor.dtype is torch.float32 else tensor.view(torch.uint8)).numpy()

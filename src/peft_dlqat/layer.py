@@ -447,11 +447,10 @@ class DLQATLayer(BaseTunerLayer):
         inputs = x if x.dtype == dtype else self._cast_input_dtype(x, dtype)
         bias = bias if bias is None or bias.dtype == inputs.dtype else bias.to(inputs.dtype)
         if not torch.is_grad_enabled() and self._may_keep(weight):
-            entries = (self._modules[name].get(adapter_name) for name in (*self.adapter_layer_names, *CALIBRATED))  # type: ignore[union-attr]
             w_hat = self._kept_weight.get(
                 (adapter_name, spec, dtype),
                 weight,
-                [tensor for tensor in entries if tensor is not None],
+                self._made_of(adapter_name),
                 inputs.numel() // self.in_features,
                 lambda: quantized(weight, self.quantizer(adapter_name), dtype, self.fan_in_fan_out),
                 budget=self.out_features * self.in_features * dtype.itemsize * (spec.storage != "full"),
@@ -461,6 +460,11 @@ class DLQATLayer(BaseTunerLayer):
         return fake_quantize_linear(
             inputs, bias, weight, self.quantizer(adapter_name), self.fan_in_fan_out, spec.gradient
         )
+
+    def _made_of(self, adapter_name: str) -> list[torch.Tensor]:
+        """An adapter's tensors, past nn.Module's own, slow lookup."""
+        entries = (self._modules[name]._modules.get(adapter_name) for name in (*self.adapter_layer_names, *CALIBRATED))  # type: ignore[union-attr]
+        return [entry._parameters["weight"] for entry in entries if entry is not None]  # type: ignore[misc]
 
     def _may_keep(self, weight: torch.Tensor) -> bool:
         """Whether w_hat may be kept beside W0: on a CPU. On a GPU comparing takes as long as computing."""
