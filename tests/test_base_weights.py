@@ -72,6 +72,9 @@ def test_its_adapter_belongs_to_the_base_model(base, tmp_path):
     (tmp_path / "saved").rename(tmp_path / "moved")
     again = PeftModel.from_pretrained(load(base), tmp_path / "moved").eval()
     assert torch.equal(logits(again), logits(model))
+    again.load_adapter(tmp_path / "moved", "same")  # whose LoRA is in the model already
+    again.set_adapter("same")
+    assert torch.equal(logits(again), logits(model))
     for name, what in (("live", model), ("disk", tmp_path / "moved")):
         export_model(what, tmp_path / name, "dense", verify=False, **({"base": base} if name == "disk" else {}))
     live, disk = (load(tmp_path / name) for name in ("live", "disk"))

@@ -6,6 +6,7 @@ adapter's file needs neither, and belongs to the base model as it was downloaded
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,12 @@ class _Update:
     scaling: float
     transposed: bool
 
+    @property
+    def name(self) -> str:
+        """What it is known by, wherever its file lies."""
+        content = b"".join(tensor.float().numpy().tobytes() for tensor in (self.A, self.B))
+        return hashlib.sha256(content + str(self.scaling).encode()).hexdigest()[:8]
+
     def added_to(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight and the update, added in float64 on the CPU: every machine finds the same bits."""
         pairs = zip(as_rows(weight, self.transposed).split(_ROWS), self.B.double().split(_ROWS), strict=True)
@@ -62,7 +69,7 @@ class BaseChanges:
     """
 
     def __init__(self, config: DLQATConfig, model: nn.Module) -> None:
-        self._model, self._lora = model, config.lora
+        self._model = model
         names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
@@ -121,7 +128,7 @@ class BaseChanges:
                 setattr(module, CHANGED, mark)
 
     def _mark(self, name: str) -> str:
-        merged = f"with LoRA {self._lora!r} merged" if name in self._updates else ""
+        merged = f"merged with LoRA {self._updates[name].name}" if name in self._updates else ""
         return " and ".join(filter(None, (merged, _ROUNDED if name in self._rounded else "")))
 
     def _embeddings(self, config: DLQATConfig) -> set[str]:

@@ -43,7 +43,8 @@ class _Seen(NamedTuple):
 class _Content(NamedTuple):
     key: tuple[Any, ...]
     seen: list[_Seen]
-    sample: torch.Tensor  # of W0
+    sample: torch.Tensor  # of W0, in which its numbers are so far apart:
+    stride: tuple[int, ...]
     w_hat: torch.Tensor
 
 
@@ -104,18 +105,19 @@ class KeptWeight:
         key = (*settings, weight.data_ptr(), weight._version, weight.shape, weight.stride())
         if content is not None and content.key == key and len(tensors) == len(content.seen):
             same = all(seen.still(tensor) for seen, tensor in zip(content.seen, tensors, strict=True))
-            if same and torch.equal(sample(weight, _SAMPLE), content.sample):
+            of_weight = weight.as_strided(content.sample.shape, content.stride)  # `sample`, found quicker
+            if same and torch.equal(of_weight, content.sample):
                 return content.w_hat
         if rows > MOST_ROWS or not all(map(_can_be_seen, tensors)):
             self.clear()
             return None
         with torch.inference_mode(False), torch.no_grad():
             # Before it is made: other threads may write.
-            seen, of_weight = [_Seen.of(tensor) for tensor in tensors], sample(weight, _SAMPLE).clone()
-            w_hat = make()
-        self._content = _Content(key, seen, of_weight, w_hat)
+            seen, of_weight = [_Seen.of(tensor) for tensor in tensors], sample(weight, _SAMPLE)
+            content = _Content(key, seen, of_weight.clone(), of_weight.stride(), make())
+        self._content = content
         self._count(budget)
-        return w_hat
+        return content.w_hat
 
     def _has_room(self, budget: int) -> bool:
         return not budget or _packed_bytes - self._counted + budget <= PACKED_BUDGET

@@ -446,7 +446,7 @@ class DLQATLayer(BaseTunerLayer):
         weight, bias, spec = base_layer.weight, base_layer.bias, self.specs[adapter_name]
         inputs = x if x.dtype == dtype else self._cast_input_dtype(x, dtype)
         bias = bias if bias is None or bias.dtype == inputs.dtype else bias.to(inputs.dtype)
-        if not torch.is_grad_enabled() and self._may_keep(weight):
+        if not torch.is_grad_enabled() and self._may_keep(base_layer):
             w_hat = self._kept_weight.get(
                 (adapter_name, spec, dtype),
                 weight,
@@ -466,12 +466,13 @@ class DLQATLayer(BaseTunerLayer):
         entries = (self._modules[name]._modules.get(adapter_name) for name in (*self.adapter_layer_names, *CALIBRATED))  # type: ignore[union-attr]
         return [entry._parameters["weight"] for entry in entries if entry is not None]  # type: ignore[misc]
 
-    def _may_keep(self, weight: torch.Tensor) -> bool:
+    def _may_keep(self, base_layer: Any) -> bool:
         """Whether w_hat may be kept beside W0: on a CPU. On a GPU comparing takes as long as computing."""
+        weight = base_layer.weight
         return (
             not self.training  # type: ignore[attr-defined]
             and weight.device.type == "cpu"
-            and "_hf_hook" not in self.get_base_layer().__dict__  # offloaded to save memory
+            and "_hf_hook" not in base_layer.__dict__  # offloaded to save memory
             and type(weight.data) is torch.Tensor
             and weight.is_contiguous()
             and not weight.is_inference()
