@@ -152,8 +152,9 @@ def test_an_adapter_on_disk_and_another_alignment(tmp_path):
 
 def test_a_base_that_was_loaded_in_fewer_digits_is_the_same_model(tmp_path):
     given, model = converted(tmp_path / "given.gguf", dtype=torch.float32), foreign("granite", torch.bfloat16)
-    export_model(model, tmp_path / "out", "gguf", template=given, verify=False)
+    export_model(model, tmp_path / "out", "gguf", template=given, embeddings="q8_0", verify=False)
     _, tensors = contents(tmp_path / "out")
+    assert {tensors[name][0].name for name in ("token_embd.weight", "output.weight")} == {"Q8_0"}
     norm = np.frombuffer(tensors["output_norm.weight"][1], np.float32)
     assert np.array_equal(norm, model.get_base_model().model.norm.weight.float().numpy())
 
@@ -201,6 +202,8 @@ def test_what_is_no_template_is_refused(tmp_path):
         export_model(model, tmp_path / "out", "gguf", template=tmp_path / "gone.gguf")
     with refused(ValueError, "template='gone.gguf'", "format='mlx'", "use format='gguf'", model=model):
         export_model(model, tmp_path / "out", "mlx", template="gone.gguf")
+    with refused(ValueError, "dtype='float16'", "leave dtype out", model=model, folder=tmp_path):
+        export_model(model, tmp_path / "out", "gguf", template="any.gguf", dtype="float16")
     whole = converted(tmp_path / "given.gguf").read_bytes()
     (tmp_path / "short.gguf").write_bytes(whole[:-5000])
     with refused(ValueError, "short.gguf has", "copy or download it again", model=model, folder=tmp_path):

@@ -72,8 +72,8 @@ def export_model(
         tokenizer: saved beside the weights in place of the base model's; by default the base's files are copied.
         template: in GGUF, a file that llama.cpp's converter made of the same base model, of any architecture that
             llama.cpp has: metadata, tokenizer, names and order of rows are its own, and so are the types of tensors
-            that it has not quantized. Its numbers are compared with the base model's, and written as the model has
-            them.
+            that it has not quantized, but for `embeddings`. Its numbers are compared with the base model's, and those
+            that are written are the model's.
         verify: run the engines that are installed on the result. It is an error if one does not find what was to be
             written: the trained model, or, where the format rounds, the model that this rounding gives.
         overwrite: replace a folder that an export has made.
@@ -111,6 +111,11 @@ def export_model(
     _warn_if_unfinished(source)
     outline = source.outline(chosen or source.dtype, embeddings or "", max_shard_size)
     if template is not None:
+        if dtype is not None:
+            raise ValueError(
+                f"dtype={dtype!r} has no meaning with a template, whose tensors in full precision keep its types; "
+                "leave dtype out (embeddings=... may be given)."
+            )
         target = target.with_template(template, outline, source.originals())
     target.check_model(outline)
     if chosen is None:

@@ -89,9 +89,10 @@ class GGUFTemplate(GGUF):
         """Nothing more: the file has said what the config says."""
 
     def dense_type(self, outline: Outline, tensor: TensorInfo) -> str:
-        """The template's own, where it has not quantized the tensor."""
+        """The template's own, where it has not quantized the tensor and `embeddings` does not say another."""
         own = self._places[tensor.name].type
-        return own if own in _FLOATS else super().dense_type(outline, tensor)
+        keeps = own in _FLOATS and outline.setting(tensor)[0] != "embeddings"
+        return own if keeps else super().dense_type(outline, tensor)
 
     @contextmanager
     def writing(self, folder: Path, outline: Outline, notes: list[str]) -> Iterator[Add]:
