@@ -137,7 +137,7 @@ def _lattices(layers: Iterable[DLQATLayer], adapter_name: str) -> tuple[int, dic
     on_grid, others = 0, Counter[Grid]()
     for layer in layers:
         base = layer.get_base_layer()
-        if base.weight.is_meta or layer.frozen.packed or is_offloaded(base) or is_sharded(base):
+        if base.weight.is_meta or not base.weight.is_floating_point() or is_offloaded(base) or is_sharded(base):
             continue
         weight = layer.frozen.as_kept()
         if lies_on(weight, layer.specs[adapter_name].grid):

@@ -86,12 +86,15 @@ def test_groups_off_the_lattice_get_what_they_always_get():
         assert torch.equal(ours[~found], ordinary[~found])
 
 
-@pytest.mark.parametrize("values", [(-1, 0, 1), (-3, 0, 3)])
-def test_the_largest_of_several_scales_is_taken(values):
+@pytest.mark.parametrize("zero_point", ["none", "integer", "float"])
+@pytest.mark.parametrize("values", [(-1, 0, 1), (-3, 0, 3), (-3, 0, 6)])
+def test_the_largest_of_several_scales_is_taken(values, zero_point):
     """Three values lie on finer grids, too, which would leave codes beside them that mean nothing."""
     weight = 0.01 * torch.tensor(values)[torch.randint(3, (16, 64), generator=torch.Generator().manual_seed(0))]
-    scale, _ = initialise(weight, Grid(4, 32, "none", torch.float32), "mse")
-    assert torch.allclose(scale.abs(), torch.tensor(0.01 * values[2]))
+    grid = Grid(4, 32, zero_point, torch.float32)
+    largest = 0.01 * abs(values[0])
+    for scale, *_ in (recover(weight, grid), initialise(weight, grid, "mse")):
+        assert torch.allclose(scale.abs(), torch.tensor(largest), rtol=1e-3)
 
 
 @pytest.mark.parametrize("zero_point", ["none", "integer", "float"])

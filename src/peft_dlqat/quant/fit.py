@@ -24,8 +24,8 @@ _MOVES = {"none": (), "integer": (1.0, 1.0), "float": (0.5, 0.25, 0.12)}
 _REFINEMENTS = 3
 # By so much a candidate must be better. Two that end alike differ in last bits, which must not choose between them.
 _MARGIN = 1e-4
-# An error below this part of the weights' own size is float32's noise: then the first of several stays.
-_NOISE = 2.0**-22
+# Of weights on a lattice an error below this part of their own size is bfloat16's: there the first of several stays.
+_NOISE = 2.0**-18
 _OF_ZEROS = 2.0**-14  # float16's smallest normal number, which every scale_dtype has
 # Rows are fitted in pieces of about this many weights: little memory beside the model, and fast in a CPU's cache.
 _CHUNK = 2**17
@@ -90,7 +90,7 @@ def mse(
     """
     if grid.k_quant:
         return _mse_of_super_blocks(weight, grid, importance, lattice)
-    search = _Search(weight, grid, importance)
+    search = _Search(weight, grid, importance, _NOISE if lattice else 0.0)
     low, high = grid.group(weight).amin(-1), grid.group(weight).amax(-1)
     if lattice:
         scale, zero = _affine(low, high, grid)
@@ -116,11 +116,12 @@ class _Search:
     """The best scale and zero [rows, n_groups] so far, for each group of a weight [rows, in].
 
     A candidate costs one rounding. All else follows from a group's weighted moments of codes q and weights w: sums
-    over the group of h * q, h * q**2 and h * q * w, where h is the importance.
+    over the group of h * q, h * q**2 and h * q * w, where h is the importance. Errors below `noise` times that of
+    zeros are taken as the same.
     """
 
-    def __init__(self, weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> None:
-        self._grid, self._w = grid, grid.group(weight)
+    def __init__(self, weight: torch.Tensor, grid: Grid, importance: torch.Tensor, noise: float) -> None:
+        self._grid, self._w, self._noise = grid, grid.group(weight), noise
         # An offset takes a group's mean; beside a large one the moments would lose their digits.
         self._mean = self._w.mean(-1) if grid.zero_point == "float" else torch.zeros(())
         if grid.zero_point == "float":
@@ -179,7 +180,7 @@ class _Search:
         if zero is not None:  # w_hat = scale * q + offset
             offset = zero - self._mean if kind == "float" else -scale * zero
             error = error - offset * (2 * (hw - scale * sum_hq) - offset * h)
-        return scale, zero, torch.maximum(error, _NOISE * self._sum_hww)
+        return scale, zero, torch.maximum(error, self._noise * self._sum_hww) if self._noise else error
 
 
 def _mse_of_super_blocks(

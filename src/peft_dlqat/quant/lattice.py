@@ -8,10 +8,11 @@ group's range on a whole number of steps.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import torch
 
-from .grid import Grid
+from .grid import ZERO_POINTS, Grid
 
 # What bfloat16 rounds a weight by, and what the scale is off by that was found from weights so rounded: 2**-8 each.
 _ROUNDING = 2.0**-7
@@ -57,10 +58,8 @@ def lattice_of(weight: torch.Tensor) -> Grid | None:
         if weight.shape[1] % size == 0:
             grid = Grid(_BITS, size, "float", torch.float32)
             if lies_on(weight, grid):
-                kinds = [
-                    replace(grid, bits=bits, zero_point=kind) for bits in (2, 3, 4) for kind in ("none", "integer")
-                ]
-                return next((kind for kind in kinds if lies_on(weight, kind)), grid)
+                kinds = [replace(grid, bits=bits, zero_point=kind) for bits, kind in product((2, 3, 4), ZERO_POINTS)]
+                return next(kind for kind in kinds if kind == grid or lies_on(weight, kind))
     return None
 
 
@@ -80,7 +79,7 @@ def recover(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Zero, torch
         if not len(left):
             break
     scale, zero, _ = _on_steps(groups, steps, grid)
-    start = zero - grid.qmin * scale if grid.zero_point == "float" else torch.zeros_like(scale)
+    start = zero + grid.qmin * scale if grid.zero_point == "float" else torch.zeros_like(scale)
     integers = ((groups - start.unsqueeze(-1)) / scale.unsqueeze(-1)).round().nan_to_num()
     scale, zero, fits = _on_steps(groups, steps / _common_divisor(integers.long()).clamp(min=1), grid)
     scale, zero, fits = (values.view(grouped.shape[:2]) for values in (scale, zero, fits))
