@@ -137,6 +137,15 @@ def test_an_architecture_that_is_not_known_here_is_exported(arch, tmp_path):
         assert kept == (not tensor.name.startswith("blk.") or tensor.tensor_type.name == "F32")
 
 
+def test_metadata_of_another_model_is_caught_by_llama_cpp(tmp_path):
+    """What no config is compared with, since only the engine knows what it means."""
+    pytest.importorskip("xllamacpp")
+    given = converted(tmp_path / "given.gguf", changes={"logit_scale": 4.0})
+    with pytest.raises(RuntimeError, match=r"llama\.cpp: .*DIFFERS"):
+        export_model(foreign("granite"), tmp_path / "out", "gguf", template=given)
+
+
+@pytest.mark.slow
 def test_an_adapter_on_disk_and_another_alignment(tmp_path):
     given, model = converted(tmp_path / "given.gguf", alignment=128), foreign("granite")
     model.get_base_model().save_pretrained(tmp_path / "base")
