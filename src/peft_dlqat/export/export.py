@@ -70,10 +70,10 @@ def export_model(
         embeddings: of the embedding and the output head, in GGUF only: as `dtype`, or "q8_0"; by default as `dtype`'s
             default.
         tokenizer: saved beside the weights in place of the base model's; by default the base's files are copied.
-        template: in GGUF, a file that llama.cpp's converter made of the same base model, of any architecture that
-            llama.cpp has: metadata, tokenizer, names and order of rows are its own, and so are the types of tensors
-            that it has not quantized, but for `embeddings`. Its numbers are compared with the base model's, and those
-            that are written are the model's.
+        template: in GGUF, a file that llama.cpp's converter made of the same base model, of any architecture whose
+            tensors are transformers' own, if in another order: metadata, tokenizer, names and order of rows are its
+            own, and so are the types of tensors that it has not quantized, but for `embeddings`. Its numbers are
+            compared with the base model's, and those that are written are the model's.
         verify: run the engines that are installed on the result. It is an error if one does not find what was to be
             written: the trained model, or, where the format rounds, the model that this rounding gives.
         overwrite: replace a folder that an export has made.
