@@ -24,7 +24,7 @@ from .formats import FORMATS, find_preset
 from .hub import write_section
 from .layer_spec import layer_setting, pattern_of
 from .lora_arguments import check_mergeable, translated
-from .messages import shown
+from .messages import cut, shown
 from .methods import MAGNITUDES, METHODS, Method
 from .quant.fit import INITIALISATIONS
 from .quant.fixed_point import STORAGES
@@ -220,7 +220,8 @@ class DLQATConfig(PeftConfig):
             that many bits a weight, in units of the grid (`peft_dlqat.quant.fixed_point`), and the full one is let go.
         gradient: "exact"; "bf16", whose one product that only feeds sums is in bfloat16; or "lowrank": at LoRA's own
             cost, without the clip's mask, for magnitude="row" or False (see `peft_dlqat.quant.lowrank`).
-        init: how the first scales and zeros are found: "mse" (least squared error over clipped ranges) or "minmax".
+        init: how the first scales and zeros are found: "mse" (least squared error over clipped ranges; those that the
+            weights lie on, where they do, as after quantization-aware training) or "minmax".
         export: formats that the model is to be exported to ("gguf", "compressed-tensors", "mlx", "gptq", "dense"): a
             grid that one of them cannot hold exactly is refused now rather than after training.
         init_weights: True starts B at zero, so that a fresh adapter is exactly round-to-nearest; False starts it
@@ -427,7 +428,7 @@ class DLQATConfig(PeftConfig):
         try:
             content = super().from_json_file(path_json_file, **kwargs)
         except (ValueError, TypeError, RecursionError) as error:  # no text, no JSON, no object, or far too deep
-            raise ValueError(f"{path_json_file} cannot be read ({error}): {remedy}.") from error
+            raise ValueError(f"{path_json_file} cannot be read ({cut(error)}): {remedy}.") from error
         if (depth := _depth(content)) > _DEEPEST:
             raise ValueError(f"{path_json_file} is {depth} levels deep, and a config at most {_DEEPEST}: {remedy}.")
         known = [str(member.value) for member in PEFT_TYPE_TO_CONFIG_MAPPING]
