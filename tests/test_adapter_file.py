@@ -62,9 +62,11 @@ def as_type(kind, dtype):
     return lambda tensors: tensors.update({first(tensors, kind): tensors[first(tensors, kind)].to(dtype)})
 
 
-def longer(kind):
-    """One number more, as a later version's."""
-    return lambda tensors: tensors.update({first(tensors, kind): torch.cat([tensors[first(tensors, kind)], ONE])})
+def longer(kind, count=1):
+    """So many numbers more, as a later version's."""
+    return lambda tensors: tensors.update(
+        {first(tensors, kind): torch.cat([tensors[first(tensors, kind)], *[ONE] * count])}
+    )
 
 
 def settings(**changes):
@@ -156,7 +158,7 @@ BAD = {
     "spec of 3 bits": Bad(("bits: 3 in the file, 4 here", "beside it"), entry(SPEC, 3.0)),
     "a format before the last": Bad(("format: 1 in the file, 3 here",), entry(SPEC, 1.0, -1)),
     "a newer format": Bad(("format: 4 in the file, 3 here",), entry(SPEC, 4.0, -1)),
-    "a setting that is not known": Bad((f"down_proj.{SPEC}", "9 settings", "knows 8", "update"), longer(SPEC)),
+    "a setting that is not known": Bad((f"down_proj.{SPEC}", "10 settings", "knows 9", "update"), longer(SPEC, 2)),
     "a storage that is not known": Bad(("names storage 7", "none of ['full'", BROKEN), entry(SPEC, 7.0, 6)),
     "NaN in the spec": Bad((SPEC, "NaN"), entry(SPEC, NAN)),
     "bits": Bad(("bits: 4 in the file, 3 here", "beside it"), config=settings(bits=3)),
