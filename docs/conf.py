@@ -1,0 +1,29 @@
+"""The site: `make docs` builds it by Sphinx from the pages beside this file, and fails at the first broken link."""
+
+import json
+
+project = "peft-dlqat"
+html_title = project
+html_theme = "furo"
+extensions = ["myst_parser"]
+myst_heading_anchors = 3
+source_suffix = {".md": "markdown", ".ipynb": "markdown"}
+
+
+def cell_as_markdown(cell):
+    """Of a notebook's cell; a code cell with what it printed."""
+    text = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return text
+    printed = "".join(line for output in cell["outputs"] for line in output["text"])
+    return f"```python\n{text}\n```" + (f"\n\n```text\n{printed.rstrip()}\n```" if printed else "")
+
+
+def read_notebook(app, name, source):
+    """A notebook, which is JSON, becomes a page."""
+    if source[0].startswith("{"):
+        source[0] = "\n\n".join(map(cell_as_markdown, json.loads(source[0])["cells"]))
+
+
+def setup(app):
+    app.connect("source-read", read_notebook)
