@@ -5,6 +5,8 @@ import json
 project = "peft-dlqat"
 html_title = project
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 extensions = ["myst_parser"]
 myst_heading_anchors = 3
 source_suffix = {".md": "markdown", ".ipynb": "markdown"}
