@@ -151,7 +151,8 @@ def test_calls_have_arguments_that_there_are(page: str, texts: list[str]) -> Non
 
 def test_commands_have_options_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     train = TrlParser([TrainArguments, TrainingSettings])
-    found = [line for _, _, text in blocks("bash") for line in text.splitlines() if line.startswith("dlqat ")]
+    lines = [line for _, _, text in blocks("bash") for line in text.replace("\\\n", " ").splitlines()]
+    found = [line for line in lines if line.startswith("dlqat ")]
     assert found
     for line in found:
         _, command, *arguments = shlex.split(line, comments=True)
