@@ -134,8 +134,20 @@ def _backward(
     if gradient == "bf16":
         flat_x, flat_grad = flat_x.bfloat16(), flat_grad.bfloat16()
     return grads | _weight_grads(
-        lambda rows: flat_grad[:, rows].t() @ flat_x, of_weight, weight, quantizer, fan_in_fan_out
+        lambda rows: _sum_over_tokens(flat_grad[:, rows], flat_x), of_weight, weight, quantizer, fan_in_fan_out
     )
+
+
+def _sum_over_tokens(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """dL/dw_hat [rows, in] from dL/dy [tokens, rows] and x [tokens, in].
+
+    Of float16 it is float32: under loss scaling the sum may be beyond 65504, where LoRA's own gradients are not.
+    """
+    if grad.dtype != torch.float16:
+        return grad.t() @ x
+    if grad.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):  # from torch 2.8 on, on CUDA only
+        return torch.ops.aten.mm.dtype(grad.t(), x, torch.float32)
+    return grad.t().float() @ x.float()
 
 
 def _weight_grads(
