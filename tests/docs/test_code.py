@@ -21,13 +21,14 @@ import yaml
 from conftest import lm_batches, perturb, say_calibrated, tiny_model
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from trl import TrlParser
 from trl_trainers import data as trl_data
 from word_tokenizer import word_tokenizer
 
 import peft_dlqat
-from peft_dlqat import DLQATConfig
+from peft_dlqat import DLQATConfig, export_model
 from peft_dlqat.cli.main import main, make_parser
 from peft_dlqat.cli.train import TrainArguments, TrainingSettings
 from peft_dlqat.formats import FORMATS
@@ -133,6 +134,20 @@ def test_python_runs(page: str, reader: dict[str, Any], monkeypatch: pytest.Monk
             for large, small in SMALLER.items():
                 text = re.sub(large, small, text, flags=re.MULTILINE)
             exec(compile(text, f"{page}.md", "exec"), reader)
+
+
+@pytest.mark.filterwarnings("ignore:adapter 'default' was never")
+def test_the_method_and_the_format_of_design_work(tmp_path: Path) -> None:
+    with patch.dict(METHODS), patch.dict(FORMATS):
+        for text in of_python(run=True)["design"]:
+            exec(compile(text, "design.md", "exec"), {})
+        settings = {"method": "gain", "magnitude": "none", "zero_point": "none", "group_size": 64, "init": "minmax"}
+        model = get_peft_model(tiny_model(), DLQATConfig(bits=3, export=["bytes"], **settings))
+        export_model(model, tmp_path / "out", "bytes")
+        (file,) = (tmp_path / "out").glob("*.safetensors")
+        layer = model.base_model.model.get_submodule(name := "model.layers.0.mlp.up_proj")
+        assert torch.equal(load_file(file)[f"{name}.codes"], layer.quantized_weight().codes)
+        assert set(layer.trained("default")) >= {"gain"}
 
 
 @pytest.mark.parametrize(("page", "texts"), of_python(run=False).items())
