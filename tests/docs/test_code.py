@@ -51,6 +51,7 @@ SMALLER = {
     r'by="blocks"': 'by="blocks", steps=1',
     r"(calibrate_from_disk\(.*)\)$": r"\1, steps=1)",
     r"steps=100": "steps=1",
+    r"2000, length=512": "4, length=16",
     r'(?<!all-linear", )task_type="CAUSAL_LM"': 'task_type="CAUSAL_LM", init="minmax"',  # which is no LoraConfig's
     r"beta=0.04": "beta=0.04, num_generations=2, max_completion_length=4",
 }
@@ -112,6 +113,7 @@ def reader(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
         "train_dataset": rows,
         "held_out": lm_batches(2),
         "dataloader": lm_batches(2),
+        "batches": lm_batches(2),
         "batch": lm_batches(1)[0],
         "texts": ["w1 w2 w3 w4", "w5 w6 w7 w8"],
         "dataset": Dataset.from_dict({"prompt": ["w1 w2"] * 8, "completion": ["w3 w4"] * 8}),
@@ -234,3 +236,9 @@ def test_messages_are_those_of_the_package() -> None:
         if text != "KeyError: 'DLQAT'" and not any(pattern.search(message) for message in known):
             lost.append(text)
     assert not lost
+
+
+@pytest.mark.parametrize("page", ["README", "choose", "compare", "methods"])
+def test_losses_are_those_of_the_benchmarks(page: str) -> None:
+    measured = set(re.findall(r"\d\.\d{3}", PAGES["benchmarks"] + PAGES["speed"]))
+    assert set(re.findall(r"\b\d\.\d{3}\b", PAGES[page])) <= measured
