@@ -19,11 +19,15 @@ def code_cells(notebook: dict[str, Any]) -> list[dict[str, Any]]:
 def printed(notebook: dict[str, Any]) -> list[str]:
     """What each code cell prints, run one after the other in one namespace, in the notebook's folder."""
     names: dict[str, Any] = {"__name__": "__main__"}
-    found = []
-    for number, cell in enumerate(code_cells(notebook)):
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.chdir(NOTEBOOK.parent):
-            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
-        found.append(out.getvalue())
+    found, before = [], os.getcwd()
+    os.chdir(NOTEBOOK.parent)
+    try:
+        for number, cell in enumerate(code_cells(notebook), 1):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+            found.append(out.getvalue())
+    finally:
+        os.chdir(before)
     return found
 
 

@@ -124,7 +124,7 @@ def reader(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
 
 
 @pytest.mark.parametrize("page", of_python(run=True))
-@pytest.mark.filterwarnings("ignore:You passed `compute_loss_func`", "ignore:left out of the LoRA config")
+@pytest.mark.filterwarnings("ignore:left out of the LoRA config")
 def test_python_runs(page: str, reader: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     if page == "README":
         reader["model"] = tiny_model("wide llama", torch.bfloat16)
