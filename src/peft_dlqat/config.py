@@ -212,7 +212,8 @@ class DLQATConfig(PeftConfig):
             that many bits a weight, in units of the grid (`peft_dlqat.quant.fixed_point`), and the full one is let go.
         gradient: "exact"; "bf16", whose one product that only feeds sums is in bfloat16; or "lowrank": at LoRA's own
             cost, without the clip's mask, for magnitude="row" or False (see `peft_dlqat.quant.lowrank`).
-        init: how the first scales and zeros are found: "mse" (least squared error over clipped ranges) or "minmax".
+        init: how the first scales and zeros are found: "mse" (least squared error over clipped ranges; those that the
+            weights lie on, where they do, as after quantization-aware training) or "minmax".
         export: formats that the model is to be exported to ("gguf", "compressed-tensors", "mlx", "gptq", "dense"): a
             grid that one of them cannot hold exactly is refused now rather than after training.
         init_weights: True starts B at zero, so that a fresh adapter is exactly round-to-nearest; False starts it
