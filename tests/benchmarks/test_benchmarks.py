@@ -167,7 +167,7 @@ def test_generation_is_timed(tmp_path, main):
     main("generate", "--quick", "--results", tmp_path / "generate.json")
     (row,) = json.loads((tmp_path / "generate.json").read_text())["rows"].values()
     assert row["time_ratio"]["LoRA"]["median"] == 1 and row["time_ratio"]["DL-QAT"]["median"] > 0
-    assert row["bytes"]["DL-QAT, int4 storage"] < row["bytes"]["LoRA"] < row["bytes"]["DL-QAT"]
+    assert row["bytes"]["LoRA"] < row["bytes"]["DL-QAT, int4 storage"] < row["bytes"]["DL-QAT"]  # both keep w_hat
 
 
 @pytest.mark.filterwarnings("ignore:.*never calibrated")
