@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .adapter_file import check_loaded, check_state, tensor_key, warn_of_other_base, with_current_names
 from .config import DLQATConfig
 from .console import progress_bar, say
+from .file_layers import FileLinear
 from .layer import NUMBERS, PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated, warn_of_inexact
 from .layer_spec import LayerSpec, stored_as
 from .placement import at_hand
@@ -76,9 +77,10 @@ class DLQATModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        in_features = out_in(target)[1]
+        in_features, layer = out_in(target)[1], target.get_base_layer() if isinstance(target, DLQATLayer) else target
+        kind = layer.in_file if isinstance(layer, FileLinear) else None
         kwargs = {
-            "spec": LayerSpec.from_config(peft_config, current_key, in_features, self._depths[current_key]),
+            "spec": LayerSpec.from_config(peft_config, current_key, in_features, self._depths[current_key], kind),
             "init": "minmax" if _is_emptied() else self._first_init,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
+from .file_layers import FileLinear, in_file
 from .frozen import check_float_weight
 from .layer import PREFIX, DLQATLayer
 from .layer_spec import LayerSpec, setting
 from .module_names import depths, folded
 from .placement import at_hand, check_here, full_shape
 from .places import elsewhere
-from .quant.fixed_point import STORAGES
+from .quant.fixed_point import IN_FILE, STORAGES
 from .quant.grid import Grid, fitting_group
 from .quant.super_blocks import check_k_quant
 from .regexes import LONGEST
@@ -88,7 +89,10 @@ def _leave_out_special_layers(config: DLQATConfig, model: nn.Module) -> None:
     for name in sorted(names):
         module = model.get_submodule(name)
         layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
-        if reason := "the name of an output head" if name.endswith("lm_head") else _special(layer):
+        reason = "the name of an output head" if name.endswith("lm_head") else _special(layer)
+        if config.storage == IN_FILE and not isinstance(layer, FileLinear):
+            reason = "a weight that the file has in a type without a grid"
+        if reason:
             left_out.setdefault(reason, []).append(name)
     config.target_modules = names - {name for found in left_out.values() for name in found}  # type: ignore[assignment]
     if left_out:
@@ -178,16 +182,18 @@ def check_targets(config: DLQATConfig, model: nn.Module) -> dict[str, int]:
     _check_replaceable(model, targets)
     for name, module in targets.items():
         check_target(name, module)
-        in_features, bits = out_in(module)[1], setting(config, "bits", name)
-        asked = setting(config, "group_size", name)
-        if config.scale_dtype == "k_quant":
-            check_k_quant(bits, config.zero_point, asked, name, in_features)
         if (r := setting(config, "r", name)) > max(out_in(module)):
             sides = out_in(module)
             raise ValueError(
                 f"r={r} is larger than both sides of {name}, {list(sides)}, whose updates have no such rank; use "
                 f"at most {min(sides)} (rank_pattern sets it for some modules only)."
             )
+        if _is_in_file(name, module, config):
+            continue
+        in_features, bits = out_in(module)[1], setting(config, "bits", name)
+        asked = setting(config, "group_size", name)
+        if config.scale_dtype == "k_quant":
+            check_k_quant(bits, config.zero_point, asked, name, in_features)
         if asked > in_features and asked != DEFAULT_GROUP_SIZE:
             raise ValueError(
                 f"group_size={asked} is larger than in_features={in_features} of {name}; use at most "
@@ -220,11 +226,38 @@ def check_targets(config: DLQATConfig, model: nn.Module) -> dict[str, int]:
     return in_layers
 
 
+def _is_in_file(name: str, module: nn.Module, config: DLQATConfig) -> bool:
+    """Whether a module's weight is as its file has it, whose type says the grid. Refuse what does not go with that."""
+    layer: Any = module.get_base_layer() if isinstance(module, DLQATLayer) else module
+    if not in_file(layer):
+        if config.storage == IN_FILE:
+            raise ValueError(
+                f"storage={IN_FILE!r} keeps weights as a quantized file has them, but {name} is none of a file; open "
+                "the file by load_quantized, or exclude_modules."
+            )
+        return False
+    if config.storage != IN_FILE:
+        raise ValueError(
+            f"{name} has its weight from a quantized file, whose grid is fixed; use storage={IN_FILE!r}, and leave "
+            "bits, group_size, zero_point and scale_dtype out."
+        )
+    kind = layer.in_file.grid
+    if kind.zero_point not in config.resolve_method().zero_points:
+        raise ValueError(
+            f"method={config.method!r} needs zero_point={' or '.join(config.resolve_method().zero_points)}, but {name} "
+            f"is of type {layer.storage} in its file; use method='dlqat', or exclude_modules."
+        )
+    config.check_export([kind], f"{name}: ", out_in(layer))
+    return True
+
+
 def check_target(name: str, module: nn.Module) -> None:
     """Refuse a module that is no linear layer, holds a quantized weight, or one that is not finite."""
     if isinstance(module, DLQATLayer) and module.frozen.packed:
         return  # it was looked at when its first adapter came
     layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
+    if in_file(layer):
+        return  # it was looked at when it was read
     if isinstance(layer, nn.Linear | Conv1D) and "weight" not in layer._parameters:
         raise ValueError(
             f"the weight of {name} is computed in each forward (weight norm, spectral norm, pruning, another "
@@ -291,7 +324,7 @@ def _check_packed_alike(name: str, module: nn.Module, grid: Grid, storage: str) 
 
 def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
     """Refuse to pack a weight that another module uses as it is."""
-    if config.storage == "full":
+    if config.storage in ("full", IN_FILE):
         return
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

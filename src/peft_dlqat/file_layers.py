@@ -1,0 +1,103 @@
+"""Layers whose weight stays as a quantized file has it, and is decoded when they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .quant.in_file import FileStorage, file_storage
+from .quant.op import fake_quantize_linear
+from .quant.quantizer import Quantizer, decode_stored
+
+
+class _InFile:
+    """A weight [rows, columns] as the bytes of a file's rows, uint8 [rows, row_bytes], frozen.
+
+    Attributes:
+        storage: a key of `FILE_STORAGES`.
+    """
+
+    weight: nn.Parameter
+    _dtype: torch.Tensor
+
+    def _keep(self: Any, packed: torch.Tensor, storage: str, dtype: torch.dtype) -> None:
+        self.weight, self.storage = nn.Parameter(packed, requires_grad=False), storage
+        self.register_buffer("_dtype", torch.empty(0, dtype=dtype), persistent=False)  # follows the model's
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one to compute in."""
+        return self._dtype.dtype
+
+    @property
+    def in_file(self) -> FileStorage:
+        """The type of the weight's tensor in the file."""
+        found = file_storage(self.storage)  # type: ignore[attr-defined]
+        assert found is not None
+        return found
+
+    def decoded(self, packed: torch.Tensor) -> torch.Tensor:
+        """The weights [rows, columns] of some of the rows, in `dtype`."""
+        return decode_stored(packed, self.quantizer(packed)).to(self.dtype)
+
+    def quantizer(self, packed: torch.Tensor) -> Quantizer:
+        """The way out of the file's grid, without an update, of some of the rows."""
+        s, zero = self.in_file.scales_and_zeros(packed)
+        columns = s.shape[1] * self.in_file.grid.group_size
+        A, B = s.new_zeros(0, columns), s.new_zeros(len(s), 0)
+        step = self.in_file.step(s)
+        return Quantizer(self.in_file.grid, 1.0, A, B, step, zero, s, zero, storage=self.storage)  # type: ignore[attr-defined]
+
+
+class FileLinear(_InFile, nn.Linear):
+    """y = x @ W.T + bias, with W [out, in] as the file has it.
+
+    While an adapter is merged, `weight` is a plain one, [out, in].
+
+    Args:
+        linear: the layer whose place it takes.
+        packed: uint8 [out, row_bytes].
+        storage: a key of `FILE_STORAGES`.
+        dtype: the one to compute in.
+    """
+
+    def __init__(self, linear: nn.Linear, packed: torch.Tensor, storage: str, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.bias = linear.bias
+        self._keep(packed, storage, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., out], in the dtype of x."""
+        if self.weight.is_floating_point():
+            return F.linear(x, self.weight, self.bias)
+        return fake_quantize_linear(x, self.bias, self.weight, self.quantizer(self.weight))
+
+
+class FileEmbedding(_InFile, nn.Embedding):
+    """A table of vectors as the file has it; only the rows that are asked for are decoded.
+
+    Args:
+        embedding: the layer whose place it takes.
+        packed: uint8 [entries, row_bytes].
+        storage: a key of `FILE_STORAGES`.
+        dtype: of the vectors.
+    """
+
+    def __init__(self, embedding: nn.Embedding, packed: torch.Tensor, storage: str, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            super().__init__(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
+        self._keep(packed, storage, dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The vectors [..., columns] of ids [...]."""
+        rows = self.weight[input.flatten()]
+        return self.decoded(rows).unflatten(0, input.shape)
+
+
+def in_file(module: nn.Module) -> bool:
+    """Whether a module's weight lies in memory as its file has it."""
+    return isinstance(module, FileLinear | FileEmbedding) and not module.weight.is_floating_point()

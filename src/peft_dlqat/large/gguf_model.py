@@ -1,0 +1,218 @@
+"""A model out of a GGUF file: config and tokenizer by transformers' reading or a folder beside it, weights as they are.
+
+Names and the order of rows are those of transformers' own GGUF reading: it is asked what it would do with a weight's
+row numbers, so that blocks can be put in the same order without decoding them.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from ..file_layers import FileEmbedding, FileLinear
+from ..formats.gguf_file import FileTensor, GGUFFile, Origin
+from ..module_names import folded
+from ..quant.ggml import GGML_TYPES, GGMLType
+from .checkpoint import replace_tensor
+
+_DENSE = ("F32", "F16", "BF16", "F64")
+
+
+def read_config(file: GGUFFile, base: str | Path | None) -> PretrainedConfig:
+    """The model's config, from a folder or hub id, or as transformers reads it from the file.
+
+    Raises:
+        ValueError: if transformers does not know the file's architecture.
+    """
+    if base is not None:
+        return AutoConfig.from_pretrained(base)
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    if file.architecture not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise ValueError(
+            f"{file.path} is of architecture {file.architecture!r}, whose config transformers does not read from GGUF; "
+            "give the folder or hub id of the base model's config by base=..."
+        )
+    return AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+
+
+def read_tokenizer(file: GGUFFile, base: str | Path | None) -> Any:
+    """The tokenizer, from a folder or hub id, or as transformers reads it from the file.
+
+    Raises:
+        ValueError: if the base's tokenizer has other tokens than the file.
+    """
+    if base is None:
+        return AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError):  # a folder of a config alone
+        return AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
+    kinds = file.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    own = tokenizer.convert_ids_to_tokens(range(min(len(tokens), len(tokenizer))))
+    for index, (token, theirs, kind) in enumerate(zip(tokens, own, kinds, strict=False)):
+        if kind == 1 and token != theirs:  # an ordinary one; others may have been renamed
+            raise ValueError(
+                f"the tokenizer of base={str(base)!r} is another one than the file's: token {index} is {theirs!r} "
+                f"there, and {token!r} in {file.path}; give the base model that the file was made of."
+            )
+    return tokenizer
+
+
+class _Placing:
+    """Puts a file's tensors into an empty model."""
+
+    def __init__(self, file: GGUFFile, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        self.file, self.model, self.dtype = file, model, dtype
+        self.processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(
+            config=model.config.get_text_config().to_dict()
+        )
+        self.names: dict[str, str] = get_gguf_hf_weights_map(model, self.processor)
+        self.state = model.state_dict(keep_vars=True)
+        # What was decoded into full precision, by what transformers does with several tensors of one name.
+        self.parsed: dict[str, dict[str, Any]] = {"tensors": {}}
+        self.placed: dict[str, str] = {}
+
+    def check(self) -> None:
+        """Refuse a file and a config that do not go together, by names and sizes.
+
+        Raises:
+            ValueError: naming the tensors.
+        """
+        strange = [name for name in self.file.tensors if name not in self.names and not _is_constant(name)]
+        if strange:
+            raise ValueError(
+                f"{self.file.path} has {len(strange)} tensors that {type(self.model).__name__} has no place for: "
+                f"{folded(strange)}; give the config of its own model by base=..."
+            )
+        for name, tensor in self.file.tensors.items():
+            known = self.names.get(name)
+            wanted = None if known is None or known not in self.state else tuple(self.state[known].shape)
+            if wanted is not None and len(wanted) == len(tensor.shape) == 2 and sorted(wanted) != sorted(tensor.shape):
+                raise ValueError(
+                    f"{self.file.path} has {name} of {list(tensor.shape)}, and the config makes it {list(wanted)}: it "
+                    "is another model's; give the config of the file's own model by base=..."
+                )
+        covered = {id(self.state[self.names[name]]) for name in self.file.tensors if self.names.get(name) in self.state}
+        missing = [
+            name
+            for name, tensor in self.state.items()
+            if id(tensor) not in covered and tensor.is_meta  # buffers that are no weights are there already
+        ]
+        if missing:
+            raise ValueError(
+                f"{self.file.path} lacks {len(missing)} tensors of {type(self.model).__name__}: {folded(missing)}; "
+                "give the config of the file's own model by base=..."
+            )
+
+    def place(self, name: str, device: torch.device | str) -> None:
+        """Read one of the file's tensors into the model."""
+        tensor, known = self.file.tensors[name], self.names.get(name)
+        if known is None:
+            return
+        module = self.model.get_submodule(known.rpartition(".")[0])
+        kind = GGML_TYPES.get(tensor.type)
+        order = self.order(tensor) if kind is not None and known.endswith(".weight") else None
+        if kind is not None and order is not None and self._keeps(module, tensor):
+            packed = self.file.read(name)
+            if not kind.is_finite(packed):
+                raise ValueError(f"{self.file.path}: {name} holds NaN or infinity; the file is broken.")
+            packed = packed if _is_identity(order) else packed[order]
+            self._replace(known.rpartition(".")[0], module, packed.to(device), kind)
+            self.placed[known] = name
+            return
+        self._decode(tensor, known, device)
+
+    def order(self, tensor: FileTensor) -> torch.Tensor | None:
+        """Which of the file's rows stands where in the model; None where it does more than order them."""
+        rows = np.arange(tensor.shape[0], dtype=np.float32 if tensor.shape[0] < 2**24 else np.float64)[:, None]
+        try:
+            found = self.processor.process(weights=rows.copy(), name=tensor.name).weights
+        except (ValueError, IndexError, TypeError):
+            return None
+        if found.shape != rows.shape or not np.array_equal(np.sort(found, 0), rows):
+            return None
+        return torch.from_numpy(found[:, 0]).long()
+
+    def _keeps(self, module: nn.Module, tensor: FileTensor) -> bool:
+        """Whether a module computes with its weight in a way that a decoded one can replace."""
+        if isinstance(module, nn.Linear):
+            plain = type(module).forward is nn.Linear.forward
+            return plain and tensor.shape == (module.out_features, module.in_features)
+        return type(module) is nn.Embedding and tensor.shape == (module.num_embeddings, module.embedding_dim)
+
+    def _replace(self, path: str, module: nn.Module, packed: torch.Tensor, kind: GGMLType) -> None:
+        """Put layers that keep a file's bytes into the places of all that share a weight."""
+        weight, shared = module.weight, None
+        for name, other in list(self.model.named_modules()):
+            if getattr(other, "weight", None) is not weight:
+                continue
+            make: Any = FileEmbedding if isinstance(other, nn.Embedding) else FileLinear
+            new = make(other, packed, kind.name, self.dtype).train(other.training)
+            shared = new.weight if shared is None else shared
+            new.weight = shared
+            self.model.set_submodule(name, new)
+
+    def _decode(self, tensor: FileTensor, known: str, device: torch.device | str) -> None:
+        result = self.processor.process(
+            weights=self.file.decode(tensor.name),
+            name=tensor.name,
+            tensor_key_mapping=self.names,
+            parsed_parameters=self.parsed,
+        )
+        if result.name is not None:
+            self.parsed["tensors"][known] = torch.from_numpy(np.copy(result.weights))
+        for key, value in self.parsed["tensors"].items():  # some come in halves
+            self.parsed["tensors"][key] = value = value.to(device, self.dtype)
+            if value.shape != self.state[key].shape:
+                raise ValueError(
+                    f"{self.file.path} has {tensor.name} of {list(value.shape)}, and the config makes {key} "
+                    f"{list(self.state[key].shape)}; give the config of the file's own model by base=..."
+                )
+            _put(self.model, key, value)
+        if result.name is not None:
+            self.parsed["tensors"].clear()
+
+
+def _put(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    replace_tensor(model, name, lambda _: value)
+
+
+def _is_constant(name: str) -> bool:
+    """Whether a tensor is none of the model's weights: factors of RoPE that its config names."""
+    return name.startswith(("rope_freqs.", "rope_factors_"))
+
+
+def _is_identity(order: torch.Tensor) -> bool:
+    return bool((order == torch.arange(len(order))).all())
+
+
+def fill(
+    file: GGUFFile, sha256: str, model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str
+) -> Origin:
+    """Read a file's tensors into an empty model: as they are where they have a grid, else decoded.
+
+    Returns:
+        Where the model's weights come from.
+
+    Raises:
+        ValueError: for a file and a model that do not go together; before any weight is read.
+    """
+    placing = _Placing(file, model, dtype)
+    placing.check()
+    for name in sorted(file.tensors, key=lambda name: file.tensors[name].start):
+        placing.place(name, device)
+    return Origin(file, sha256, placing.placed, {known: placing.order(file.tensors[name]) for known, name in placing.placed.items()})
