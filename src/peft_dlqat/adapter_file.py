@@ -302,8 +302,8 @@ def _check_settings(
         )
     if (kept in FILE_STORAGES) != (layer.frozen.in_file is not None):
         raise ValueError(
-            f"{name}: the saved adapter belongs to a frozen weight that a quantized file has as {kept!r}, and this one "
-            f"is kept as {spec.storage!r}; open the adapter's own file by load_quantized."
+            f"{name}: the saved adapter belongs to a frozen weight kept as {kept!r}, and this one is kept as "
+            f"{spec.storage!r}; open the file that the adapter was trained on by load_quantized."
         )
     if kept != "full" and storage not in ("full", kept) and kept not in FILE_STORAGES:
         raise ValueError(

@@ -451,7 +451,14 @@ class DLQATConfig(PeftConfig):
                 )
         for name in ("bits_pattern", "group_size_pattern"):
             if getattr(self, name):
-                raise ValueError(f"{name} has no meaning with storage={IN_FILE!r}: the grid is the file's; leave it out.")
+                raise ValueError(
+                    f"{name} has no meaning with storage={IN_FILE!r}: the grid is the file's; leave {name} out."
+                )
+        if self.modules_to_save or self.bias != "none":
+            raise ValueError(
+                f"modules_to_save and bias train what a quantized file (storage={IN_FILE!r}) keeps as it is; leave "
+                "them out."
+            )
         if self.gradient == "lowrank":
             raise ValueError(
                 f"gradient='lowrank' divides by scales, and those of a file (storage={IN_FILE!r}) may be 0; use "

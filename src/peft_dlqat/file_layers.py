@@ -20,17 +20,22 @@ class _InFile:
         storage: a key of `FILE_STORAGES`.
     """
 
-    weight: nn.Parameter
     _dtype: torch.Tensor
 
     def _keep(self: Any, packed: torch.Tensor, storage: str, dtype: torch.dtype) -> None:
-        self.weight, self.storage = nn.Parameter(packed, requires_grad=False), storage
+        self.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
+        self.storage = storage
         self.register_buffer("_dtype", torch.empty(0, dtype=dtype), persistent=False)  # follows the model's
 
     @property
     def dtype(self) -> torch.dtype:
         """The one to compute in."""
         return self._dtype.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, columns]."""
+        raise NotImplementedError
 
     @property
     def in_file(self) -> FileStorage:
@@ -70,6 +75,11 @@ class FileLinear(_InFile, nn.Linear):
         self.bias = linear.bias
         self._keep(packed, storage, dtype)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        return self.out_features, self.in_features
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., out], in the dtype of x."""
         if self.weight.is_floating_point():
@@ -91,6 +101,11 @@ class FileEmbedding(_InFile, nn.Embedding):
         with torch.device("meta"):
             super().__init__(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
         self._keep(packed, storage, dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[entries, columns]."""
+        return self.num_embeddings, self.embedding_dim
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The vectors [..., columns] of ids [...]."""

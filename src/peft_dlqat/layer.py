@@ -91,10 +91,8 @@ class DLQATLayer(BaseTunerLayer):
         self.on_other_base: set[str] = set()  # adapters of which that was said
         self._disable_adapters = False
         self.merged_adapters = []
-        base_layer: Any = self.get_base_layer()
-        shape = full_shape(base_layer.weight)
-        if isinstance(base_layer, FileLinear):
-            shape = base_layer.out_features, base_layer.in_features
+        own: Any = self.get_base_layer()
+        shape = own.shape if isinstance(own, FileLinear) else full_shape(own.weight)
         self.out_features, self.in_features = shape[::-1] if fan_in_fan_out else shape
 
     @property

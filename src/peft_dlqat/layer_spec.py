@@ -17,8 +17,8 @@ from peft.utils.other import get_pattern_key
 
 from .methods import METHODS, Method, TrainedTensor
 from .quant.fixed_point import ALL_STORAGES, storage_of
-from .quant.in_file import FileStorage
 from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid, fitting_group
+from .quant.in_file import FileStorage
 
 # Raised when the meaning of saved tensors changes. In 2, B counts in units of the step; in 3, all that trains counts
 # from its start, in units of its own.

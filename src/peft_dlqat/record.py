@@ -55,7 +55,7 @@ class Record:
             dtype: the one to compute in.
         """
         digest = hashlib.sha256(f"{kind} {tuple(packed.shape)}".encode())
-        digest.update(packed.cpu().contiguous().numpy())
+        digest.update(packed.cpu().contiguous().numpy().data)
         return cls(True, dtype, int.from_bytes(digest.digest()[: _BITS * _PARTS // 8], "big") or 1)
 
     def fits(self, base: Record) -> bool:

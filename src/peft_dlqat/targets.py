@@ -244,8 +244,8 @@ def _is_in_file(name: str, module: nn.Module, config: DLQATConfig) -> bool:
     kind = layer.in_file.grid
     if kind.zero_point not in config.resolve_method().zero_points:
         raise ValueError(
-            f"method={config.method!r} needs zero_point={' or '.join(config.resolve_method().zero_points)}, but {name} "
-            f"is of type {layer.storage} in its file; use method='dlqat', or exclude_modules."
+            f"method={config.method!r} needs zero_point={' or '.join(config.resolve_method().zero_points)}, but "
+            f"{name} is of type {layer.storage} in its file; use method='dlqat', or exclude_modules."
         )
     config.check_export([kind], f"{name}: ", out_in(layer))
     return True

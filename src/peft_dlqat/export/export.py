@@ -22,6 +22,7 @@ from ..formats.tensor_files import write_json
 from ..layer import is_calibrated
 from ..module_names import folded
 from ..quant.quantizer import QuantizedWeight
+from ..record import weight_checksum
 from .folder import check_free, companion_folder, copy_companions, keep_unproven, whole_or_nothing
 from .manifest import REPORT, TRAINED, WRITTEN, Manifest, save_reference
 from .model_card import write_card
@@ -103,6 +104,8 @@ def export_model(
     _check_held(source, target)
     _warn_if_unfinished(source)
     outline = source.outline(chosen or source.dtype, embeddings or "", max_shard_size)
+    if target.copies(outline):
+        _check_copied(source, dtype, embeddings)
     target.check_model(outline)
     if chosen is None:
         outline = target.narrowed(outline, source.dense())
@@ -224,7 +227,8 @@ def _as_written(
                     f"{target.dense_type(outline, tensor)}, in which it would be written; pass "
                     f"{outline.setting(tensor)[0]}='bfloat16' or 'float32'."
                 )
-            if not torch.equal(value.to(exact.dtype), exact):
+            wide = torch.promote_types(value.dtype, exact.dtype)
+            if not torch.equal(value.to(wide), exact.to(wide)):
                 rounded.append(tensor.name)
         yield tensor, value
 
@@ -324,6 +328,29 @@ def _check_base(source: Source) -> None:
             "those that the adapter was trained on: codes would be others; export the model as it was trained, or "
             "pass the folder or hub id of its base by base=..."
         )
+
+
+def _check_copied(source: Source, dtype: str | torch.dtype | None, embeddings: str | None) -> None:
+    """Refuse what a copy of the file that the model was opened from cannot hold.
+
+    Raises:
+        ValueError: for types, which are the file's; or if a tensor without codes is not the file's any more.
+    """
+    for name, chosen in (("dtype", dtype), ("embeddings", embeddings)):
+        if chosen is not None:
+            raise ValueError(
+                f"{name}={chosen!r} has no meaning here: the file that the model was opened from is written again, "
+                f"with the types that it has; leave {name} out."
+            )
+    assert source.origin is not None
+    in_full = [tensor.name for tensor in source.tensors if tensor.name not in source.origin.names]
+    for tensor, value in source.read(in_full):
+        assert isinstance(value, torch.Tensor)
+        if weight_checksum(value) != source.origin.checksums.get(tensor.name, 0):
+            raise ValueError(
+                f"{tensor.name} is no longer as the file has it, which keeps its own: it was trained, or cast by "
+                "model.to(); open the file in that dtype by load_quantized(dtype=...), or export another format."
+            )
 
 
 def _check_held(source: Source, target: Format) -> None:

@@ -1,11 +1,15 @@
-"""A GGUF file as it lies on the disk: what its header says, checked against the file's size before anything is read."""
+"""A GGUF file as it lies on the disk: what its header says, checked against its size before anything is read."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +21,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _REMEDY = "the file is damaged or cut short; copy or download it again"
 _MOST_DIMENSIONS = 4
+_CHUNK = 2**24  # bytes that are copied at a time
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,14 @@ class GGUFFile:
         """How many tensors there are of each type."""
         return dict(Counter(tensor.type for tensor in self.tensors.values()).most_common())
 
+    def sha256(self) -> str:
+        """The file's checksum, in hexadecimal digits."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while part := file.read(_CHUNK):
+                digest.update(part)
+        return digest.hexdigest()
+
     def read(self, name: str) -> torch.Tensor:
         """The bytes of a tensor, uint8 [..., bytes of a row]; a copy, since another process may write the file."""
         tensor = self.tensors[name]
@@ -108,12 +121,68 @@ class Origin:
         sha256: its checksum, in hexadecimal digits.
         names: GGUF's name of each weight that is kept as the file has it, by the model's own.
         orders: which of the file's rows stands where in the model, by the model's names.
+        checksums: of the model's tensors without a grid, see `record`; by the model's names.
+        dense: vectors that the model has in a narrower dtype, as the file has them; by the model's names.
     """
 
     file: GGUFFile
     sha256: str
-    names: dict[str, str]
-    orders: dict[str, torch.Tensor]
+    names: dict[str, str] = field(default_factory=dict)
+    orders: dict[str, torch.Tensor] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
+    dense: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def written_to(self, target: Path, replaced: Iterable[str]) -> Iterator[Callable[[str, torch.Tensor], None]]:
+        """Inside the block, call what it gives with the name and the bytes [out, row_bytes] of each weight.
+
+        All else is copied. Of a replaced weight nothing is: its place is empty until it is written.
+
+        Args:
+            target: the new file.
+            replaced: names of the weights that will come, as the model has them.
+
+        Raises:
+            ValueError: if the file is no longer the one that was opened.
+        """
+        missing = set(replaced)
+        places = sorted((self.file.tensors[self.names[name]] for name in missing), key=lambda tensor: tensor.start)
+        ends = [(place.start, place.start + place.size) for place in places]
+        with target.open("w+b") as new:
+            self._copy(new, ends)
+
+            def put(name: str, blocks: torch.Tensor) -> None:
+                place = self.file.tensors[self.names[name]]
+                ordered = torch.empty_like(blocks)
+                ordered[self.orders[name]] = blocks
+                if ordered.nbytes != place.size:
+                    raise ValueError(f"{name} has {ordered.nbytes:,} bytes, and its place in the file {place.size:,}.")
+                new.seek(place.start)
+                new.write(ordered.numpy().data)
+                missing.remove(name)
+
+            yield put
+        assert not missing, missing
+
+    def _copy(self, new: BinaryIO, gaps: list[tuple[int, int]]) -> None:
+        """Copy the file but for some places, and check that it is the one that was opened."""
+        digest, at, size = hashlib.sha256(), 0, self.file.path.stat().st_size
+        bounds = sorted({0, size, *(end for gap in gaps for end in gap)})
+        inside = {start for start, _ in gaps}
+        with self.file.path.open("rb") as old:
+            for at, end in pairwise(bounds):
+                for start in range(at, end, _CHUNK):
+                    part = old.read(min(_CHUNK, end - start))
+                    digest.update(part)
+                    if at not in inside:
+                        new.seek(start)
+                        new.write(part)
+        new.truncate(size)
+        if digest.hexdigest() != self.sha256:
+            raise ValueError(
+                f"{self.file.path} has changed since it was opened, and so cannot be written again; put the file "
+                "back, or open the new one and train again."
+            )
 
 
 class _Reader:
@@ -135,17 +204,23 @@ class _Reader:
         metadata = dict(self._entry() for _ in range(keys))
         parts = metadata.get("split.count", 0)
         if isinstance(parts, int) and parts > 1:
-            raise ValueError(f"{self._path} is one of {parts} parts; join them with llama.cpp's llama-gguf-split --merge.")
+            raise ValueError(
+                f"{self._path} is one of {parts} parts; join them with llama.cpp's llama-gguf-split --merge."
+            )
         found = [self._tensor() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError(f"{self._path}: general.alignment={shown(alignment)} must be a positive integer: {_REMEDY}.")
+            raise ValueError(
+                f"{self._path}: general.alignment={shown(alignment)} must be a positive integer: {_REMEDY}."
+            )
         start = -(-self._file.tell() // alignment) * alignment
         return GGUFFile(self._path, metadata, self._placed(found, start))
 
     def _placed(self, found: list[tuple[str, str, tuple[int, ...], int, int]], start: int) -> dict[str, FileTensor]:
         """The tensors at their places in the file, which must lie in it and apart from each other."""
-        tensors = {name: FileTensor(name, kind, shape, start + offset, size) for name, kind, shape, offset, size in found}
+        tensors = {
+            name: FileTensor(name, kind, shape, start + offset, size) for name, kind, shape, offset, size in found
+        }
         if len(tensors) != len(found):
             raise ValueError(f"{self._path} has two tensors of one name: {_REMEDY}.")
         end = start

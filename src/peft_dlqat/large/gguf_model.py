@@ -1,4 +1,4 @@
-"""A model out of a GGUF file: config and tokenizer by transformers' reading or a folder beside it, weights as they are.
+"""A model out of a GGUF file: its weights as they are, config and tokenizer as transformers or a folder has them.
 
 Names and the order of rows are those of transformers' own GGUF reading: it is asked what it would do with a weight's
 row numbers, so that blocks can be put in the same order without decoding them.
@@ -6,7 +6,6 @@ row numbers, so that blocks can be put in the same order without decoding them.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..file_layers import FileEmbedding, FileLinear
 from ..formats.gguf_file import FileTensor, GGUFFile, Origin
 from ..module_names import folded
 from ..quant.ggml import GGML_TYPES, GGMLType
+from ..record import weight_checksum
 from .checkpoint import replace_tensor
 
 _DENSE = ("F32", "F16", "BF16", "F64")
@@ -36,8 +36,8 @@ def read_config(file: GGUFFile, base: str | Path | None) -> PretrainedConfig:
 
     if file.architecture not in GGUF_SUPPORTED_ARCHITECTURES:
         raise ValueError(
-            f"{file.path} is of architecture {file.architecture!r}, whose config transformers does not read from GGUF; "
-            "give the folder or hub id of the base model's config by base=..."
+            f"{file.path} is of architecture {file.architecture!r}, whose config transformers does not read from "
+            "GGUF; give the folder or hub id of the base model's config by base=..."
         )
     return AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
 
@@ -80,11 +80,13 @@ class _Placing:
         self.processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(
             config=model.config.get_text_config().to_dict()
         )
-        self.names: dict[str, str] = get_gguf_hf_weights_map(model, self.processor)
         self.state = model.state_dict(keep_vars=True)
+        self.names: dict[str, str] = get_gguf_hf_weights_map(_Root(model), self.processor)
+        if not all(name in self.names or _is_constant(name) for name in file.tensors):
+            self.names = get_gguf_hf_weights_map(model, self.processor)  # looks at each module by itself: slow
         # What was decoded into full precision, by what transformers does with several tensors of one name.
         self.parsed: dict[str, dict[str, Any]] = {"tensors": {}}
-        self.placed: dict[str, str] = {}
+        self.origin = Origin(file, file.sha256())
 
     def check(self) -> None:
         """Refuse a file and a config that do not go together, by names and sizes.
@@ -99,18 +101,20 @@ class _Placing:
                 f"{folded(strange)}; give the config of its own model by base=..."
             )
         for name, tensor in self.file.tensors.items():
-            known = self.names.get(name)
-            wanted = None if known is None or known not in self.state else tuple(self.state[known].shape)
+            own = self.state.get(self.names.get(name, ""))
+            wanted = None if own is None else tuple(own.shape)
             if wanted is not None and len(wanted) == len(tensor.shape) == 2 and sorted(wanted) != sorted(tensor.shape):
                 raise ValueError(
                     f"{self.file.path} has {name} of {list(tensor.shape)}, and the config makes it {list(wanted)}: it "
                     "is another model's; give the config of the file's own model by base=..."
                 )
-        covered = {id(self.state[self.names[name]]) for name in self.file.tensors if self.names.get(name) in self.state}
+        covered = {
+            id(self.state[self.names[name]]) for name in self.file.tensors if self.names.get(name) in self.state
+        }
         missing = [
             name
-            for name, tensor in self.state.items()
-            if id(tensor) not in covered and tensor.is_meta  # buffers that are no weights are there already
+            for name, found in self.state.items()
+            if id(found) not in covered and found.is_meta  # buffers that are no weights are there already
         ]
         if missing:
             raise ValueError(
@@ -132,7 +136,7 @@ class _Placing:
                 raise ValueError(f"{self.file.path}: {name} holds NaN or infinity; the file is broken.")
             packed = packed if _is_identity(order) else packed[order]
             self._replace(known.rpartition(".")[0], module, packed.to(device), kind)
-            self.placed[known] = name
+            self.origin.names[known], self.origin.orders[known] = name, order
             return
         self._decode(tensor, known, device)
 
@@ -176,15 +180,29 @@ class _Placing:
         if result.name is not None:
             self.parsed["tensors"][known] = torch.from_numpy(np.copy(result.weights))
         for key, value in self.parsed["tensors"].items():  # some come in halves
-            self.parsed["tensors"][key] = value = value.to(device, self.dtype)
+            exact, value = value, value.to(device, self.dtype)
+            self.parsed["tensors"][key] = value
+            if value.dim() == 1 and not torch.equal(value.cpu().float(), exact.cpu().float()):
+                self.origin.dense[key] = exact
             if value.shape != self.state[key].shape:
                 raise ValueError(
                     f"{self.file.path} has {tensor.name} of {list(value.shape)}, and the config makes {key} "
                     f"{list(self.state[key].shape)}; give the config of the file's own model by base=..."
                 )
             _put(self.model, key, value)
+            self.origin.checksums[key] = weight_checksum(value)
         if result.name is not None:
             self.parsed["tensors"].clear()
+
+
+class _Root:
+    """A model to whoever looks at its own tensors only."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config, self.state_dict = model.config, model.state_dict
+
+    def named_children(self) -> list[Any]:
+        return []
 
 
 def _put(model: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -200,9 +218,7 @@ def _is_identity(order: torch.Tensor) -> bool:
     return bool((order == torch.arange(len(order))).all())
 
 
-def fill(
-    file: GGUFFile, sha256: str, model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str
-) -> Origin:
+def fill(file: GGUFFile, model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str) -> Origin:
     """Read a file's tensors into an empty model: as they are where they have a grid, else decoded.
 
     Returns:
@@ -215,4 +231,4 @@ def fill(
     placing.check()
     for name in sorted(file.tensors, key=lambda name: file.tensors[name].start):
         placing.place(name, device)
-    return Origin(file, sha256, placing.placed, {known: placing.order(file.tensors[name]) for known, name in placing.placed.items()})
+    return placing.origin

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from ..config import DLQATConfig
-from ..console import say
 from ..formats.gguf_file import GGUFFile
 from ..quant.fixed_point import IN_FILE
 from .checkpoint import empty_model
@@ -66,9 +64,7 @@ def load_quantized(
     inner = empty_model(model_config, dtype)
     inner.name_or_path = str(path)
     tokenizer = read_tokenizer(file, base)
-    with file.path.open("rb") as opened:
-        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-    inner.origin = fill(file, sha256, inner, inner.dtype, device)  # type: ignore[assignment]
+    inner.origin = fill(file, inner, inner.dtype, device)  # type: ignore[assignment]
     inner.eval().to(device)
     if isinstance(adapter, DLQATConfig):
         config.base_model_name_or_path = str(path)

@@ -241,7 +241,9 @@ def _half_up(values: torch.Tensor) -> torch.Tensor:
 
 def _legacy(name: str, number: int, bits: int, offset: bool) -> GGMLType:
     """A type of 32 weights, without integers beside the codes."""
-    layout: dict[str, Half | tuple[Bits, ...]] = {"d": Half(0)} | ({"m": Half(2)} if offset else {})
+    layout: dict[str, Half | tuple[Bits, ...]] = {"d": Half(0)}
+    if offset:
+        layout["m"] = Half(2)
     at = 2 * len(layout)
     if bits == 8:
         layout["codes"] = (Bits(at, 1, 1, 32, 8, flipped=True),)
@@ -260,9 +262,7 @@ def _legacy(name: str, number: int, bits: int, offset: bool) -> GGMLType:
     )
 
 
-def _k_quant(
-    name: str, number: int, size: int, **layout: Half | tuple[Bits, ...]
-) -> GGMLType:
+def _k_quant(name: str, number: int, size: int, **layout: Half | tuple[Bits, ...]) -> GGMLType:
     quant = next(quant for quant in K_QUANTS.values() if quant.name == name)
     grid = Grid(quant.bits, quant.group_size, quant.zero_point, torch.float32, True)  # type: ignore[arg-type]
     return GGMLType(

@@ -1,8 +1,8 @@
 """W0 as a quantized file has it: the file's own bytes, whose codes are the start and whose scales and zeros stay.
 
-A type of tensor that files have is one object in `FILE_STORAGES`, such as those of `ggml`. It says of the bytes of some
-rows what they mean, and writes such bytes again. So an untrained adapter gives the file back, byte for byte: nothing
-is found anew that the file says.
+A type of tensor that files have is one object in `FILE_STORAGES`, such as those of `ggml`. It says of the bytes of
+some rows what they mean, and writes such bytes again. So an untrained adapter gives the file back, byte for byte:
+nothing is found anew that the file says.
 """
 
 from __future__ import annotations

@@ -232,12 +232,14 @@ class QuantizedWeight:
         scale: S, float32 [out, n_groups], every value one that ships (`grid.round_scale` leaves it as it is).
         zero: None, the integer zero point z, or the offset M of the unsigned code; float32 [out, n_groups].
         grid: bits, group size, kind of zero, scale dtype.
+        blocks: uint8 [out, row_bytes], the weight in the type of the file that W0 came from; None without one.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
     grid: Grid
+    blocks: torch.Tensor | None = None
 
     def dequantize(self) -> torch.Tensor:
         """w_hat, float32 [out, in]."""

@@ -58,9 +58,7 @@ def quantized(
     in_place = dtype == compute_dtype(weight)  # a new tensor costs more than what is computed
     for rows, piece, own in pieces(as_rows(weight, fan_in_fan_out), quantizer):
         unrounded = unrounded_codes(piece, own, out=w_hat[rows] if in_place else None)
-        of_rows = dequantize(
-            round_codes(unrounded, grid, in_place=True), *shipped(piece, own), grid, in_place=True
-        )
+        of_rows = dequantize(round_codes(unrounded, grid, in_place=True), *shipped(piece, own), grid, in_place=True)
         if not in_place:
             w_hat[rows] = of_rows
     return w_hat
