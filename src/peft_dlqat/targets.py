@@ -89,15 +89,31 @@ def _leave_out_special_layers(config: DLQATConfig, model: nn.Module) -> None:
     for name in sorted(names):
         module = model.get_submodule(name)
         layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
-        reason = "the name of an output head" if name.endswith("lm_head") else _special(layer)
-        if config.storage == IN_FILE and not isinstance(layer, FileLinear):
-            reason = "a weight that the file has in a type without a grid"
-        if reason:
+        if reason := "the name of an output head" if name.endswith("lm_head") else _special(layer):
             left_out.setdefault(reason, []).append(name)
-    config.target_modules = names - {name for found in left_out.values() for name in found}  # type: ignore[assignment]
+    names -= {name for found in left_out.values() for name in found}
+    if config.storage == IN_FILE:
+        names -= set(_leave_out_other_types(model, names))
+    config.target_modules = names  # type: ignore[assignment]
     if left_out:
         listing = "; ".join(f"{len(found)} with {reason}, such as {found[0]}" for reason, found in left_out.items())
         warnings.warn(f'"all-linear" leaves out linear layers: {listing}. Name them in target_modules to adapt them.')
+
+
+def _leave_out_other_types(model: nn.Module, names: set[str]) -> list[str]:
+    """Layers whose weight a quantized file has in a type that is not trained; says so in one line."""
+    others = [
+        name
+        for name in sorted(names)
+        for layer in [model.get_submodule(name)]
+        if not isinstance(layer.get_base_layer() if isinstance(layer, DLQATLayer) else layer, FileLinear)
+    ]
+    if others:
+        warnings.warn(
+            f"{len(others)} linear layers are decoded and stay frozen, since the file has them in types without a "
+            f"grid: {folded(others)}."
+        )
+    return others
 
 
 def _special(layer: Any) -> str:

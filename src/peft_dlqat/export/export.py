@@ -378,9 +378,10 @@ def _problems(source: Source, target: Format) -> dict[str, list[str]]:
 def _warn_if_unfinished(source: Source) -> None:
     """Warn of an adapter that was never trained, or never calibrated, saying what is exported then."""
     if source.untrained:
+        what = "the base model rounded to nearest on its grid" if source.origin is None else "the file as it was"
         warnings.warn(
             f"adapter {source.adapter_name!r} was never trained (all that trains is as it started): what is "
-            "exported is the base model rounded to nearest on its grid.",
+            f"exported is {what}.",
             stacklevel=3,
         )
     elif not is_calibrated(source.layers.values(), source.adapter_name):

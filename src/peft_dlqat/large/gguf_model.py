@@ -6,6 +6,7 @@ row numbers, so that blocks can be put in the same order without decoding them.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,18 @@ def read_config(file: GGUFFile, base: str | Path | None) -> PretrainedConfig:
 
 
 def read_tokenizer(file: GGUFFile, base: str | Path | None) -> Any:
-    """The tokenizer, from a folder or hub id, or as transformers reads it from the file.
+    """The tokenizer, from a folder or hub id, or as transformers reads it from the file; None where neither has one.
 
     Raises:
         ValueError: if the base's tokenizer has other tokens than the file.
     """
-    if base is None:
-        return AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError):  # a folder of a config alone
-        return AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
     tokens = file.metadata.get("tokenizer.ggml.tokens", [])
+    tokenizer = None
+    if base is not None:
+        with suppress(OSError, ValueError):  # a folder of a config alone
+            tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokenizer is None:
+        return AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name) if tokens else None
     kinds = file.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     own = tokenizer.convert_ids_to_tokens(range(min(len(tokens), len(tokenizer))))
     for index, (token, theirs, kind) in enumerate(zip(tokens, own, kinds, strict=False)):
@@ -231,4 +232,5 @@ def fill(file: GGUFFile, model: PreTrainedModel, dtype: torch.dtype, device: tor
     placing.check()
     for name in sorted(file.tensors, key=lambda name: file.tensors[name].start):
         placing.place(name, device)
+    model.tie_weights()
     return placing.origin

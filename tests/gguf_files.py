@@ -1,0 +1,116 @@
+"""GGUF files of small random models, rounded by llama.cpp, with mixtures of types as files have them."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from peft_dlqat.formats.gguf_metadata import architecture, write_metadata
+from peft_dlqat.formats.gguf_vocab import write_vocab
+
+# By GGUF's names of tensors, as regexes; the first that matches says the type. Vectors are F32.
+MIXTURES: dict[str, dict[str, str]] = {
+    "Q2_K": {"output|attn_output": "Q6_K", "attn_v": "Q4_K", "ffn_down": "Q3_K", "": "Q2_K"},
+    "Q3_K_M": {"output|token_embd": "Q6_K", "attn_v": "Q5_K", "ffn_down": "Q4_K", "": "Q3_K"},
+    "Q4_K_M": {"output.weight": "Q6_K", r"(attn_v|ffn_down)": "Q6_K", "attn_output": "Q5_0", "": "Q4_K"},
+    "Q5_K_S": {"output.weight": "Q6_K", "": "Q5_K"},
+    "legacy": {"attn_q": "Q4_0", "attn_k": "Q4_1", "attn_v": "Q5_0", "ffn_up": "Q5_1", "output": "F16", "": "Q8_0"},
+    "Q4_0": {"output|token_embd": "Q6_K", "": "Q4_0"},
+    "float": {"attn_q": "BF16", "attn_k": "F32", "attn_v": "IQ4_NL", "ffn_down": "IQ4_XS", "": "Q4_0"},
+}
+
+
+@cache
+def _library() -> Any:
+    spec = importlib.util.find_spec("xllamacpp.xllamacpp")
+    assert spec is not None and spec.origin is not None
+    function = ctypes.CDLL(spec.origin).ggml_quantize_chunk
+    function.restype = ctypes.c_size_t
+    return function
+
+
+def quantized(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """The bytes of a weight [out, in] in a type, uint8 [out, row_bytes], as llama.cpp rounds it."""
+    number = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    rows, columns = weight.shape
+    source = np.ascontiguousarray(weight.float().numpy())
+    found = np.zeros((rows, columns // block * size), dtype=np.uint8)
+    importance = np.ones(columns, dtype=np.float32)
+    written = _library()(
+        int(number),
+        ctypes.c_void_p(source.ctypes.data),
+        ctypes.c_void_p(found.ctypes.data),
+        ctypes.c_int64(0),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        ctypes.c_void_p(importance.ctypes.data),
+    )
+    assert written == found.nbytes
+    return torch.from_numpy(found)
+
+
+@torch.no_grad()
+def write_gguf(
+    model: PreTrainedModel,
+    path: Path,
+    mixture: str,
+    tokenizer: Any = None,
+    changed: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+) -> Path:
+    """Write a model as llama.cpp's converter and quantizer would.
+
+    Args:
+        model: of an architecture that this package writes.
+        path: the file.
+        mixture: a key of `MIXTURES`, or the name of a type for all.
+        tokenizer: whose vocabulary goes into the file.
+        changed: by GGUF's names of tensors, what is made of their bytes.
+    """
+    config, arch = model.config, architecture(model.config)
+    state = {name: value for name, value in model.state_dict().items() if not _is_tied(model, name)}
+    names = arch.tensor_names(config, list(state))
+    with closing(gguf.GGUFWriter(path=str(path), arch=arch.name)) as writer:
+        write_metadata(writer, config, arch, "small")
+        writer.add_string("general.of_nobody", "kept as it is")
+        if tokenizer is not None:
+            folder = path.parent / "tokenizer"
+            tokenizer.save_pretrained(folder)
+            write_vocab(writer, folder, config)
+        for name, value in state.items():
+            rows = value[arch.row_order(name, config, value.shape[0])]
+            rows = arch.adjusted(name, rows).contiguous()
+            kind = "F32" if value.dim() == 1 else type_of(names[name], mixture)
+            if kind in ("F32", "F16"):
+                writer.add_tensor(names[name], rows.numpy().astype(np.float32 if kind == "F32" else np.float16))
+                continue
+            number = gguf.GGMLQuantizationType[kind]
+            found = rows.to(torch.bfloat16).view(torch.uint8) if kind == "BF16" else quantized(rows, kind)
+            if changed is not None and names[name] in changed:
+                found = changed[names[name]](found)
+            writer.add_tensor(names[name], found.numpy(), raw_dtype=number)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    return path
+
+
+def type_of(name: str, mixture: str) -> str:
+    """The type that a mixture has for a tensor of GGUF's name."""
+    return next(kind for key, kind in MIXTURES.get(mixture, {"": mixture}).items() if re.search(key, name))
+
+
+def _is_tied(model: PreTrainedModel, name: str) -> bool:
+    head = model.get_output_embeddings()
+    return name == "lm_head.weight" and head.weight is model.get_input_embeddings().weight
