@@ -133,19 +133,27 @@ class GGMLType(FileStorage):
         self, packed: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
     ) -> torch.Tensor:
         """New blocks: nothing is copied from W0's."""
-        numbers = self._moved(packed, scale, zero)
+        return self.pack(self._moved(packed, scale, zero) | {"codes": codes.to(torch.int16) - self.grid.qmin})
+
+    def pack(self, numbers: Fields) -> torch.Tensor:
+        """The bytes of numbers by name, uint8 [rows, row_bytes]; codes are counted from the lowest."""
         if self.quant is not None:
-            numbers["sc"] = numbers["sc"] - min(0, self.quant.scale_range[0])
-        numbers["codes"] = codes.to(torch.int16) - self.grid.qmin
-        blocks = torch.zeros_like(packed).unflatten(-1, (-1, self.size))
+            numbers = numbers | {"sc": numbers["sc"] - self._lowest_scale}
+        rows, count = numbers["d"].shape
+        blocks = torch.zeros(rows, count, self.size, dtype=torch.uint8, device=numbers["d"].device)
         for name, place in self.layout.items():
-            own = numbers[name].unflatten(-1, (blocks.shape[1], -1))
+            own = numbers[name].unflatten(-1, (count, -1))
             if isinstance(place, Half):
                 blocks[..., place.at : place.at + 2] = own.to(torch.float16).view(torch.uint8)
             else:
                 for bits in place:
                     bits.write(blocks, own.to(torch.uint8))
         return blocks.flatten(-2)
+
+    @property
+    def _lowest_scale(self) -> int:
+        """Of the integers; a file's unsigned one may be 0."""
+        return 0 if self.quant is None else min(0, self.quant.scale_range[0])
 
     def is_finite(self, packed: torch.Tensor) -> bool:
         """Whether no float16 number is NaN or infinity."""
@@ -168,7 +176,7 @@ class GGMLType(FileStorage):
         """All but the codes, float32: halves [rows, n_blocks], integers [rows, n_groups]."""
         numbers = {name: self._read(name, packed).float() for name in self.layout if name != "codes"}
         if self.quant is not None:
-            numbers["sc"] += min(0, self.quant.scale_range[0])
+            numbers["sc"] += self._lowest_scale
         return numbers
 
     def _values(self, numbers: Fields) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -186,8 +194,8 @@ class GGMLType(FileStorage):
         if self.quant is None:
             moved["d"] = _half(scale)
         else:
-            low = min(0, self.quant.scale_range[0])
-            moved["d"], moved["sc"] = _integers(own["d"], own["sc"], scale, low, self.quant.scale_range[1])
+            limits = self._lowest_scale, self.quant.scale_range[1]
+            moved["d"], moved["sc"] = _integers(own["d"], own["sc"], scale, *limits)
         if M is None or zero is None:
             return moved
         # From M itself: float32 need not have an offset b that leads back to it.
