@@ -221,6 +221,7 @@ class DLQATConfig(PeftConfig):
         init: how the first scales and zeros are found: "mse" (least squared error over clipped ranges) or "minmax".
         export: formats that the model is to be exported to ("gguf", "compressed-tensors", "mlx", "gptq", "dense"): a
             grid that one of them cannot hold exactly is refused now rather than after training.
+        file_sha256: checksum of the quantized file that the adapter belongs to; set by [`load_quantized`].
         init_weights: True starts B at zero, so that a fresh adapter is exactly round-to-nearest; False starts it
             at random, for tests.
 
@@ -274,6 +275,7 @@ class DLQATConfig(PeftConfig):
     )
     init: Literal["mse", "minmax"] = _setting("mse", "First scales and zeros of a layer.", _one_of(INITIALISATIONS))
     export: list[str] | None = _setting(None, "Formats that must be able to hold the grid exactly.", _check_export)
+    file_sha256: str | None = _setting(None, "Checksum of the quantized file it belongs to.", _check_text)
     init_weights: bool = _setting(True, "Start B at zero; False starts it at random.", _check_flag)
 
     def __post_init__(self) -> None:

@@ -45,8 +45,8 @@ class _InFile:
         return found
 
     def decoded(self, packed: torch.Tensor) -> torch.Tensor:
-        """The weights [rows, columns] of some of the rows, in `dtype`."""
-        return decode_stored(packed, self.quantizer(packed)).to(self.dtype)
+        """The weights of some of the rows, float32 [rows, columns]."""
+        return decode_stored(packed, self.quantizer(packed))
 
     def quantizer(self, packed: torch.Tensor) -> Quantizer:
         """The way out of the file's grid, without an update, of some of the rows."""
@@ -60,7 +60,7 @@ class _InFile:
 class FileLinear(_InFile, nn.Linear):
     """y = x @ W.T + bias, with W [out, in] as the file has it.
 
-    While an adapter is merged, `weight` is a plain one, [out, in].
+    While an adapter is merged, and after `decode_weights`, `weight` is a plain one, [out, in].
 
     Args:
         linear: the layer whose place it takes.
@@ -90,6 +90,8 @@ class FileLinear(_InFile, nn.Linear):
 class FileEmbedding(_InFile, nn.Embedding):
     """A table of vectors as the file has it; only the rows that are asked for are decoded.
 
+    After `decode_weights`, `weight` is a plain one.
+
     Args:
         embedding: the layer whose place it takes.
         packed: uint8 [entries, row_bytes].
@@ -109,8 +111,27 @@ class FileEmbedding(_InFile, nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The vectors [..., columns] of ids [...]."""
+        if self.weight.is_floating_point():
+            return F.embedding(input, self.weight, self.padding_idx)
         rows = self.weight[input.flatten()]
-        return self.decoded(rows).unflatten(0, input.shape)
+        return self.decoded(rows).to(self.dtype).unflatten(0, input.shape)
+
+
+def decode_weights(model: nn.Module, apart: type | tuple[type, ...] = ()) -> None:
+    """Give layers of files their weights in full, in the dtype that they compute in; shared ones stay shared.
+
+    Args:
+        model: the model.
+        apart: kinds of modules whose insides are left alone.
+    """
+    new: dict[int, nn.Parameter] = {}
+    inside = {id(part) for module in model.modules() if isinstance(module, apart) for part in module.modules()}
+    for module in model.modules():
+        if in_file(module) and id(module) not in inside:
+            old: Any = module.weight
+            if id(old) not in new:
+                new[id(old)] = nn.Parameter(module.decoded(old).to(module.dtype), requires_grad=False)  # type: ignore[operator]
+            module.weight = new[id(old)]
 
 
 def in_file(module: nn.Module) -> bool:

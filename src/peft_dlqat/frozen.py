@@ -90,7 +90,7 @@ class FrozenWeight:
         if not self.packed:
             return weight
         if of_file is not None:
-            return of_file.decoded(weight)
+            return of_file.decoded(weight).to(self.dtype)
         return decode_stored(weight, self._layer.quantizer(next(iter(self._layer.specs)))).to(self.dtype)
 
     @torch.no_grad()

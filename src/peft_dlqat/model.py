@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .adapter_file import check_loaded, check_state, tensor_key, warn_of_other_base, with_current_names
 from .config import DLQATConfig
 from .console import progress_bar, say
-from .file_layers import FileLinear
+from .file_layers import FileLinear, decode_weights
 from .layer import NUMBERS, PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated, warn_of_inexact
 from .layer_spec import LayerSpec, stored_as
 from .placement import at_hand
@@ -175,6 +175,7 @@ class DLQATModel(BaseTuner):
             for layer in self.model.modules():
                 if isinstance(layer, DLQATLayer):
                     layer.frozen.unpack()
+        decode_weights(self.model, apart=DLQATLayer)
         self._hook.remove()
         self._places = places(self.model)
         config = getattr(self.model, "config", None)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .contents import Contents, tensors_of
+from .file_layers import in_file
 from .formats import FORMATS, ExpectedFile, TensorInfo, expected_file
 from .formats.base import as_settings, settings_of
 from .formats.expected import megabytes
@@ -102,9 +103,16 @@ def summarize(model: nn.Module, adapter_name: str | None = None, formats: Collec
         bits_per_weight=sum(n * grid.bits_per_weight() for n, grid in zip(sizes, specs, strict=True)) / sum(sizes),
         grids=dict(Counter(specs).most_common()),
         in_full=_in_full(base, found),
-        base_size=sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in found.values()),
+        base_size=_base_size(base, found),
         files=files,
     )
+
+
+def _base_size(base: nn.Module, found: dict[str, TensorInfo]) -> int:
+    """Bytes of the model's tensors, or of the file that it was opened from."""
+    if (origin := getattr(base, "origin", None)) is not None:
+        return origin.file.path.stat().st_size  # type: ignore[no-any-return]
+    return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in found.values())
 
 
 def _files(contents: Contents, formats: Iterable[str]) -> tuple[ExpectedFile, ...]:
@@ -125,7 +133,7 @@ def _in_full(base: nn.Module, found: dict[str, TensorInfo]) -> dict[str, int]:
     text = language_model(base)
     counts: Counter[str] = Counter()
     for key, tensor in found.items():
-        if tensor.grid is None:
+        if tensor.grid is None and not in_file(base.get_submodule(key.rpartition(".")[0])):
             module = base.get_submodule(key.rpartition(".")[0])
             counts[_what(tensor, module, head, text)] += math.prod(tensor.shape)
     return dict(counts.most_common())

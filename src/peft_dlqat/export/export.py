@@ -287,7 +287,7 @@ def _companions(source: Source, folder: Path, tokenizer: Any, notes: list[str]) 
     copied = copy_companions(beside, folder, tokenizer=tokenizer is None) if beside is not None else []
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    elif not any(name.startswith(("tokenizer", "vocab")) for name in copied):
+    elif source.origin is None and not any(name.startswith(("tokenizer", "vocab")) for name in copied):
         notes.append("the base model has no tokenizer beside it; pass tokenizer=... to have one in the export")
     generation = getattr(source.model, "generation_config", None)
     if generation is not None and "generation_config.json" not in copied:

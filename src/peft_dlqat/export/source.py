@@ -22,7 +22,6 @@ from ..model import check_what_was_loaded
 from ..quant.quantizer import QuantizedWeight
 
 T = TypeVar("T")
-_ROWS = 4096  # of a tensor of a file that are decoded at a time
 
 
 class Source(Contents):
@@ -83,7 +82,7 @@ class Source(Contents):
         module: Any = self.model.get_submodule(self._keys[info.name].rpartition(".")[0])
         tensor = resolve(self.model, self._keys[info.name])
         if in_file(module) and tensor is module.weight:
-            return torch.cat([module.decoded(rows).cpu() for rows in tensor.split(_ROWS)])
+            return module.decoded(tensor.detach()).cpu()
         if tensor.is_meta:
             assert self._checkpoint is not None
             return self._checkpoint.read(info.name).to(tensor.dtype)

@@ -70,7 +70,7 @@ def read_tokenizer(file: GGUFFile, base: str | Path | None) -> Any:
 class _Placing:
     """Puts a file's tensors into an empty model."""
 
-    def __init__(self, file: GGUFFile, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    def __init__(self, file: GGUFFile, sha256: str, model: PreTrainedModel, dtype: torch.dtype) -> None:
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
             TensorProcessor,
@@ -87,7 +87,7 @@ class _Placing:
             self.names = get_gguf_hf_weights_map(model, self.processor)  # looks at each module by itself: slow
         # What was decoded into full precision, by what transformers does with several tensors of one name.
         self.parsed: dict[str, dict[str, Any]] = {"tensors": {}}
-        self.origin = Origin(file, file.sha256())
+        self.origin = Origin(file, sha256)
 
     def check(self) -> None:
         """Refuse a file and a config that do not go together, by names and sizes.
@@ -219,8 +219,17 @@ def _is_identity(order: torch.Tensor) -> bool:
     return bool((order == torch.arange(len(order))).all())
 
 
-def fill(file: GGUFFile, model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str) -> Origin:
+def fill(
+    file: GGUFFile, sha256: str, model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str
+) -> Origin:
     """Read a file's tensors into an empty model: as they are where they have a grid, else decoded.
+
+    Args:
+        file: the file.
+        sha256: its checksum.
+        model: the model, on the meta device.
+        dtype: of what is decoded.
+        device: where the weights go.
 
     Returns:
         Where the model's weights come from.
@@ -228,7 +237,7 @@ def fill(file: GGUFFile, model: PreTrainedModel, dtype: torch.dtype, device: tor
     Raises:
         ValueError: for a file and a model that do not go together; before any weight is read.
     """
-    placing = _Placing(file, model, dtype)
+    placing = _Placing(file, sha256, model, dtype)
     placing.check()
     for name in sorted(file.tensors, key=lambda name: file.tensors[name].start):
         placing.place(name, device)

@@ -64,10 +64,16 @@ def load_quantized(
     inner = empty_model(model_config, dtype)
     inner.name_or_path = str(path)
     tokenizer = read_tokenizer(file, base)
-    inner.origin = fill(file, inner, inner.dtype, device)  # type: ignore[assignment]
+    sha256 = file.sha256()
+    if not isinstance(adapter, DLQATConfig) and config.file_sha256 != sha256:
+        raise ValueError(
+            f"adapter={str(adapter)!r} belongs to another file than {path}: its sha256 is {config.file_sha256}, and "
+            f"this one's {sha256}; open {config.base_model_name_or_path!r}, or train an adapter on this file."
+        )
+    inner.origin = fill(file, sha256, inner, inner.dtype, device)  # type: ignore[assignment]
     inner.eval().to(device)
     if isinstance(adapter, DLQATConfig):
-        config.base_model_name_or_path = str(path)
+        config.base_model_name_or_path, config.file_sha256 = str(path), sha256
         return get_peft_model(inner, config, adapter_name=adapter_name).eval(), tokenizer
     model = PeftModel.from_pretrained(inner, str(adapter), adapter_name=adapter_name, is_trainable=is_trainable)
     return model.eval(), tokenizer

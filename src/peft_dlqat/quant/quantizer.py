@@ -123,8 +123,11 @@ def decode_stored(packed: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """W0, float32 [out, in], as far as what `store` packed still tells it."""
     grid, in_file = quantizer.grid, file_storage(quantizer.storage)
     if in_file is not None:
-        codes = grid.group(in_file.decode(packed, grid))
-        return dequantize(codes, *in_file.ship(packed, *in_file.scales_and_zeros(packed)), grid, in_place=True)
+        decoded = packed.new_empty(quantizer.shape, dtype=torch.float32)
+        for rows, piece, own in pieces(packed, quantizer):
+            codes = grid.group(in_file.decode(piece, grid))
+            decoded[rows] = dequantize(codes, *in_file.ship(piece, own.scale, own.zero), grid, in_place=True)
+        return decoded
     units = grid.group(ALL_STORAGES[quantizer.storage].decode(packed, grid))
     step, zero = quantizer.step.unsqueeze(-1), shipped_zero(quantizer.rounding_zero, grid)
     if zero is None:
