@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from peft_dlqat.formats.gguf_metadata import architecture, write_metadata
+from peft_dlqat.formats.gguf_metadata import architecture, rope_factors, write_metadata
 from peft_dlqat.formats.gguf_vocab import write_vocab
 
 # By GGUF's names of tensors, as regexes; the first that matches says the type. Vectors are F32.
@@ -88,6 +88,9 @@ def write_gguf(
             folder = path.parent / "tokenizer"
             tokenizer.save_pretrained(folder)
             write_vocab(writer, folder, config)
+        factors = rope_factors(config)
+        if factors is not None:
+            writer.add_tensor("rope_freqs.weight", factors)
         for name, value in state.items():
             rows = value[arch.row_order(name, config, value.shape[0])]
             rows = arch.adjusted(name, rows).contiguous()

@@ -95,8 +95,12 @@ class Contents:
         Not those that lie in memory as a quantized file has them.
         """
         for tensor in self.tensors:
-            if tensor.grid is None and not in_file(self.model.get_submodule(tensor.module)):
+            if tensor.grid is None and not self._is_in_file(tensor):
                 yield tensor, resolve(self.model, self._keys[tensor.name]).detach()
+
+    def _is_in_file(self, tensor: TensorInfo) -> bool:
+        path, _, leaf = self._keys[tensor.name].rpartition(".")
+        return leaf == "weight" and in_file(self.model.get_submodule(path))
 
     @property
     def linears(self) -> list[str]:

@@ -133,8 +133,8 @@ def _in_full(base: nn.Module, found: dict[str, TensorInfo]) -> dict[str, int]:
     text = language_model(base)
     counts: Counter[str] = Counter()
     for key, tensor in found.items():
-        if tensor.grid is None and not in_file(base.get_submodule(key.rpartition(".")[0])):
-            module = base.get_submodule(key.rpartition(".")[0])
+        module = base.get_submodule(key.rpartition(".")[0])
+        if tensor.grid is None and not (in_file(module) and key.endswith(".weight")):
             counts[_what(tensor, module, head, text)] += math.prod(tensor.shape)
     return dict(counts.most_common())
 

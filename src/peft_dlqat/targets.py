@@ -23,7 +23,7 @@ from .layer_spec import LayerSpec, setting
 from .module_names import depths, folded
 from .placement import at_hand, check_here, full_shape
 from .places import elsewhere
-from .quant.fixed_point import IN_FILE, STORAGES
+from .quant.fixed_point import FILE_STORAGES, IN_FILE, STORAGES
 from .quant.grid import Grid, fitting_group
 from .quant.super_blocks import check_k_quant
 from .regexes import LONGEST
@@ -108,6 +108,11 @@ def _leave_out_other_types(model: nn.Module, names: set[str]) -> list[str]:
         for layer in [model.get_submodule(name)]
         if not isinstance(layer.get_base_layer() if isinstance(layer, DLQATLayer) else layer, FileLinear)
     ]
+    if len(others) == len(names):
+        raise ValueError(
+            f"none of the {len(names)} linear layers has its weight in a type of tensor that can be trained "
+            f"({', '.join(FILE_STORAGES)}); use another file of the model."
+        )
     if others:
         warnings.warn(
             f"{len(others)} linear layers are decoded and stay frozen, since the file has them in types without a "
@@ -272,7 +277,7 @@ def check_target(name: str, module: nn.Module) -> None:
     if isinstance(module, DLQATLayer) and module.frozen.packed:
         return  # it was looked at when its first adapter came
     layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
-    if in_file(layer):
+    if in_file(layer) and isinstance(layer, FileLinear):
         return  # it was looked at when it was read
     if isinstance(layer, nn.Linear | Conv1D) and "weight" not in layer._parameters:
         raise ValueError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from functools import cache
 
 import pytest
 import torch
-from conftest import perturb, random_model
-from export_models import CONFIGS, GEMMA, SHAPE
+from conftest import perturb, random_model, train
+from export_models import CONFIGS, GEMMA, SHAPE, llama2_tokenizer
 from gguf_files import write_gguf
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 from peft_dlqat import DLQATConfig, export_model, load_quantized
@@ -27,7 +29,7 @@ MODELS = {
     "llama": lambda: LlamaConfig(**SMALL),
     "tied": lambda: LlamaConfig(**{**SMALL, "tie_word_embeddings": True}),
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=64),
-    "gemma3": lambda: Gemma3TextConfig(**{**GEMMA, "num_hidden_layers": 1}),
+    "gemma3": lambda: Gemma3TextConfig(**{**GEMMA, "num_hidden_layers": 6}),  # one without a window
 }
 FILES = [
     ("llama", "Q4_K_M"),
@@ -119,3 +121,139 @@ def test_types_without_a_grid_stay_as_they_are(opened):
         model, _ = load_quantized(path, DLQATConfig(**CONFIG), base=path.parent)
     _, layers = adapter_layers(model.get_base_model())
     assert {name.rpartition(".")[2] for name in layers} == {"o_proj", "gate_proj", "up_proj"}
+
+
+def test_it_trains_and_is_saved_for_this_very_file(opened, tmp_path):
+    path, model = opened("llama", "Q4_K_M")
+    train(model)
+    model.eval()
+    names = {kind for layer in adapter_layers(model)[1].values() for kind in layer.trained("default")}
+    assert names == {"A", "B", "magnitude", "shift"}
+    assert all(layer.moved("default") for layer in adapter_layers(model)[1].values())
+    model.save_pretrained(tmp_path / "adapter")
+    assert "sha256" in (tmp_path / "adapter" / "README.md").read_text()
+    again, _ = load_quantized(path, tmp_path / "adapter", base=path.parent)
+    with torch.no_grad():
+        logits = model(IDS).logits
+        assert torch.equal(again(IDS).logits, logits)
+        assert not torch.equal(logits, decoded(path)(IDS).logits)
+        merged = copy.deepcopy(model).merge_and_unload()
+        assert torch.equal(merged(IDS).logits, logits)
+        merged.save_pretrained(tmp_path / "merged")
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits, logits)
+
+    other = path.with_name("other.gguf")
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    other.write_bytes(content)
+    with pytest.raises(ValueError, match="belongs to another file"):
+        load_quantized(other, tmp_path / "adapter", base=path.parent)
+    with pytest.raises(ValueError, match="is none of a file"):
+        PeftModel.from_pretrained(copy.deepcopy(model_of("llama")), tmp_path / "adapter")
+    # Past load_quantized, by PEFT: each weight's own checksum tells.
+    weight = adapter_layers(again)[1]["base_model.model.model.layers.0.mlp.up_proj"].get_base_layer().weight
+    weight[0, 20] ^= 1
+    with pytest.raises(ValueError, match="belongs to another quantized file"):
+        again.load_adapter(tmp_path / "adapter", "second")
+
+
+def test_the_teacher_is_the_file(opened):
+    path, model = opened("llama", "Q4_0")
+    perturb(model)
+    expected = decoded(path)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(IDS).logits, expected(IDS).logits)
+    bare = model.unload()
+    with torch.no_grad():
+        assert torch.equal(bare(IDS).logits, expected(IDS).logits)
+    assert all(parameter.is_floating_point() for parameter in bare.parameters())
+
+
+def test_the_file_has_its_own_tokenizer_and_config_and_llama_cpp_runs_it(tmp_path):
+    tokenizer = llama2_tokenizer(300)
+    model = random_model(LlamaConfig(**{**SMALL, "vocab_size": len(tokenizer), "tie_word_embeddings": True}))
+    path = write_gguf(model, tmp_path / "small.gguf", "Q4_0", tokenizer)
+    model, found = load_quantized(path, DLQATConfig(**CONFIG))
+    text = "We use this licence, and others."
+    assert found(text).input_ids == [1, *tokenizer(text).input_ids]
+    perturb(model)
+    verification = export_model(model, tmp_path / "out", "gguf")
+    kl = {row.engine: row.kl for row in verification.figures}
+    assert kl["transformers"] == 0.0
+    assert kl["llama.cpp"] < 1e-9
+
+    other = llama2_tokenizer(400)
+    model.config.save_pretrained(tmp_path / "base")
+    other.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"the tokenizer of base=.* is another one than the file's: token"):
+        load_quantized(path, DLQATConfig(**CONFIG), base=tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 2}, "llama.block_count is 1, and the config makes it 2"),
+        ({"intermediate_size": 256}, "llama.feed_forward_length is 512, and the config makes it 256"),
+        ({"rms_norm_eps": 1e-5}, "layer_norm_rms_epsilon"),
+        ({"vocab_size": 97}, "llama.vocab_size is 96, and the config makes it 97"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope.scaling"),
+        ({"tie_word_embeddings": True}, "output.weight beside the tensor of .*, but the config ties the two"),
+        ({"attention_bias": True}, "lacks 4 tensors"),
+    ],
+)
+def test_another_models_config_is_refused(opened, tmp_path, changes, message):
+    path, _ = opened("llama", "Q4_K_M")
+    LlamaConfig(**{**SMALL, **changes}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_quantized(path, DLQATConfig(**CONFIG), base=tmp_path)
+
+
+def test_what_transformers_leaves_out_of_a_config_is_seen(opened):
+    path, _ = opened("qwen3", "legacy")
+    with pytest.raises(ValueError, match=r"qwen3.attention.key_length is 64, and the config makes it 128; .*base="):
+        load_quantized(path, DLQATConfig(**CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 3}, "bits=3 has no meaning"),
+        ({"bits_pattern": {"q_proj": 3}}, "bits_pattern has no meaning"),
+        ({"storage": "int4"}, "storage='int4' has no meaning"),
+        ({"method": "l4q"}, "trains the step"),
+        ({"bias": "all"}, "modules_to_save and bias"),
+        ({"gradient": "lowrank", "magnitude": "row"}, "gradient='lowrank'"),
+        ({"target_modules": ["embed_tokens"]}, "no linear layer"),
+    ],
+)
+def test_settings_that_a_file_has_of_its_own_are_refused(opened, settings, message):
+    path, _ = opened("llama", "Q4_K_M")
+    with pytest.raises(ValueError, match=message):
+        load_quantized(path, DLQATConfig(**CONFIG | settings), base=path.parent)
+
+
+def test_a_weight_that_is_no_number_is_refused(tmp_path):
+    def spoilt(blocks):
+        blocks = blocks.clone()
+        blocks[5, 0:2] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)  # NaN
+        return blocks
+
+    model = model_of("llama")
+    model.config.save_pretrained(tmp_path)
+    path = write_gguf(model, tmp_path / "small.gguf", "Q4_0", changed={"blk.0.ffn_up.weight": spoilt})
+    with pytest.raises(ValueError, match=r"blk.0.ffn_up.weight holds NaN or infinity"):
+        load_quantized(path, DLQATConfig(**CONFIG), base=tmp_path)
+
+
+def test_in_16_bits_the_vectors_of_the_file_stay(opened, tmp_path):
+    path, _ = opened("llama", "Q4_K_M")
+    model, _ = load_quantized(path, DLQATConfig(**CONFIG), base=path.parent, dtype=torch.bfloat16)
+    perturb(model)
+    export_model(model, tmp_path / "out", "gguf", verify=False)
+    old, new = GGUFFile.open(path), GGUFFile.open(tmp_path / "out" / "model.gguf")
+    assert torch.equal(old.read("output_norm.weight"), new.read("output_norm.weight"))
+    model.get_base_model().model.norm.weight.data += 1
+    with pytest.raises(ValueError, match=r"norm.weight is no longer as the file has it"):
+        export_model(model, tmp_path / "other", "gguf", verify=False)
+    with pytest.raises(ValueError, match="dtype='float16' has no meaning here"):
+        export_model(model, tmp_path / "other", "gguf", dtype="float16", verify=False)

@@ -16,21 +16,52 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from ..file_layers import FileEmbedding, FileLinear
+from ..formats.gguf_checks import check_metadata
 from ..formats.gguf_file import FileTensor, GGUFFile, Origin
+from ..formats.gguf_metadata import ARCHITECTURES
 from ..module_names import folded
 from ..quant.ggml import GGML_TYPES, GGMLType
 from ..record import weight_checksum
 from .checkpoint import replace_tensor
 
-_DENSE = ("F32", "F16", "BF16", "F64")
-
 
 def read_config(file: GGUFFile, base: str | Path | None) -> PretrainedConfig:
     """The model's config, from a folder or hub id, or as transformers reads it from the file.
 
+    Transformers leaves out what many files say of RoPE, windows and the size of heads. So the config is compared
+    with the metadata, in the architectures that this package can write itself.
+
     Raises:
-        ValueError: if transformers does not know the file's architecture.
+        ValueError: for an architecture whose rows or config are not known, and a config that is not the file's.
     """
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    own = {arch.name for arch in ARCHITECTURES.values()}
+    if file.architecture not in (set(GGUF_SUPPORTED_ARCHITECTURES) - set(GGUF_CONFIG_ARCHS)) | own:
+        raise ValueError(
+            f"{file.path} is of architecture {file.architecture!r}, for which it is not known here how its tensors "
+            "are ordered; use a file of another model."
+        )
+    config = _config(file, base)
+    if config.model_type not in ARCHITECTURES:
+        if base is None:
+            raise ValueError(
+                f"what transformers reads of a {file.architecture!r} cannot be checked against {file.path}; give the "
+                "folder or hub id of the base model's config by base=..."
+            )
+        return config
+    try:
+        factors = file.decode("rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
+        check_metadata(file.metadata, factors, config)
+    except ValueError as error:
+        where = "the config that transformers reads from it" if base is None else f"the config of base={str(base)!r}"
+        remedy = "give the folder or hub id of its base model's config by base=..."
+        raise ValueError(f"{file.path} is another model than {where}: {error}; {remedy}") from error
+    return config
+
+
+def _config(file: GGUFFile, base: str | Path | None) -> PretrainedConfig:
     if base is not None:
         return AutoConfig.from_pretrained(base)
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
@@ -78,13 +109,16 @@ class _Placing:
         )
 
         self.file, self.model, self.dtype = file, model, dtype
-        self.processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(
-            config=model.config.get_text_config().to_dict()
-        )
+        own = ARCHITECTURES.get(model.config.model_type)
+        make = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
+        if make is TensorProcessor and own is not None and own.norm_offset:
+            make = _processor_of_norms(own.norm_offset)
+        self.processor = make(config=model.config.get_text_config().to_dict())
         self.state = model.state_dict(keep_vars=True)
-        self.names: dict[str, str] = get_gguf_hf_weights_map(_Root(model), self.processor)
+        self.names: dict[str, str] = get_gguf_hf_weights_map(_Root(model), self.processor, file.architecture)
         if not all(name in self.names or _is_constant(name) for name in file.tensors):
-            self.names = get_gguf_hf_weights_map(model, self.processor)  # looks at each module by itself: slow
+            # Looks at each module by itself, which is slow.
+            self.names = get_gguf_hf_weights_map(model, self.processor, file.architecture)
         # What was decoded into full precision, by what transformers does with several tensors of one name.
         self.parsed: dict[str, dict[str, Any]] = {"tensors": {}}
         self.origin = Origin(file, sha256)
@@ -101,17 +135,21 @@ class _Placing:
                 f"{self.file.path} has {len(strange)} tensors that {type(self.model).__name__} has no place for: "
                 f"{folded(strange)}; give the config of its own model by base=..."
             )
+        covered: dict[int, str] = {}
         for name, tensor in self.file.tensors.items():
-            own = self.state.get(self.names.get(name, ""))
-            wanted = None if own is None else tuple(own.shape)
-            if wanted is not None and len(wanted) == len(tensor.shape) == 2 and sorted(wanted) != sorted(tensor.shape):
+            known = self.names.get(name, "")
+            if (own := self.state.get(known)) is None:
+                continue
+            if own.dim() == len(tensor.shape) == 2 and sorted(own.shape) != sorted(tensor.shape):
                 raise ValueError(
-                    f"{self.file.path} has {name} of {list(tensor.shape)}, and the config makes it {list(wanted)}: it "
-                    "is another model's; give the config of the file's own model by base=..."
+                    f"{self.file.path} has {name} of {list(tensor.shape)}, and the config makes it {list(own.shape)}: "
+                    "it is another model's; give the config of the file's own model by base=..."
                 )
-        covered = {
-            id(self.state[self.names[name]]) for name in self.file.tensors if self.names.get(name) in self.state
-        }
+            if (first := covered.setdefault(id(own), known)) != known:
+                raise ValueError(
+                    f"{self.file.path} has {name} beside the tensor of {first}, but the config ties the two; give the "
+                    "config of the file's own model by base=..."
+                )
         missing = [
             name
             for name, found in self.state.items()
@@ -194,6 +232,17 @@ class _Placing:
             self.origin.checksums[key] = weight_checksum(value)
         if result.name is not None:
             self.parsed["tensors"].clear()
+
+
+def _processor_of_norms(offset: float) -> Any:
+    """What transformers lacks: an architecture whose norms are stored with an offset."""
+    from transformers.modeling_gguf_pytorch_utils import GGUFTensor, TensorProcessor
+
+    class Processor(TensorProcessor):
+        def process(self, weights: Any, name: str, **_: Any) -> Any:
+            return GGUFTensor(weights - offset if name.endswith("norm.weight") else weights, name, {})
+
+    return Processor
 
 
 class _Root:
