@@ -182,11 +182,20 @@ def test_the_file_has_its_own_tokenizer_and_config_and_llama_cpp_runs_it(tmp_pat
     assert kl["transformers"] == 0.0
     assert kl["llama.cpp"] < 1e-9
 
-    other = llama2_tokenizer(400)
     model.config.save_pretrained(tmp_path / "base")
-    other.save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"the tokenizer of base=.* is another one than the file's: token"):
-        load_quantized(path, DLQATConfig(**CONFIG), base=tmp_path / "base")
+    for size, message in ((400, "has 400 tokens, and .* 335"), (300, r"token 260 is 'thenotice'")):
+        other = llama2_tokenizer(size)
+        content = json.loads(other.backend_tokenizer.to_str())
+        other.save_pretrained(tmp_path / "base")
+        saved = tmp_path / "base" / "tokenizer.json"
+        token = next(token for token, index in content["model"]["vocab"].items() if index == 260)
+        content["model"]["vocab"] = {
+            "thenotice" if known == token else known: index for known, index in content["model"]["vocab"].items()
+        }
+        content["model"]["merges"] = []
+        saved.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            load_quantized(path, DLQATConfig(**CONFIG), base=tmp_path / "base")
 
 
 @pytest.mark.parametrize(

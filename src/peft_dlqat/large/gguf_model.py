@@ -88,6 +88,11 @@ def read_tokenizer(file: GGUFFile, base: str | Path | None) -> Any:
     if tokenizer is None:
         return AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name) if tokens else None
     kinds = file.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if tokens and len(tokenizer) > len(tokens):
+        raise ValueError(
+            f"the tokenizer of base={str(base)!r} has {len(tokenizer):,} tokens, and {file.path} {len(tokens):,}; "
+            "give the base model that the file was made of."
+        )
     own = tokenizer.convert_ids_to_tokens(range(min(len(tokens), len(tokenizer))))
     for index, (token, theirs, kind) in enumerate(zip(tokens, own, kinds, strict=False)):
         if kind == 1 and token != theirs:  # an ordinary one; others may have been renamed
