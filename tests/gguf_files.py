@@ -45,6 +45,7 @@ def quantized(weight: torch.Tensor, kind: str) -> torch.Tensor:
     number = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[number]
     rows, columns = weight.shape
+    assert columns % block == 0  # or llama.cpp writes past the end
     source = np.ascontiguousarray(weight.float().numpy())
     found = np.zeros((rows, columns // block * size), dtype=np.uint8)
     importance = np.ones(columns, dtype=np.float32)

@@ -184,9 +184,9 @@ class DLQATLayer(BaseTunerLayer):
     def base_record(self) -> Record:
         """A new adapter's on this W0: of a packed one that of the adapter whose scales it shares."""
         weight, in_file = self.frozen.as_kept(), self.frozen.in_file
-        if in_file is not None:
+        if in_file is not None and not weight.is_meta:
             return Record.of_file(weight, in_file.name, self.frozen.dtype)
-        if self.frozen.packed:
+        if self.frozen.packed and in_file is None:
             return self.record(next(iter(self.specs)))
         return Record() if weight.is_meta else Record.of_weight(weight)
 

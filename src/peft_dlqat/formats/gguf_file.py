@@ -104,6 +104,12 @@ class GGUFFile:
         rows = math.prod(tensor.shape[:-1])
         return torch.frombuffer(found, dtype=torch.uint8).view(*tensor.shape[:-1], tensor.size // rows)
 
+    def empty(self, name: str) -> torch.Tensor:
+        """As `read`, without reading: on the meta device."""
+        tensor = self.tensors[name]
+        row = tensor.size // math.prod(tensor.shape[:-1])
+        return torch.empty((*tensor.shape[:-1], row), dtype=torch.uint8, device="meta")
+
     def decode(self, name: str) -> Any:
         """A tensor's numbers, as a NumPy array of its shape in float32."""
         import gguf

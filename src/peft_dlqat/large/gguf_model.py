@@ -175,8 +175,9 @@ class _Placing:
         kind = GGML_TYPES.get(tensor.type)
         order = self.order(tensor) if kind is not None and known.endswith(".weight") else None
         if kind is not None and order is not None and self._keeps(module, tensor):
-            packed = self.file.read(name)
-            if not kind.is_finite(packed):
+            on_meta = torch.device(device).type == "meta"  # nobody wants more than sizes
+            packed = self.file.empty(name) if on_meta else self.file.read(name)
+            if not on_meta and not kind.is_finite(packed):
                 raise ValueError(f"{self.file.path}: {name} holds NaN or infinity; the file is broken.")
             packed = packed if _is_identity(order) else packed[order]
             self._replace(known.rpartition(".")[0], module, packed.to(device), kind)
@@ -215,6 +216,8 @@ class _Placing:
             self.model.set_submodule(name, new)
 
     def _decode(self, tensor: FileTensor, known: str, device: torch.device | str) -> None:
+        if torch.device(device).type == "meta":
+            return
         result = self.processor.process(
             weights=self.file.decode(tensor.name),
             name=tensor.name,
@@ -283,7 +286,7 @@ def fill(
         sha256: its checksum.
         model: the model, on the meta device.
         dtype: of what is decoded.
-        device: where the weights go.
+        device: where the weights go; on the meta device nothing is read.
 
     Returns:
         Where the model's weights come from.

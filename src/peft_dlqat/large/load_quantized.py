@@ -79,6 +79,24 @@ def load_quantized(
     return model.eval(), tokenizer
 
 
+def in_file_config(config: DLQATConfig) -> DLQATConfig:
+    """A user's config for a quantized file.
+
+    Raises:
+        ValueError: for settings that the file has of its own.
+    """
+    if config.storage not in ("full", IN_FILE):
+        raise ValueError(
+            f"storage={config.storage!r} has no meaning for a quantized file, whose weights stay as they are; leave "
+            "storage out."
+        )
+    config = copy.deepcopy(config)
+    config.peft_version = None  # or it would pass for a saved one
+    config.storage = IN_FILE  # type: ignore[assignment]
+    config.__post_init__()
+    return config
+
+
 def _config(adapter: DLQATConfig | str | Path) -> DLQATConfig:
     """The adapter's config, which must be one for files.
 
@@ -86,16 +104,7 @@ def _config(adapter: DLQATConfig | str | Path) -> DLQATConfig:
         ValueError: if it is not.
     """
     if isinstance(adapter, DLQATConfig):
-        if adapter.storage not in ("full", IN_FILE):
-            raise ValueError(
-                f"storage={adapter.storage!r} has no meaning for a quantized file, whose weights stay as they are; "
-                "leave storage out."
-            )
-        config = copy.deepcopy(adapter)
-        config.peft_version = None  # or it would pass for a saved one
-        config.storage = IN_FILE  # type: ignore[assignment]
-        config.__post_init__()
-        return config
+        return in_file_config(adapter)
     config = DLQATConfig.from_pretrained(str(adapter))
     if not isinstance(config, DLQATConfig) or config.storage != IN_FILE:
         raise ValueError(
