@@ -15,7 +15,14 @@ from gguf_files import write_gguf
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
-from peft_dlqat import DLQATConfig, export_model, load_quantized
+from peft_dlqat import (
+    DistillationLoss,
+    DLQATConfig,
+    TeacherCache,
+    distillation_loss,
+    export_model,
+    load_quantized,
+)
 from peft_dlqat.formats.gguf_file import GGUFFile
 from peft_dlqat.layer import adapter_layers
 
@@ -167,6 +174,35 @@ def test_the_teacher_is_the_file(opened):
     with torch.no_grad():
         assert torch.equal(bare(IDS).logits, expected(IDS).logits)
     assert all(parameter.is_floating_point() for parameter in bare.parameters())
+
+
+def test_a_small_file_is_mended_by_its_original(opened):
+    _, model = opened("tied", "Q3_K_M")
+    original, losses = model_of("tied"), []
+    loss = DistillationLoss(model, teacher=original)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    for _ in range(6):
+        divergence = loss(model(input_ids=IDS), IDS)
+        divergence.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(divergence.item())
+    loss.remove()
+    assert all(parameter.grad is None for parameter in original.parameters())
+    with torch.no_grad():
+        expected = distillation_loss(model(IDS).logits, original(IDS).logits, IDS)
+    assert expected < 0.8 * losses[0]
+    with pytest.raises(ValueError, match="leave out teacher= or cache="):
+        DistillationLoss(model, teacher=original, cache=TeacherCache())
+
+
+def test_an_adapter_on_disk_is_written_into_its_file(opened, tmp_path):
+    path, model = opened("llama", "Q4_0")
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    export_model(model, tmp_path / "live", "gguf", verify=False)
+    export_model(tmp_path / "adapter", tmp_path / "disk", "gguf", base=path, verify=False)
+    assert (tmp_path / "live" / "model.gguf").read_bytes() == (tmp_path / "disk" / "model.gguf").read_bytes()
 
 
 def test_the_file_has_its_own_tokenizer_and_config_and_llama_cpp_runs_it(tmp_path):

@@ -17,8 +17,10 @@ from ..contents import Contents, plain_name, resolve
 from ..file_layers import in_file
 from ..formats import TensorInfo
 from ..large.checkpoint import Checkpoint, empty_model, weights_folder
+from ..large.load_quantized import load_quantized
 from ..layer import DLQATLayer
 from ..model import check_what_was_loaded
+from ..quant.fixed_point import IN_FILE
 from ..quant.quantizer import QuantizedWeight
 
 T = TypeVar("T")
@@ -116,6 +118,8 @@ def open_source(
     if not isinstance(config, DLQATConfig):
         raise ValueError(f"{adapter} holds a {config.peft_type} adapter; only DL-QAT adapters can be exported.")
     base = base or config.base_model_name_or_path
+    if config.storage == IN_FILE and base:  # where it is the file
+        return Source(load_quantized(base, adapter)[0], "default")
     if not base:
         raise ValueError(f"{adapter} does not say its base model; name its folder or hub id by base=...")
     folder = weights_folder(base, config.revision)
