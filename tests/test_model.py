@@ -29,6 +29,7 @@ from transformers import (
     Wav2Vec2Config,
 )
 
+import peft_dlqat.quant.op
 from peft_dlqat import DLQATConfig, OtherBaseWarning, calibrate
 from peft_dlqat.layer import DLQATLayer, adapter_layers
 from peft_dlqat.quant.fit import initialise
@@ -158,8 +159,11 @@ def test_merged_twice_warns_and_changes_nothing():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
-    grads = []
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, monkeypatch):
+    """And quantizes no weight in backward but those that it computes again, and keeps none of them."""
+    grads, counts = [], []
+    made = peft_dlqat.quant.op.quantized
+    monkeypatch.setattr(peft_dlqat.quant.op, "quantized", lambda *args: counts.append(1) or made(*args))
     for checkpointing in (False, True):
         model = adapted()
         model.train()
@@ -168,9 +172,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         model(**lm_batches(1)[0]).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        assert not peft_dlqat.quant.op._recomputed
+    # Forward and backward; the first three layers' inputs take a gradient only under checkpointing.
+    assert len(counts) == (14 + 11) + (14 + 14)
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         assert torch.equal(grad, grads[1][name]), name
+
+
+def test_what_checkpointing_kept_is_gone_with_the_next_forward_pass():
+    """A backward pass that breaks off leaves weights behind, which a later one must not find."""
+    model = adapted()
+    model.train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    hook = model.base_model.model.model.layers[1].mlp.up_proj.register_full_backward_pre_hook(_broken)
+    with pytest.raises(RuntimeError, match="broken off"):
+        model(**lm_batches(1)[0]).loss.backward()
+    hook.remove()
+    assert peft_dlqat.quant.op._recomputed
+    model(**lm_batches(1)[0])
+    assert not peft_dlqat.quant.op._recomputed
+
+
+def _broken(*_: object) -> None:
+    raise RuntimeError("broken off")
 
 
 def test_gradient_accumulation_adds_up():

@@ -17,6 +17,7 @@ from .packing import pack_weights
 from .record import OtherBaseWarning
 from .running import adapters_disabled
 from .summary import summarize
+from .train.assign_bits import assign_bits
 from .train.calibrate import calibrate
 from .train.callback import DLQATCallback
 from .train.distillation import DistillationLoss, distillation_loss
@@ -38,6 +39,7 @@ __all__ = [
     "OtherBaseWarning",
     "TeacherCache",
     "adapters_disabled",
+    "assign_bits",
     "calibrate",
     "calibrate_from_disk",
     "distillation_loss",

@@ -22,7 +22,7 @@ from .formats import FORMATS, find_preset
 from .hub import write_section
 from .layer_spec import pattern_of
 from .lora_arguments import translated
-from .messages import shown
+from .messages import cut, shown
 from .methods import MAGNITUDES, METHODS, Method
 from .quant.fit import INITIALISATIONS
 from .quant.fixed_point import IN_FILE, STORAGES
@@ -398,7 +398,7 @@ class DLQATConfig(PeftConfig):
         try:
             content = super().from_json_file(path_json_file, **kwargs)
         except (ValueError, TypeError, RecursionError) as error:  # no text, no JSON, no object, or far too deep
-            raise ValueError(f"{path_json_file} cannot be read ({error}): {remedy}.") from error
+            raise ValueError(f"{path_json_file} cannot be read ({cut(error)}): {remedy}.") from error
         if (depth := _depth(content)) > _DEEPEST:
             raise ValueError(f"{path_json_file} is {depth} levels deep, and a config at most {_DEEPEST}: {remedy}.")
         known = [str(member.value) for member in PEFT_TYPE_TO_CONFIG_MAPPING]

@@ -302,6 +302,14 @@ def test_a_damaged_manifest_is_named(damage, tmp_path):
         verify_export(tmp_path)
 
 
+@pytest.mark.parametrize("spoilt", [manifest(format="x" * 10**6), manifest(**{"x" * 10**6: 1})])
+def test_a_damaged_manifest_is_not_quoted_at_length(spoilt, tmp_path):
+    (tmp_path / MANIFEST).write_bytes(spoilt)
+    with pytest.raises(ValueError, match=r"dlqat_export\.json") as refused:
+        verify_export(tmp_path)
+    assert len(str(refused.value)) < 1000
+
+
 def test_nothing_compared_is_not_ok(tmp_path):
     """GPTQ's engine is not among those of the test environment."""
     found = export_model(adapted(bits=4), tmp_path / "out", "gptq")

@@ -110,6 +110,21 @@ def test_low_precision_input_runs_in_its_own_dtype(dtype):
     assert args["x"].grad.dtype == dtype and args["A"].grad.dtype == torch.float32
 
 
+def test_float16_sums_over_tokens_do_not_overflow():
+    """Under loss scaling dL/dw_hat may be beyond float16's largest number, where the gradients of x and A are not."""
+    grid = Grid(4, 32, "integer", torch.bfloat16)
+    args = problem(grid, tokens=(4096,), dtype=torch.float16)
+    args["x"].data.fill_(1.0)
+    run(args, grid).backward(torch.full((4096, 24), 32.0, dtype=torch.float16))
+    exact = {
+        name: None if value is None else value.detach().float().requires_grad_(True) for name, value in args.items()
+    }
+    run(exact, grid).backward(torch.full((4096, 24), 32.0))
+    assert exact["scale"].grad.abs().max() > 65504
+    for name in ("A", "B", "scale"):
+        torch.testing.assert_close(args[name].grad, exact[name].grad, rtol=2e-3, atol=1e-2)
+
+
 def test_only_the_asked_gradients_are_computed():
     grid = Grid(4, 32, "integer", torch.bfloat16)
     args = problem(grid)

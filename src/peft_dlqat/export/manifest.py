@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ..files import save_tensors
 from ..formats import FORMATS
 from ..formats.tensor_files import write_json
-from ..messages import shown
+from ..messages import cut, shown
 from .folder import MANIFEST
 
 # In a folder of its own: engines read every safetensors file that lies beside config.json.
@@ -124,11 +124,11 @@ def load_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
         manifest.check()
     except (ValueError, TypeError, RecursionError) as error:  # no text, no JSON, other fields, or other values
-        raise ValueError(f"{path} cannot be read ({error}); export the model again.") from error
+        raise ValueError(f"{path} cannot be read ({cut(error)}); export the model again.") from error
     if manifest.format not in FORMATS:
         raise ValueError(
-            f"{path} says format={manifest.format!r}, which must be one of {', '.join(map(repr, FORMATS))}; add it to "
-            "peft_dlqat.formats.FORMATS, or export the model again."
+            f"{path} says format={shown(manifest.format)}, which must be one of {', '.join(map(repr, FORMATS))}; "
+            "add it to peft_dlqat.formats.FORMATS, or export the model again."
         )
     return manifest
 

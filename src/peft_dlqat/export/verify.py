@@ -9,6 +9,7 @@ import torch
 
 from ..console import progress_bar
 from ..formats import FORMATS, Engine
+from ..messages import cut
 from ..train.divergence import kl
 from .manifest import REFERENCE, WRITTEN, files_of, load_manifest, load_reference, sha256
 
@@ -165,7 +166,7 @@ def _figures(engine: Engine, folder: Path) -> EngineFigures:
         served = None if engine.served is None else engine.served(folder, ids)[..., : expected.shape[-1]]
     except Exception as error:
         nan = float("nan")
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        first = f"{type(error).__name__}: {cut(error)}".splitlines()[0]
         return EngineFigures(nan, nan, nan, engine=engine.name, agrees=False, error=first)
     difference = logit_difference(expected, found)
     # A last digit decides which way a number is rounded, so as far as its own rounding goes, it may be off.

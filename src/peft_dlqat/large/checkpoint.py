@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..layer import DLQATLayer
-from ..messages import shown
+from ..messages import cut, shown
 from ..targets import check_target
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
@@ -90,7 +90,7 @@ class Checkpoint:
                 files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(
-                    f"{index} is damaged ({type(error).__name__}: {error}); copy or download it again."
+                    f"{index} is damaged ({type(error).__name__}: {cut(error)}); copy or download it again."
                 ) from error
             strange = [name for name in files if not _is_file_name(name)]
             if strange or not files:

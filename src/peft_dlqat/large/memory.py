@@ -156,7 +156,7 @@ def estimate_memory(
         tokens,
         dtype.itemsize,
         gradient_checkpointing,
-        _largest_op(adapted, storage != "full", dtype.itemsize, device),
+        _largest_op(adapted, storage != "full", dtype.itemsize, device, gradient_checkpointing),
         0 if accumulates else trained,
     )
     if file is not None:
@@ -261,21 +261,25 @@ def _in_a_step(
     }
 
 
-def _largest_op(model: PeftModel, packed: bool, size: int, device: str) -> int:
+def _largest_op(model: PeftModel, packed: bool, size: int, device: str, checkpointing: bool) -> int:
     """Bytes within the quantized product of one layer, at most, beside its argument and result.
 
     It makes w_hat by pieces of rows: float32 codes where they are not made in w_hat's own place, W0 in float32 or its
     bits unpacked. Once w_hat is gone, backward makes dL/dw_hat and what leads from it to its tensors' gradients.
+    Where a decoder layer is computed again, w_hat of all its linear layers is kept for backward.
     """
     name, layers = adapter_layers(model)
     quantizer = next(iter(layers.values())).quantizer(name)
     choosing = (quantizer.A, quantizer.B, quantizer.step, quantizer.rounding_zero)
     codes_move = any(tensor.requires_grad for tensor in choosing if tensor is not None)
+    w_hats = {key: layer.out_features * layer.in_features * size for key, layer in layers.items()}
+    kept = sum(w_hats.values()) // model.config.get_text_config().num_hidden_layers if checkpointing else 0
     largest = 0
-    for layer in layers.values():
+    for key, layer in layers.items():
         piece = min(layer.out_features, piece_rows(layer.in_features, device)) * layer.in_features
         in_float32 = 4 if size < 4 else 0
-        forward = layer.out_features * layer.in_features * size + ((5 if packed else in_float32) + in_float32) * piece
+        making = ((5 if packed else in_float32) + in_float32) * piece
         backward = 0 if layer.specs[name].gradient == "lowrank" else (16 if codes_move else 12) * piece
-        largest = max(largest, forward, backward)
+        beside = max(0, kept - w_hats[key])  # those of the layers whose backward comes later
+        largest = max(largest, w_hats[key] + beside + making, beside + backward)
     return largest

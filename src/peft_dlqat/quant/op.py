@@ -28,6 +28,8 @@ _TENSORS = ("x", "bias", "weight", "A", "B", "step", "rounding_zero", "scale", "
 _OF_WEIGHT = _TENSORS[3:]  # whose gradients come from that of w_hat
 _OF_QUANTIZER = _TENSORS[2:]
 GRADIENTS = ("exact", "bf16", "lowrank")
+# Of layers that gradient checkpointing has just computed again, by what they are made of, until their own backward.
+_recomputed: dict[tuple[Any, ...], torch.Tensor] = {}
 
 
 def fake_quantize_linear(
@@ -119,12 +121,11 @@ def _backward(
     gradient: str,
 ) -> dict[str, torch.Tensor]:
     """Gradients of the tensors that `wanted` names; `grad` is dL/dy [..., out], `y` there for `lowrank`."""
-    kernels = implementation(weight, quantizer)
     grads: dict[str, torch.Tensor] = {}
     flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     if "x" in wanted:
         # w_hat has no name here, so that it is gone before the pieces of its gradient come.
-        grads["x"] = (flat_grad @ kernels.quantized(weight, quantizer, grad.dtype, fan_in_fan_out)).view(x.shape)
+        grads["x"] = (flat_grad @ _once_more(weight, quantizer, grad.dtype, fan_in_fan_out)).view(x.shape)
     if "bias" in wanted:
         grads["bias"] = flat_grad.sum(0)
     of_weight = {name for name in _OF_WEIGHT if name in wanted}
@@ -134,8 +135,20 @@ def _backward(
     if gradient == "bf16":
         flat_x, flat_grad = flat_x.bfloat16(), flat_grad.bfloat16()
     return grads | _weight_grads(
-        lambda rows: flat_grad[:, rows].t() @ flat_x, of_weight, weight, quantizer, fan_in_fan_out
+        lambda rows: _sum_over_tokens(flat_grad[:, rows], flat_x), of_weight, weight, quantizer, fan_in_fan_out
     )
+
+
+def _sum_over_tokens(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """dL/dw_hat [rows, in] from dL/dy [tokens, rows] and x [tokens, in].
+
+    Of float16 it is float32: under loss scaling the sum may be beyond 65504, where LoRA's own gradients are not.
+    """
+    if grad.dtype != torch.float16:
+        return grad.t() @ x
+    if grad.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):  # from torch 2.8 on, on CUDA only
+        return torch.ops.aten.mm.dtype(grad.t(), x, torch.float32)
+    return grad.t().float() @ x.float()
 
 
 def _weight_grads(
@@ -182,6 +195,29 @@ def _keeps_output(ctx: Any, gradient: str) -> bool:
     return gradient == "lowrank" and ctx.needs_input_grad[_TENSORS.index("scale")]
 
 
+def _made_of(weight: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What tells one w_hat from all others that are there during a backward pass."""
+    tensors = (weight, *(getattr(quantizer, name) for name in _OF_WEIGHT))
+    return dtype, *(tensor if tensor is None else (tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+
+def _once_more(weight: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype, fan_in_fan_out: bool) -> torch.Tensor:
+    """w_hat for backward: as checkpointing has just made it, or made again."""
+    kept = _recomputed.pop(_made_of(weight, quantizer, dtype), None) if _recomputed else None
+    return quantized(weight, quantizer, dtype, fan_in_fan_out) if kept is None else kept
+
+
+def _keep_if_recomputed(ctx: Any, weight: torch.Tensor, quantizer: Quantizer, w_hat: torch.Tensor) -> None:
+    """Keep w_hat where this is checkpointing's second forward pass: the layer's backward comes before anything moves.
+
+    Should it not come, any other forward pass lets w_hat go.
+    """
+    if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+        _recomputed.clear()
+    elif ctx.needs_input_grad[_TENSORS.index("x")]:
+        _recomputed[_made_of(weight, quantizer, w_hat.dtype)] = w_hat
+
+
 class _FakeQuantizeLinear(torch.autograd.Function):
     """The op in eager mode; the quantizer's tensors stand before it too, for autograd to see them."""
 
@@ -189,7 +225,9 @@ class _FakeQuantizeLinear(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
         tensors, (quantizer, fan_in_fan_out, gradient) = arguments[: len(_TENSORS)], arguments[len(_TENSORS) :]
         x, bias, weight = tensors[:3]
-        output = _forward(x, bias, weight, quantizer, fan_in_fan_out)
+        w_hat = quantized(weight, quantizer, x.dtype, fan_in_fan_out)
+        output = linear(x, bias, w_hat, fan_in_fan_out)
+        _keep_if_recomputed(ctx, weight, quantizer, w_hat)
         # A view that is made in here could not be changed in place, as models do.
         output = torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
         ctx.save_for_backward(output if _keeps_output(ctx, gradient) else None, *tensors)

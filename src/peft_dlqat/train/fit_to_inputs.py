@@ -14,6 +14,7 @@ from ..layer import DLQATLayer
 from ..placement import device_of, several_processes
 from ..quant.fit import initialise
 from ..running import adapters_disabled, evaluating, forward
+from ..targets import out_in
 from .scales_and_zeros import set_scales_and_zeros
 
 
@@ -21,15 +22,15 @@ class InputMoments:
     """Sums up the squares of every input channel of some layers, while it is entered.
 
     Args:
-        layers: the layers to watch, by name.
+        layers: the layers to watch, by name: adapter layers, or linear ones.
 
     Attributes:
         mask: which positions count, bool [batch, length], or None for all; set it before each forward pass.
     """
 
-    def __init__(self, layers: Mapping[str, DLQATLayer]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self._layers = layers
-        self._sums = {name: torch.zeros(layer.in_features, device=device_of(layer)) for name, layer in layers.items()}
+        self._sums = {name: torch.zeros(out_in(layer)[1], device=device_of(layer)) for name, layer in layers.items()}
         self._counts = {name: torch.zeros(1, device=device_of(layer)) for name, layer in layers.items()}
         self._hooks: list[Any] = []
         self.mask: torch.Tensor | None = None

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..files import save_tensors
 from ..layer import DLQATLayer
-from ..messages import shown
+from ..messages import cut, shown
 from ..placement import check_whole, loaded
 from ..running import adapter_parameters, unwrapped
 
@@ -117,7 +117,7 @@ class EntryFolder:
             found = json.loads(path.read_text(encoding="utf-8"))
             found_k, found_fingerprint = found["k"], found["teacher"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); remove the folder, or use another.") from error
+            raise ValueError(f"{path} cannot be read ({cut(error)}); remove the folder, or use another.") from error
         if found_k != k:
             raise ValueError(
                 f"{self.folder} was filled with k={shown(found_k)}, not k={k}; use that, or another folder."
