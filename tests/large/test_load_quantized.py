@@ -101,12 +101,21 @@ def test_untrained_it_is_what_the_file_says(opened, kind, mixture):
             assert torch.equal(model(IDS).logits, logits)
 
 
+@pytest.mark.product(every=2)
 @pytest.mark.parametrize(("kind", "mixture"), FILES)
 def test_it_is_written_again(opened, tmp_path, kind, mixture):
     path, model = opened(kind, mixture)
     # Nothing of a trained tensor is copied: its place is empty until its own blocks come.
     with pytest.warns(UserWarning, match="never trained .* the file as it was"):
         export_model(model, tmp_path / "same", "gguf", verify=False)
+    assert (tmp_path / "same" / "model.gguf").read_bytes() == path.read_bytes()
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    model.eval()
+    with pytest.warns(UserWarning, match="never trained"):
+        export_model(model, tmp_path / "same", "gguf", verify=False, overwrite=True)
     assert (tmp_path / "same" / "model.gguf").read_bytes() == path.read_bytes()
 
     perturb(model)
