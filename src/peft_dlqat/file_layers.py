@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from .quant.in_file import FileStorage, file_storage
 from .quant.op import fake_quantize_linear
@@ -93,16 +94,19 @@ class FileEmbedding(_InFile, nn.Embedding):
     After `decode_weights`, `weight` is a plain one.
 
     Args:
-        embedding: the layer whose place it takes.
+        embedding: the layer whose place it takes, see `is_lookup`.
         packed: uint8 [entries, row_bytes].
         storage: a key of `FILE_STORAGES`.
         dtype: of the vectors.
     """
 
+    embed_scale: torch.Tensor | None
+
     def __init__(self, embedding: nn.Embedding, packed: torch.Tensor, storage: str, dtype: torch.dtype) -> None:
         with torch.device("meta"):
             super().__init__(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
         self._keep(packed, storage, dtype)
+        self.register_buffer("embed_scale", getattr(embedding, "embed_scale", None), persistent=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -112,9 +116,25 @@ class FileEmbedding(_InFile, nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The vectors [..., columns] of ids [...]."""
         if self.weight.is_floating_point():
-            return F.embedding(input, self.weight, self.padding_idx)
-        rows = self.weight[input.flatten()]
-        return self.decoded(rows).to(self.dtype).unflatten(0, input.shape)
+            found = F.embedding(input, self.weight, self.padding_idx)
+        else:
+            found = self.decoded(self.weight[input.flatten()]).to(self.dtype).unflatten(0, input.shape)
+        return found if self.embed_scale is None else found * self.embed_scale.to(found.dtype)
+
+
+def is_lookup(embedding: nn.Embedding) -> bool:
+    """Whether an embedding does no more than look its vectors up, and multiply them by an `embed_scale` of its own.
+
+    Tried with a small weight of random numbers.
+    """
+    scale = getattr(embedding, "embed_scale", None)
+    if type(embedding) is nn.Embedding:
+        return scale is None
+    if not isinstance(scale, torch.Tensor) or scale.is_meta:
+        return False
+    weight = torch.rand((embedding.padding_idx or 0) + 2, embedding.embedding_dim)
+    ids = torch.arange(len(weight))
+    return torch.equal(functional_call(embedding, {"weight": weight}, (ids,)), weight * scale.to(weight.dtype))
 
 
 def decode_weights(model: nn.Module, apart: type | tuple[type, ...] = ()) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from ..file_layers import FileEmbedding, FileLinear
+from ..file_layers import FileEmbedding, FileLinear, is_lookup
 from ..formats.gguf_checks import check_metadata
 from ..formats.gguf_file import FileTensor, GGUFFile, Origin
 from ..formats.gguf_metadata import ARCHITECTURES
@@ -201,7 +201,9 @@ class _Placing:
         if isinstance(module, nn.Linear):
             plain = type(module).forward is nn.Linear.forward
             return plain and tensor.shape == (module.out_features, module.in_features)
-        return type(module) is nn.Embedding and tensor.shape == (module.num_embeddings, module.embedding_dim)
+        if not isinstance(module, nn.Embedding) or tensor.shape != (module.num_embeddings, module.embedding_dim):
+            return False
+        return is_lookup(module)
 
     def _replace(self, path: str, module: nn.Module, packed: torch.Tensor, kind: GGMLType) -> None:
         """Put layers that keep a file's bytes into the places of all that share a weight."""

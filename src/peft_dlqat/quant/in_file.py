@@ -63,6 +63,17 @@ class FileStorage(Storage):
             zero: as `ship` takes it.
         """
 
+    def encode(self, units: torch.Tensor, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Refuse a weight that is not the file's: it has no bytes.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"the frozen weight is not in {self.name} as its file has it, but was replaced by another; open the file "
+            "again by load_quantized."
+        )
+
     def step(self, scale: torch.Tensor) -> torch.Tensor:
         """What a latent weight is divided by: s, or where that is 0 so much that the codes stay."""
         return torch.where(scale == 0, _NO_STEP, scale)
