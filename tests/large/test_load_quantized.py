@@ -137,6 +137,8 @@ def test_types_without_a_grid_stay_as_they_are(opened):
         model, _ = load_quantized(path, DLQATConfig(**CONFIG), base=path.parent)
     _, layers = adapter_layers(model.get_base_model())
     assert {name.rpartition(".")[2] for name in layers} == {"o_proj", "gate_proj", "up_proj"}
+    with pytest.raises(ValueError, match=r"types that are not trained \({'IQ4_\w+': 1, 'IQ4_\w+': 1}\)"):
+        load_quantized(path, DLQATConfig(**CONFIG), base=path.parent, allow_frozen=False)
 
 
 def test_it_trains_and_is_saved_for_this_very_file(opened, tmp_path):

@@ -12,8 +12,11 @@ from peft import PeftModel, get_peft_model
 from ..config import DLQATConfig
 from ..formats.gguf_file import GGUFFile
 from ..quant.fixed_point import IN_FILE
+from ..quant.ggml import GGML_TYPES
 from .checkpoint import empty_model
 from .gguf_model import fill, read_config, read_tokenizer
+
+_FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def load_quantized(
@@ -24,6 +27,7 @@ def load_quantized(
     device: torch.device | str = "cpu",
     adapter_name: str = "default",
     is_trainable: bool = False,
+    allow_frozen: bool = True,
 ) -> tuple[PeftModel, Any]:
     """Open a quantized file and put an adapter into it, that trains inside the very blocks of the file.
 
@@ -44,6 +48,8 @@ def load_quantized(
         device: where the weights go.
         adapter_name: name of the adapter.
         is_trainable: whether a saved adapter is to be trained on; a new one always is.
+        allow_frozen: whether weights of other quantized types (IQ4_XS, MXFP4, ...) may be decoded and stay frozen;
+            else a file that has some is refused.
 
     Returns:
         The model as PEFT wraps it, in eval mode, and its tokenizer.
@@ -59,6 +65,12 @@ def load_quantized(
         ```
     """
     file = GGUFFile.open(path)
+    others = {name: count for name, count in file.types.items() if name not in (*GGML_TYPES, *_FLOATS)}
+    if others and not allow_frozen:
+        raise ValueError(
+            f"{path} has tensors of types that are not trained ({others}), and allow_frozen=False; use another file "
+            f"of the model, with {', '.join(GGML_TYPES)}."
+        )
     config = _config(adapter)
     model_config = read_config(file, base)
     inner = empty_model(model_config, dtype)
