@@ -83,3 +83,22 @@ def test_a_plain_net_has_no_files():
     found = summarize(get_peft_model(net, DLQATConfig(init="minmax", group_size=64, target_modules=["1"])))
     assert found.files == () and set(found.in_full) == {"convolutions", "norms and biases"}
     assert "Exported" not in str(found)
+
+
+def test_weights_that_lie_on_a_grid_are_noticed(capsys):
+    """As quantization-aware training leaves them, rounded to bfloat16."""
+    base = tiny_model()
+    for name, weight in base.named_parameters():
+        if "self_attn" in name and weight.dim() == 2:
+            grouped = weight.data.unflatten(1, (-1, 32))
+            scale = grouped.abs().amax(-1, keepdim=True) / 7
+            weight.data = (scale * (grouped / scale).round()).flatten(1).bfloat16().float()
+    capsys.readouterr()
+    model = get_peft_model(base, DLQATConfig(bits=4, group_size=32))
+    said = capsys.readouterr().err
+    assert str(summarize(model)) in said
+    assert "\n8 weights lie on their grid already, as after quantization-aware training: init='mse'" in said
+    get_peft_model(model.unload(), DLQATConfig(bits=3, group_size=64, init="minmax"))
+    said = capsys.readouterr().err
+    assert "8 weights lie on a grid already, as after quantization-aware training, but on another: bits=4, " in said
+    assert "group_size=32, zero_point='none' would reproduce them" in said

@@ -18,7 +18,9 @@ from .formats import FORMATS, ExpectedFile, TensorInfo, expected_file
 from .formats.base import as_settings, settings_of
 from .formats.expected import megabytes
 from .layer import DLQATLayer, adapter_layers
+from .placement import is_offloaded, is_sharded
 from .quant.grid import Grid
+from .quant.lattice import lattice_of, lies_on
 
 # Kinds of grid that are named.
 _MOST_GRIDS = 3
@@ -38,6 +40,8 @@ class Summary:
         bits_per_weight: theirs on average, scales and zeros included.
         grids: their grids, and how many layers have each; the commonest first.
         in_full: numbers that stay in full precision, by what they are; the most first.
+        on_grid: layers whose weight lies on scales and zeros of its grid, as quantization-aware training leaves it.
+        on_others: other grids of at most 4 bits that weights lie on, and how many layers' do.
         base_size: bytes of the model's tensors as they are.
         files: what each format would make of it; none for a model without an output head, or not of transformers.
     """
@@ -49,6 +53,8 @@ class Summary:
     bits_per_weight: float
     grids: dict[Grid, int]
     in_full: dict[str, int]
+    on_grid: int
+    on_others: dict[Grid, int]
     base_size: int
     files: tuple[ExpectedFile, ...]
 
@@ -62,6 +68,16 @@ class Summary:
             f"  ({_kinds(self.grids)}).",
             f"In full precision: {rest / max(1, everything):.0%} of the model's numbers"
             + (f" ({', '.join(parts)})." if parts else "."),
+        ]
+        if self.on_grid:
+            lines.append(
+                f"{self.on_grid} weights lie on their grid already, as after quantization-aware training: init='mse' "
+                "reproduces them, to bfloat16's rounding."
+            )
+        lines += [
+            f"{count} weights lie on a grid already, as after quantization-aware training, but on another: "
+            f"{_lattice(grid)} would reproduce them, to bfloat16's rounding."
+            for grid, count in self.on_others.items()
         ]
         if self.files:
             lines.append(f"Exported, of {megabytes(self.base_size)} as it is:")
@@ -91,6 +107,7 @@ def summarize(model: nn.Module, adapter_name: str | None = None, formats: Collec
     specs = [layer.specs[adapter_name].grid for layer in layers.values()]
     sizes = [layer.out_features * layer.in_features for layer in layers.values()]
     config = getattr(model, "peft_config", {}).get(adapter_name)
+    on_grid, on_others = _lattices(layers.values(), adapter_name)
     formats = formats or getattr(config, "export", None) or FORMATS
     # Only what writes text has a vocabulary, and is exported.
     writes = isinstance(base, PreTrainedModel) and base.get_output_embeddings() is not None
@@ -103,6 +120,8 @@ def summarize(model: nn.Module, adapter_name: str | None = None, formats: Collec
         bits_per_weight=sum(n * grid.bits_per_weight() for n, grid in zip(sizes, specs, strict=True)) / sum(sizes),
         grids=dict(Counter(specs).most_common()),
         in_full=_in_full(base, found),
+        on_grid=on_grid,
+        on_others=on_others,
         base_size=_base_size(base, found),
         files=files,
     )
@@ -119,6 +138,26 @@ def _files(contents: Contents, formats: Iterable[str]) -> tuple[ExpectedFile, ..
     """What each format would make of a model."""
     outline, targets = contents.outline(contents.dtype, "", 0), [FORMATS[name] for name in formats]
     return tuple(expected_file(target, target.narrowed(outline, contents.dense())) for target in targets)
+
+
+def _lattices(layers: Iterable[DLQATLayer], adapter_name: str) -> tuple[int, dict[Grid, int]]:
+    """How many weights lie on their own grid, and on which others; of those that are in memory as they are."""
+    on_grid, others = 0, Counter[Grid]()
+    for layer in layers:
+        base = layer.get_base_layer()
+        if base.weight.is_meta or not base.weight.is_floating_point() or is_offloaded(base) or is_sharded(base):
+            continue
+        weight = layer.frozen.as_kept()
+        if lies_on(weight, layer.specs[adapter_name].grid):
+            on_grid += 1
+        elif other := lattice_of(weight):
+            others[other] += 1
+    return on_grid, dict(others.most_common(_MOST_GRIDS))
+
+
+def _lattice(grid: Grid) -> str:
+    """The settings that say on which grid weights lie, whatever their scales' dtype."""
+    return as_settings({name: value for name, value in settings_of(grid).items() if name != "scale_dtype"})
 
 
 def _is_plain_linear(base: nn.Module, name: str, module: nn.Module) -> bool:

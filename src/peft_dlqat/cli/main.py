@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--base", help="folder or Hub id of the base model; default: the one that the adapter names")
     own.add_argument("--embeddings", help="dtype of embedding and output head; q8_0 in GGUF")
     own.add_argument("--dtype", help="of all that is not quantized; default: the base model's")
+    own.add_argument("--template", help="GGUF file of the same base model, in whose place it goes")
     own.add_argument("--no_verify", action="store_true", help="do not run the engines on it")
     own.add_argument("--overwrite", action="store_true", help="replace an earlier export")
 
@@ -120,6 +121,7 @@ def _export(args: argparse.Namespace) -> int:
         base=args.base,
         embeddings=args.embeddings,
         dtype=args.dtype,
+        template=args.template,
         verify=not args.no_verify,
         overwrite=args.overwrite,
     )

@@ -42,6 +42,7 @@ def export_model(
     dtype: str | torch.dtype | None = None,
     embeddings: str | None = None,
     tokenizer: Any = None,
+    template: str | Path | None = None,
     verify: bool = True,
     overwrite: bool = False,
     max_shard_size: int = 2 * 1024**3,
@@ -70,6 +71,10 @@ def export_model(
         embeddings: of the embedding and the output head, in GGUF only: as `dtype`, or "q8_0"; by default as `dtype`'s
             default.
         tokenizer: saved beside the weights in place of the base model's; by default the base's files are copied.
+        template: in GGUF, a file that llama.cpp's converter made of the same base model, of any architecture whose
+            tensors are transformers' own, if in another order: metadata, tokenizer, names and order of rows are its
+            own, and so are the types of tensors that it has not quantized, but for `embeddings`. Its numbers are
+            compared with the base model's, and those that are written are the model's.
         verify: run the engines that are installed on the result. It is an error if one does not find what was to be
             written: the trained model, or, where the format rounds, the model that this rounding gives.
         overwrite: replace a folder that an export has made.
@@ -83,8 +88,10 @@ def export_model(
         What [`verify_export`] found; None with `verify=False`.
 
     Raises:
-        ValueError: for an unknown format or dtype, a weight that the format cannot hold exactly, several active
-            adapters, a base model that is not the one trained on, a number too large for its dtype.
+        FileNotFoundError: if there is no such template.
+        ValueError: for an unknown format or dtype, a template of another model, a weight that the format cannot hold
+            exactly, several active adapters, a base model that is not the one trained on, a number too large for its
+            dtype.
         ImportError: if the format's package is missing or too old; names the extra.
         FileExistsError: if `out_dir` exists and is not empty.
         RuntimeError: if the model does not compute the same with its adapter merged, or an engine does not find in the
@@ -105,7 +112,14 @@ def export_model(
     _warn_if_unfinished(source)
     outline = source.outline(chosen or source.dtype, embeddings or "", max_shard_size)
     if target.copies(outline):
-        _check_copied(source, dtype, embeddings)
+        _check_copied(source, dtype, embeddings, template)
+    elif template is not None:
+        if dtype is not None:
+            raise ValueError(
+                f"dtype={dtype!r} has no meaning with a template, whose tensors in full precision keep its types; "
+                "leave dtype out (embeddings=... may be given)."
+            )
+        target = target.with_template(template, outline, source.originals())
     target.check_model(outline)
     if chosen is None:
         outline = target.narrowed(outline, source.dense())
@@ -113,7 +127,7 @@ def export_model(
     ids = prompt_ids(source.config, set())
     trained = _trained(source, ids, notes)
     with whole_or_nothing(output) as folder:
-        beside = _companions(source, folder, tokenizer, notes)
+        beside = _companions(source, folder, tokenizer, notes if template is None else [])
         rounded = _write(source, target, outline, folder, notes)
         manifest = _manifest(source, target, outline, rounded, notes)
         logits = {TRAINED: trained} | _rounded_logits(source, target, outline, ids, manifest.exact)
@@ -330,13 +344,15 @@ def _check_base(source: Source) -> None:
         )
 
 
-def _check_copied(source: Source, dtype: str | torch.dtype | None, embeddings: str | None) -> None:
+def _check_copied(
+    source: Source, dtype: str | torch.dtype | None, embeddings: str | None, template: str | Path | None
+) -> None:
     """Refuse what a copy of the file that the model was opened from cannot hold.
 
     Raises:
         ValueError: for types, which are the file's; or if a tensor without codes is not the file's any more.
     """
-    for name, chosen in (("dtype", dtype), ("embeddings", embeddings)):
+    for name, chosen in (("dtype", dtype), ("embeddings", embeddings), ("template", template)):
         if chosen is not None:
             raise ValueError(
                 f"{name}={chosen!r} has no meaning here: the file that the model was opened from is written again, "

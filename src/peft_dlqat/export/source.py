@@ -65,6 +65,22 @@ class Source(Contents):
             assert isinstance(value, torch.Tensor)
             yield tensor, value
 
+    def originals(self) -> Iterator[tuple[TensorInfo, torch.Tensor, bool]]:
+        """All tensors as the base model has them, outputs as rows: adapted weights before training.
+
+        The bool says whether it is the very tensor, neither trained beside the adapter nor packed.
+        """
+        for tensor in self.tensors:
+            if tensor.grid is not None:
+                packed = self.layers[tensor.module].frozen.packed
+                yield tensor, self._with_weight(tensor.module, _original), not packed
+                continue
+            value = self._value(tensor)
+            assert isinstance(value, torch.Tensor)
+            saved = any(tensor.name.startswith(f"{module}.") for module in self.modules_to_save)
+            trained = saved or (self.adapter.bias != "none" and tensor.name.endswith(".bias"))
+            yield tensor, value.t() if tensor.transposed else value, not trained
+
     def on_disk(self, key: str, dtype: torch.dtype) -> torch.Tensor | None:
         """A tensor that the model has on the meta device, from the base model's files; None for what it does not use.
 
@@ -129,6 +145,10 @@ def open_source(
     checkpoint = Checkpoint(folder, skeleton)
     model = PeftModel.from_pretrained(skeleton, adapter, adapter_name="default", low_cpu_mem_usage=True).eval()
     return Source(model, "default", checkpoint)
+
+
+def _original(layer: DLQATLayer) -> torch.Tensor:
+    return layer.frozen.original().detach().cpu()
 
 
 def _on_cpu(weight: QuantizedWeight) -> QuantizedWeight:

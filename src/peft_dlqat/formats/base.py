@@ -70,6 +70,11 @@ class TensorInfo:
         first, second = self.shape[0], self.shape[-1]
         return (second, first) if self.transposed else (first, second)
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Its shape in a file that has outputs as rows."""
+        return self.shape[::-1] if self.transposed else self.shape
+
     def dense(self, value: torch.Tensor | QuantizedWeight) -> torch.Tensor:
         """The tensor as the model keeps it; an adapted weight [out, in] merged, in float32."""
         if isinstance(value, torch.Tensor):
@@ -271,6 +276,19 @@ class Format(ABC):
             ValueError: naming what it cannot say, and what to do.
         """
         return
+
+    def with_template(
+        self, template: str | Path, outline: Outline, weights: Iterable[tuple[TensorInfo, torch.Tensor, bool]]
+    ) -> Format:
+        """The same format as a file of the same base model has it; arguments as `gguf_template.GGUFTemplate`.
+
+        Raises:
+            ValueError: for a format that has no templates, or a file of another model.
+        """
+        raise ValueError(
+            f"template={str(template)!r} has no meaning in format={self.name!r}, which says all that config.json "
+            "says; leave it out, or use format='gguf'."
+        )
 
     def grids(self, outline: Outline) -> dict[str, Grid]:
         """The grid on which each adapted weight is written, by the tensor's name: every value of its own is on it."""

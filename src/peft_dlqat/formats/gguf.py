@@ -25,6 +25,7 @@ from .base import DENSE_BITS, IN_FLOAT16, Add, Format, Outline, TensorInfo
 from .engines import Engine, float32_logits
 from .gguf_blocks import BlockType, Signed, Ternary, Unsigned
 from .gguf_checks import check_config
+from .gguf_file import GGUFFile
 from .gguf_k_quants import K_QUANT_TYPES
 from .gguf_metadata import ARCHITECTURES, architecture, rope_factors, write_metadata
 from .gguf_vocab import write_sampling, write_vocab
@@ -71,7 +72,7 @@ def _transformers_knows(folder: Path) -> bool:
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    return ARCHITECTURES[kind].name in GGUF_SUPPORTED_ARCHITECTURES
+    return kind in ARCHITECTURES and ARCHITECTURES[kind].name in GGUF_SUPPORTED_ARCHITECTURES
 
 
 class GGUF(Format):
@@ -156,7 +157,15 @@ llama-cli -hf THIS_REPOSITORY
             return outline.origin.dense.get(tensor.name, value)
 
         kind = self.dense_type(outline, tensor)
-        return torch.from_numpy(gguf.dequantize(_float_bytes(value, kind), gguf.GGMLQuantizationType[kind]))
+        return torch.from_numpy(gguf.dequantize(float_bytes(value, kind), gguf.GGMLQuantizationType[kind]))
+
+    def with_template(
+        self, template: str | Path, outline: Outline, weights: Iterable[tuple[TensorInfo, torch.Tensor, bool]]
+    ) -> Format:
+        """See `gguf_template`."""
+        from .gguf_template import GGUFTemplate
+
+        return GGUFTemplate(GGUFFile.open(template), outline, weights)
 
     def copies(self, outline: Outline) -> bool:
         """Where it came from a GGUF file."""
@@ -206,7 +215,7 @@ llama-cli -hf THIS_REPOSITORY
             writer.add_size_label(gguf.size_label(weights, weights, 0, 0))
             write_metadata(writer, config, arch, outline.name or arch.name)
             write_sampling(writer, folder)
-            writer.add_file_type(_file_type(types))
+            writer.add_file_type(file_type(types))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             notes += write_vocab(writer, folder, config)
             factors = rope_factors(config)
@@ -221,12 +230,12 @@ llama-cli -hf THIS_REPOSITORY
                 writer.write_tensor_data(factors)
 
             def add(tensor: TensorInfo, value: torch.Tensor | QuantizedWeight) -> None:
-                order = arch.row_order(tensor.name, config, _shape(tensor)[0])
+                order = arch.row_order(tensor.name, config, tensor.stored_shape[0])
                 if isinstance(value, QuantizedWeight):
-                    writer.write_tensor_data(block_type(value.grid).pack(_rows(value, order)))
+                    writer.write_tensor_data(block_type(value.grid).pack(ordered_rows(value, order)))
                 else:
                     rows = (value.t() if tensor.transposed else value)[order]
-                    writer.write_tensor_data(_float_bytes(arch.adjusted(tensor.name, rows), types[tensor.name]))
+                    writer.write_tensor_data(float_bytes(arch.adjusted(tensor.name, rows), types[tensor.name]))
 
             yield add
 
@@ -235,11 +244,8 @@ llama-cli -hf THIS_REPOSITORY
         return self.dense_type(outline, tensor) if tensor.grid is None else block_type(tensor.grid).name
 
 
-def _shape(tensor: TensorInfo) -> tuple[int, ...]:
-    return tensor.shape[::-1] if tensor.transposed else tensor.shape
-
-
-def _rows(weight: QuantizedWeight, order: torch.Tensor | slice) -> QuantizedWeight:
+def ordered_rows(weight: QuantizedWeight, order: torch.Tensor | slice) -> QuantizedWeight:
+    """The same weight with its rows in another order."""
     zero = None if weight.zero is None else weight.zero[order]
     return replace(weight, codes=weight.codes[order], scale=weight.scale[order], zero=zero)
 
@@ -247,7 +253,7 @@ def _rows(weight: QuantizedWeight, order: torch.Tensor | slice) -> QuantizedWeig
 def _announce(writer: Any, name: str, tensor: TensorInfo, type_name: str) -> None:
     import gguf
 
-    kind, shape = gguf.GGMLQuantizationType[type_name], _shape(tensor)
+    kind, shape = gguf.GGMLQuantizationType[type_name], tensor.stored_shape
     if type_name in ("F32", "F16"):
         dtype = np.dtype(np.float32 if type_name == "F32" else np.float16)
         writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
@@ -256,7 +262,7 @@ def _announce(writer: Any, name: str, tensor: TensorInfo, type_name: str) -> Non
     writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), int(np.prod(byte_shape)), raw_dtype=kind)
 
 
-def _float_bytes(value: torch.Tensor, kind: str) -> np.ndarray:
+def float_bytes(value: torch.Tensor, kind: str) -> np.ndarray:
     """A dense tensor in one of `_FLOATS`; what Q8_0 has rounded it finds again."""
     import gguf
 
@@ -270,7 +276,7 @@ def _float_bytes(value: torch.Tensor, kind: str) -> np.ndarray:
     return gguf.quantize(value.float().numpy(), gguf.GGMLQuantizationType[kind])
 
 
-def _file_type(types: dict[str, str]) -> int:
+def file_type(types: dict[str, str]) -> int:
     """llama.cpp's name for the file: that of the commonest type."""
     import gguf
 

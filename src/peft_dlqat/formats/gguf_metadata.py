@@ -170,8 +170,9 @@ def architecture(config: PretrainedConfig) -> Architecture:
     kind = config.model_type
     if kind not in ARCHITECTURES:
         raise ValueError(
-            f"model_type={kind!r} cannot be written as GGUF, only {', '.join(map(repr, ARCHITECTURES))}; export it as "
-            "'compressed-tensors' or 'dense'."
+            f"model_type={kind!r} cannot be written as GGUF, only {', '.join(map(repr, ARCHITECTURES))}; give a file "
+            "that llama.cpp's converter made of the base model by template=..., or export it as 'compressed-tensors' "
+            "or 'dense'."
         )
     return ARCHITECTURES[kind]
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from .grid import Grid
+from .lattice import lies_on, recover
 
 # Shares of a group's smallest and largest weight at which "mse" tries to clip. Below a third even 2-bit grids only get
 # worse; between the shares, the regressions find their way.
@@ -22,6 +24,8 @@ _MOVES = {"none": (), "integer": (1.0, 1.0), "float": (0.5, 0.25, 0.12)}
 _REFINEMENTS = 3
 # By so much a candidate must be better. Two that end alike differ in last bits, which must not choose between them.
 _MARGIN = 1e-4
+# Of weights on a lattice an error below this part of their own size is bfloat16's: there the first of several stays.
+_NOISE = 2.0**-18
 _OF_ZEROS = 2.0**-14  # float16's smallest normal number, which every scale_dtype has
 # Rows are fitted in pieces of about this many weights: little memory beside the model, and fast in a CPU's cache.
 _CHUNK = 2**17
@@ -75,16 +79,24 @@ def minmax(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[
     return _affine(grouped.amin(-1), grouped.amax(-1), grid)
 
 
-def mse(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[torch.Tensor, Zero]:
+def mse(
+    weight: torch.Tensor, grid: Grid, importance: torch.Tensor, lattice: bool = False
+) -> tuple[torch.Tensor, Zero]:
     """The scale and zero of least squared rounding error, each weight's by its importance; arguments as `initialise`.
 
     Clipped ranges are tried, then zeros beside the best one's. Each is mended in closed form: with its codes held, the
     best scale and offset are a weighted linear regression. The best of all is rounded and mended again, a few times.
+    `lattice` tries those of `lattice.recover` first.
     """
     if grid.k_quant:
-        return _mse_of_super_blocks(weight, grid, importance)
-    search = _Search(weight, grid, importance)
+        return _mse_of_super_blocks(weight, grid, importance, lattice)
+    search = _Search(weight, grid, importance, _NOISE if lattice else 0.0)
     low, high = grid.group(weight).amin(-1), grid.group(weight).amax(-1)
+    if lattice:
+        scale, zero = _affine(low, high, grid)
+        own_scale, own_zero, found = recover(weight, grid)
+        zero = None if zero is None or own_zero is None else torch.where(found, own_zero, zero)
+        search.consider(*snap(torch.where(found, own_scale, scale), zero, grid))
     for low_share, high_share in _CLIP_SHARES + (() if grid.zero_point == "none" else _UNEVEN_SHARES):
         scale, zero = _affine(low * low_share, high * high_share, grid)
         search.consider(scale, zero)
@@ -104,11 +116,12 @@ class _Search:
     """The best scale and zero [rows, n_groups] so far, for each group of a weight [rows, in].
 
     A candidate costs one rounding. All else follows from a group's weighted moments of codes q and weights w: sums
-    over the group of h * q, h * q**2 and h * q * w, where h is the importance.
+    over the group of h * q, h * q**2 and h * q * w, where h is the importance. Errors below `noise` times that of
+    zeros are taken as the same.
     """
 
-    def __init__(self, weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> None:
-        self._grid, self._w = grid, grid.group(weight)
+    def __init__(self, weight: torch.Tensor, grid: Grid, importance: torch.Tensor, noise: float) -> None:
+        self._grid, self._w, self._noise = grid, grid.group(weight), noise
         # An offset takes a group's mean; beside a large one the moments would lose their digits.
         self._mean = self._w.mean(-1) if grid.zero_point == "float" else torch.zeros(())
         if grid.zero_point == "float":
@@ -167,16 +180,18 @@ class _Search:
         if zero is not None:  # w_hat = scale * q + offset
             offset = zero - self._mean if kind == "float" else -scale * zero
             error = error - offset * (2 * (hw - scale * sum_hq) - offset * h)
-        return scale, zero, error
+        return scale, zero, torch.maximum(error, self._noise * self._sum_hww) if self._noise else error
 
 
-def _mse_of_super_blocks(weight: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[torch.Tensor, Zero]:
+def _mse_of_super_blocks(
+    weight: torch.Tensor, grid: Grid, importance: torch.Tensor, lattice: bool
+) -> tuple[torch.Tensor, Zero]:
     """`mse` for a K-quant: each group's best on its own, not rounded, then the scales of a super-block together.
 
     Rounded in each try, a group would be judged by what its neighbours try. Groups to which their best before rounding
     is of no use, those of one repeated value or, with an offset, without a negative one, get the range that they span.
     """
-    scale, zero = mse(weight, replace(grid, k_quant=False), importance)
+    scale, zero = mse(weight, replace(grid, k_quant=False), importance, lattice)
     low, high = grid.group(weight).amin(-1), grid.group(weight).amax(-1)
     spanning_scale, spanning_zero = _affine(low, high, grid)
     spanning = low == high
@@ -216,6 +231,9 @@ def initialise(
     # A channel that was never active would leave its weights to chance; a millionth of the mean does no harm.
     importance = importance.float() / importance.float().mean().clamp(min=1e-30) + 1e-6
     rows = max(1, (_CHUNK if weight.device.type == "cpu" else _CHUNK_ON_GPU) // weight.shape[1])
-    parts = [INITIALISATIONS[init](chunk.float(), grid, importance) for chunk in weight.split(rows)]
+    fit = INITIALISATIONS[init]
+    if fit is mse and lies_on(weight, grid):
+        fit = partial(mse, lattice=True)
+    parts = [fit(chunk.float(), grid, importance) for chunk in weight.split(rows)]
     scales, zeros = zip(*parts, strict=True)
     return torch.cat(scales), None if zeros[0] is None else torch.cat(zeros)
