@@ -66,7 +66,7 @@ class DLQATLayer(BaseTunerLayer):
     All tensors are float32. But for the buffers they are Parameters; the frozen ones take no gradient. The trained
     ones count from their start, each in a unit of its own, see [`TrainedTensor`]. Which of them there are is the
     method's choice; one that is not in this table gets a dict of its own when the adapter is added. `frozen` is W0, a
-    [`FrozenWeight`].
+    [`FrozenWeight`]. Where that is kept as a quantized file has it, s and b are in its bytes, and none is here.
     """
 
     adapter_layer_names: tuple[str, ...] = ("dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_shift")
