@@ -344,8 +344,8 @@ def _check_packed_alike(name: str, module: nn.Module, grid: Grid, storage: str) 
 
 
 def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """Refuse to pack a weight that another module uses as it is."""
-    if config.storage in ("full", IN_FILE):
+    """Refuse to pack a weight, or to train it in its file, that another module uses as it is."""
+    if config.storage == "full":
         return
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -357,8 +357,8 @@ def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.M
         others = [user for user in users.get(id(weight), []) if not user.startswith(f"{name}.")]
         if others:
             raise ValueError(
-                f"storage={config.storage!r} packs the weight of {name}, but {others[0]} is the same tensor; use "
-                "exclude_modules, or storage='full'."
+                f"storage={config.storage!r} keeps one weight of {name} and {others[0]}, which are the same tensor; "
+                + ("use exclude_modules." if config.storage == IN_FILE else "use exclude_modules, or storage='full'.")
             )
 
 

@@ -288,6 +288,12 @@ def test_settings_that_a_file_has_of_its_own_are_refused(opened, settings, messa
         load_quantized(path, DLQATConfig(**CONFIG | settings), base=path.parent)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_head_that_is_the_embedding_is_refused(opened):
+    with pytest.raises(ValueError, match=r"lm_head and model.embed_tokens.weight, which are the same .*exclude_modul"):
+        opened("tied", "Q3_K_M", target_modules=["lm_head"])
+
+
 def test_a_weight_that_is_no_number_is_refused(tmp_path):
     def spoilt(blocks):
         blocks = blocks.clone()
