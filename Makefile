@@ -33,10 +33,11 @@ CHECK_OURS = if [ -e "$(VENV)" ] && [ ! -e "$(VENV)/.made-by-make" ]; then \
 .DELETE_ON_ERROR:
 # The targets share one environment, and two pips must not write to it at once.
 .NOTPARALLEL:
-.PHONY: help demo test test-all coverage test-engines quality bench-quality clean
+.PHONY: help demo docs test test-all coverage test-engines quality bench-quality clean
 
 help:
 	@echo "make demo     fine-tune a small model with DL-QAT on this machine (ARGS= goes to examples/finetune.py)"
+	@echo "make docs     build the documentation as a site, in outputs/site"
 	@echo "make test     run the tests, minutes (TESTS= chooses which, ARGS= goes to pytest, WORKERS= sets the processes)"
 	@echo "make test-all  the same with those marked slow: every combination of settings, runs of several processes"
 	@echo "make coverage  make test-all, and which branches of src it never takes; twice as long, fails below 95 %"
@@ -48,6 +49,11 @@ help:
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/python examples/finetune.py --demo $(ARGS)
+
+# -W: a warning, such as of a link that leads nowhere, is an error. -E: pages that have not changed are read again.
+docs: $(VENV)/.stamp-docs
+	$(BIN)/python -m sphinx -q -W --keep-going -E docs outputs/site
+	@echo "outputs/site/index.html"
 
 # One thread a worker: the default, one a core in each worker, makes the workers fight over the cores.
 # Offline: no test may depend on a download. loadgroup: tests that share what is dear to make run in one worker.

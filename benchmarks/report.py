@@ -381,8 +381,9 @@ def draw(model: str, folder: Path) -> None:
         name: {who: runs for who, runs in row.items() if who != FULL_PRECISION and math.isfinite(kl(runs))}
         for name, row in found.items()
     }
-    contenders = sorted({who for row in rivals.values() for who in row})
-    colours = {name: matplotlib.colormaps["tab20"](i % 20) for i, name in enumerate(contenders)}
+    contenders = sorted({who for row in rivals.values() for who in row}, key=lambda who: (who != BY_DEFAULT, who))
+    # The ten dark ones of the palette before the ten light ones.
+    colours = {name: matplotlib.colormaps["tab20"](2 * i % 20 + i // 10) for i, name in enumerate(contenders)}
     label = "held-out KL, nats a token"
 
     figure, axis = plt.subplots(figsize=(8, 4.2))
@@ -396,7 +397,9 @@ def draw(model: str, folder: Path) -> None:
                 and {key: value for key, value in config.items() if key not in ("bits", "group_size")} == plain
             ):
                 point = row[who][0]["bits_per_weight"], kl(row[who])
-                axis.scatter(*point, color=colours[who], marker=f"${config['bits']}$", s=50)
+                axis.scatter(
+                    *point, color=colours[who], marker=f"${config['bits']}$", s=50, zorder=2 + (who == BY_DEFAULT)
+                )
                 row_wise += [point] if config["group_size"] == -1 else []
         axis.plot(*zip(*sorted(row_wise), strict=True) if row_wise else ([], []), color=colours[who], linewidth=1)
         axis.plot([], [], "s", color=colours[who], label=who)
@@ -430,16 +433,20 @@ def draw_layer(results: dict[str, Any], path: Path) -> None:
     rows = {name: row["time_ratio"] for name, row in results["rows"].items()}
     first = next(iter(rows.values()))
     names = [name for name in first if name.startswith("DL-QAT") and all(name in row for row in rows.values())]
-    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names) + 1, 3.6), sharey=True, sharex=True)
-    for axis, name in zip(axes, names, strict=True):
+    tall = -(-len(names) // 3)
+    figure, axes = plt.subplots(tall, 3, figsize=(9.4, 3 * tall), sharey=True, sharex=True, squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, names, strict=False):
         for i, row in enumerate(rows.values()):
             axis.barh(i, row[name]["median"], color="tab:blue")
             axis.plot([row[name]["low"], row[name]["high"]], [i, i], color="black")
         axis.axvline(1, color="gray", linewidth=0.8)
         axis.set_title(name.replace(", ", "\n"), fontsize=8)
         axis.set_xlabel("time / LoRA's", fontsize=8)
-    axes[0].set_yticks(range(len(rows)), list(rows), fontsize=8)
-    axes[0].invert_yaxis()
+        axis.tick_params(labelsize=8)
+    axes.flat[0].set_yticks(range(len(rows)), list(rows))
+    axes.flat[0].invert_yaxis()
     save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Which batch fits which card: prints the tables of docs/memory.md, from `estimate_memory`.
+"""Which batch fits which card: prints the tables of docs/memory.md and docs/laptop.md, from `estimate_memory`.
 
     python benchmarks/memory/plan.py          # minutes; with names of models, such as 7B, only these
 
@@ -11,7 +11,7 @@ import sys
 from functools import cache
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
 from peft_dlqat import DLQATConfig, estimate_memory
@@ -27,6 +27,29 @@ MODELS = {
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
     },
+}
+# Of small models, as they are published: Qwen3-0.6B, Llama-3.2-1B and 3B.
+SMALL_MODELS = {
+    "0.6B": Qwen3Config(
+        **{"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
+        **{"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+    ),
+    "1B": LlamaConfig(
+        **{"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+    ),
+    "3B": LlamaConfig(
+        **{"vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28},
+        **{"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+    ),
+    "7B": LlamaConfig(vocab_size=32000, **MODELS["7B"]),
+}
+LAPTOP = {
+    "groups of 128, full": (("transformers", None, 4), {}),
+    "groups of 128, int4": (("transformers", None, 4), {"storage": "int4"}),
+    "Q4_0, int4": (("llama.cpp", "Q4_0"), {"storage": "int4"}),
+    "Q3_K, int4": (("llama.cpp", "Q3_K"), {"storage": "int4"}),
+    "Q3_K, int4, one m a row": (("llama.cpp", "Q3_K"), {"storage": "int4", "magnitude": "row"}),
 }
 STORAGES = ("full", "int8", "int4", "int2")
 LENGTHS = (1024, 2048, 4096)
@@ -98,13 +121,29 @@ def batch_table(models: list[str]) -> list[str]:
     return lines
 
 
+def laptop_row(model: str) -> str:
+    """What a step with one sequence takes, in Markdown, one cell a setting."""
+    totals = [
+        estimate_memory(
+            DLQATConfig.for_engine(*engine, r=16, task_type="CAUSAL_LM", **settings),
+            SMALL_MODELS[model],
+            1,
+            LENGTHS[0],
+        ).total
+        for engine, settings in LAPTOP.values()
+    ]
+    return f"| {model} | {' | '.join(f'{total / GIB:.1f}' for total in totals)} |"
+
+
 def main(models: list[str]) -> None:
-    """Print both tables."""
+    """Print all tables."""
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
     print("One sequence of 1024 tokens, GiB:\n", *parts_table(models), sep="\n")
     print(f"\nThe largest batch by sequence length ({' / '.join(map(str, LENGTHS))} tokens):\n")
     print(*batch_table(models), sep="\n")
+    print(f"\n| model | {' | '.join(LAPTOP)} |", f"|---|{'---:|' * len(LAPTOP)}", sep="\n")
+    print(*map(laptop_row, SMALL_MODELS), sep="\n")
 
 
 if __name__ == "__main__":

@@ -182,6 +182,7 @@ def test_the_page_holds_what_the_script_prints(monkeypatch):
     assert "\n".join(plan.parts_table(list(plan.MODELS))) in page
     monkeypatch.setattr(plan, "LENGTHS", plan.LENGTHS[:1])
     assert "\n".join(plan.batch_table(["7B"])) in re.sub(r" / [\d-]+ / [\d-]+ \|", " |", page)
+    assert plan.laptop_row("1B") in (ROOT / "docs" / "laptop.md").read_text(encoding="utf-8")
 
 
 # shapes, mixture, gradient checkpointing and dtype

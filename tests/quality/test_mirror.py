@@ -5,7 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SOURCE, TESTS = ROOT / "src" / "peft_dlqat", ROOT / "tests"
 # What is no module's: the repository, examples and benchmarks, runs of several processes.
-OTHERS = {"quality", "examples", "benchmarks", "distributed"}
+OTHERS = {"quality", "docs", "examples", "benchmarks", "distributed"}
 # Of several modules: what a room refuses, all that talks to the Hub, what comes from strangers.
 SHARED = {
     "train/test_refused",
