@@ -9,6 +9,7 @@ from .export import export_formats, export_model, verify_export
 from .hub import extend_peft_type, register
 from .large.calibrate_from_disk import calibrate_from_disk
 from .large.load_packed import load_packed
+from .large.load_quantized import load_quantized
 from .large.memory import estimate_memory
 from .layer import DLQATLayer
 from .model import DLQATModel
@@ -50,6 +51,7 @@ __all__ = [
     "generate_dataset",
     "grid_report",
     "load_packed",
+    "load_quantized",
     "pack_weights",
     "summarize",
     "verify_export",

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .layer import NUMBERS, PREFIX, SAVED, DLQATLayer, adapter_layers, warn_of_inexact
 from .layer_spec import stored_as
 from .placement import is_partitioned
-from .quant.fixed_point import STORAGES
+from .quant.fixed_point import ALL_STORAGES, FILE_STORAGES, STORAGES
 from .record import OtherBaseWarning, Record
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -170,7 +170,7 @@ def check_loaded(model: nn.Module, adapter_name: str, storage: str) -> None:
     layers, records, inexact = adapter_layers(model, adapter_name)[1], {}, 0
     for name, layer in layers.items():
         state = {kind: getattr(layer, kind).get(adapter_name) for kind in SAVED}
-        scale = state["dlqat_scale"]
+        scale = state["dlqat_scale"] if layer.frozen.in_file is None else state["dlqat_spec"]
         if scale is None or scale.is_meta or type(scale.data) is not torch.Tensor or is_partitioned(scale):
             continue  # not there, or a shard of it
         inexact += layer.convert_in_place(adapter_name)
@@ -187,10 +187,19 @@ def check_loaded(model: nn.Module, adapter_name: str, storage: str) -> None:
 
 
 def warn_of_other_base(adapter_name: str, layers: Mapping[str, DLQATLayer], records: Mapping[str, Record]) -> None:
-    """Warn if adapted weights are not those that an adapter's records tell of: other codes would come of them."""
+    """Warn if adapted weights are not those that an adapter's records tell of: other codes would come of them.
+
+    Raises:
+        ValueError: where weights are as a quantized file has them: the scales and zeros are those of that file.
+    """
     others, dtypes = [], set()
     for name, recorded in records.items():
         found = layers[name].base_record()
+        if layers[name].frozen.in_file is not None and recorded.checksum != found.checksum:
+            raise ValueError(
+                f"adapter {adapter_name!r} belongs to another quantized file: {name} has other bytes there; open by "
+                "load_quantized the very file that it was trained on."
+            )
         if not recorded.fits(found):
             layers[name].on_other_base.add(adapter_name)
             others.append(name)
@@ -284,7 +293,7 @@ def _check_settings(
     spec, encoded = layer.specs[adapter_name], state["dlqat_spec"]
     assert encoded is not None
     kept = stored_as(encoded)
-    if kept is None or STORAGES[kept].problem(spec.grid.bits, layer.in_features):
+    if kept is None or ALL_STORAGES[kept].problem(spec.grid.bits, layer.in_features):
         raise ValueError(
             f"{name}.dlqat_spec of the saved adapter names storage {int(encoded[6])}, which is none of {[*STORAGES]} "
             f"or holds no {spec.grid.bits} bits: the file is broken, or another version's."
@@ -294,7 +303,12 @@ def _check_settings(
             f"{name}: the saved adapter belongs to a frozen weight kept as {kept!r}, but here it is packed as "
             f"{spec.storage!r}; load the base model again."
         )
-    if kept != "full" and storage not in ("full", kept):
+    if (kept in FILE_STORAGES) != (layer.frozen.in_file is not None):
+        raise ValueError(
+            f"{name}: the saved adapter belongs to a frozen weight kept as {kept!r}, and this one is kept as "
+            f"{spec.storage!r}; open the file that the adapter was trained on by load_quantized."
+        )
+    if kept != "full" and storage not in ("full", kept) and kept not in FILE_STORAGES:
         raise ValueError(
             f"{name}: the saved adapter was trained on a frozen weight kept as {kept!r}, and storage={storage!r} "
             "would make another weight of it; use the adapter_config.json beside it, or storage='full'."
@@ -310,6 +324,8 @@ def _check_scales_and_zeros(
     name: str, layer: DLQATLayer, adapter_name: str, state: dict[str, torch.Tensor | None]
 ) -> None:
     grid, scale, zero_point = layer.specs[adapter_name].grid, state["dlqat_scale"], state["dlqat_zero_point"]
+    if layer.frozen.in_file is not None:
+        return  # they are in the file
     assert scale is not None
     if layer.frozen.packed and not _same_scales_and_zeros(layer, adapter_name, state):
         raise ValueError(

@@ -27,7 +27,7 @@ from .lora_arguments import check_mergeable, translated
 from .messages import cut, shown
 from .methods import MAGNITUDES, METHODS, Method
 from .quant.fit import INITIALISATIONS
-from .quant.fixed_point import STORAGES
+from .quant.fixed_point import IN_FILE, STORAGES
 from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid
 from .quant.op import GRADIENTS
 from .quant.super_blocks import K_QUANTS, check_k_quant
@@ -61,6 +61,10 @@ def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 
 def _one_of(choices: Iterable[str]) -> Check:
     return lambda name, value: _check_choice(name, value, choices)
+
+
+def _storage(name: str, value: Any) -> None:
+    _check_choice(name, value, (*STORAGES, IN_FILE))
 
 
 def _check_flag(name: str, value: Any) -> None:
@@ -218,12 +222,15 @@ class DLQATConfig(PeftConfig):
         bias: which biases train: "none", "all" or "dlqat_only".
         storage: how the frozen weight is kept after calibration: "full", as it is; "int8", "int4" or "int2":
             that many bits a weight, in units of the grid (`peft_dlqat.quant.fixed_point`), and the full one is let go.
+            "file" is what [`load_quantized`] sets: as the quantized file has it, whose types say bits, group sizes,
+            zeros and scales.
         gradient: "exact"; "bf16", whose one product that only feeds sums is in bfloat16; or "lowrank": at LoRA's own
             cost, without the clip's mask, for magnitude="row" or False (see `peft_dlqat.quant.lowrank`).
         init: how the first scales and zeros are found: "mse" (least squared error over clipped ranges; those that the
             weights lie on, where they do, as after quantization-aware training) or "minmax".
         export: formats that the model is to be exported to ("gguf", "compressed-tensors", "mlx", "gptq", "dense"): a
             grid that one of them cannot hold exactly is refused now rather than after training.
+        file_sha256: checksum of the quantized file that the adapter belongs to; set by [`load_quantized`].
         init_weights: True starts B at zero, so that a fresh adapter is exactly round-to-nearest; False starts it
             at random, for tests.
         lora: folder or hub id of a trained LoRA adapter to continue from: it is merged into the frozen weights, here
@@ -273,14 +280,15 @@ class DLQATConfig(PeftConfig):
     bits_pattern: dict[str, int] = _setting({}, "bits by module name.")
     group_size_pattern: dict[str, int] = _setting({}, "group_size by module name.")
     bias: Literal["none", "all", "dlqat_only"] = _setting("none", "Which biases train.", _one_of(_BIAS))
-    storage: Literal["full", "int8", "int4", "int2"] = _setting(
-        "full", "How the frozen weight is kept once scales and zeros are frozen.", _one_of(STORAGES)
+    storage: Literal["full", "int8", "int4", "int2", "file"] = _setting(
+        "full", "How the frozen weight is kept once scales and zeros are frozen.", _storage
     )
     gradient: Literal["exact", "bf16", "lowrank"] = _setting(
         "exact", "'exact', 'bf16', or 'lowrank' at LoRA's own cost.", _one_of(GRADIENTS)
     )
     init: Literal["mse", "minmax"] = _setting("mse", "First scales and zeros of a layer.", _one_of(INITIALISATIONS))
     export: list[str] | None = _setting(None, "Formats that must be able to hold the grid exactly.", _check_export)
+    file_sha256: str | None = _setting(None, "Checksum of the quantized file it belongs to.", _check_text)
     init_weights: bool = _setting(True, "Start B at zero; False starts it at random.", _check_flag)
 
     lora: str | None = _setting(None, "Trained LoRA adapter to continue from: folder or hub id.", _check_text)
@@ -322,7 +330,8 @@ class DLQATConfig(PeftConfig):
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform; say which layers to adapt."
             )
-        self.check_export(self.grids())
+        if self.storage != IN_FILE:
+            self.check_export(self.grids())
 
     @classmethod
     def from_lora(cls, lora: LoraConfig | str | os.PathLike[str], /, **settings: Any) -> DLQATConfig:
@@ -466,8 +475,36 @@ class DLQATConfig(PeftConfig):
                 f"storage={self.storage!r} keeps the weight in units of the frozen step, but method={self.method!r} "
                 "trains the step; use storage='full', or another method."
             )
+        if self.storage == IN_FILE:
+            self._check_in_file()
+            return
         if problem := STORAGES[self.storage].problem(max(self.bits, *self.bits_pattern.values(), 0), 8):
             raise ValueError(f"storage={self.storage!r} {problem}.")
+
+    def _check_in_file(self) -> None:
+        """Refuse settings that a quantized file has of its own, and what is of no use beside it."""
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        for name in ("bits", "group_size", "zero_point", "scale_dtype", "init"):
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ValueError(
+                    f"{name}={value!r} has no meaning with storage={IN_FILE!r}: the grid, scales and zeros are the "
+                    f"quantized file's own; leave {name} out."
+                )
+        for name in ("bits_pattern", "group_size_pattern"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} has no meaning with storage={IN_FILE!r}: the grid is the file's; leave {name} out."
+                )
+        if self.modules_to_save or self.bias != "none":
+            raise ValueError(
+                f"modules_to_save and bias train what a quantized file (storage={IN_FILE!r}) keeps as it is; leave "
+                "them out."
+            )
+        if self.gradient == "lowrank":
+            raise ValueError(
+                f"gradient='lowrank' divides by scales, and those of a file (storage={IN_FILE!r}) may be 0; use "
+                "gradient='exact'."
+            )
 
     def patterns(self) -> dict[str, str]:
         """Fields that set another module by module, and the names of those, which have a check."""

@@ -14,7 +14,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .file_layers import in_file
 from .formats import Outline, TensorInfo
+from .formats.gguf_file import Origin
 from .layer import DLQATLayer, adapter_layers
 from .placement import full_shape
 
@@ -32,6 +34,7 @@ class Contents:
         config: the base model's config, its embeddings untied where the adapter has changed one of the two.
         tensors: all tensors, in the order of the model's state dict; of tied ones the first.
         base: folder or hub id of the base model; "" where it has none.
+        origin: the quantized file that it was opened from, if any.
         modules_to_save: modules that the adapter trains in full.
 
     Raises:
@@ -50,6 +53,7 @@ class Contents:
         if isinstance(model, PeftModel):  # names without PEFT's prefix
             _, self.layers = adapter_layers(inner, self.adapter_name)
         self.base = str(inner.name_or_path or "")
+        self.origin: Origin | None = getattr(inner, "origin", None)
         found = tensors_of(inner, self.adapter_name, self.layers)
         self._keys = {tensor.name: key for key, tensor in found.items()}
         self.tensors = list(found.values())
@@ -75,6 +79,7 @@ class Contents:
             dtype=dtype,
             embeddings=embeddings,
             max_shard_size=max_shard_size,
+            origin=self.origin,
         )
 
     @property
@@ -88,10 +93,17 @@ class Contents:
         return self.model.dtype
 
     def dense(self) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
-        """Tensors without codes, as the model has them: on their devices, or the meta device."""
+        """Tensors without codes, as the model has them: on their devices, or the meta device.
+
+        Not those that lie in memory as a quantized file has them.
+        """
         for tensor in self.tensors:
-            if tensor.grid is None:
+            if tensor.grid is None and not self._is_in_file(tensor):
                 yield tensor, resolve(self.model, self._keys[tensor.name]).detach()
+
+    def _is_in_file(self, tensor: TensorInfo) -> bool:
+        path, _, leaf = self._keys[tensor.name].rpartition(".")
+        return leaf == "weight" and in_file(self.model.get_submodule(path))
 
     @property
     def linears(self) -> list[str]:
@@ -149,6 +161,8 @@ def tensors_of(model: nn.Module, adapter_name: str, layers: dict[str, DLQATLayer
         conv1d = isinstance(module.get_base_layer() if isinstance(module, DLQATLayer) else module, Conv1D)
         transposed = conv1d and name.endswith(".weight")
         shape, dtype = full_shape(tensor), tensor.dtype
+        if in_file(module) and name.endswith(".weight"):
+            shape, dtype = module.shape, module.dtype  # type: ignore[assignment]
         if layer is not None:  # whose weight may be packed
             shape, dtype = (layer.out_features, layer.in_features), layer.frozen.dtype
             shape = shape[::-1] if transposed else shape

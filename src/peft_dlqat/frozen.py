@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .file_layers import FileLinear
 from .placement import at_hand, check_here
 from .quant.fixed_point import as_rows
+from .quant.in_file import FileStorage
 from .quant.quantizer import decode_stored, store
 
 if TYPE_CHECKING:
@@ -53,13 +55,27 @@ class FrozenWeight:
     @property
     def packed(self) -> bool:
         """Whether W0 is kept in few bits by this package; others have integers for weights too."""
-        return hasattr(self._layer, "_dtype_of_packed") and not self._kept.is_floating_point()
+        known = hasattr(self._layer, "_dtype_of_packed") or self._file_layer is not None
+        return known and not self._kept.is_floating_point()
+
+    @property
+    def _file_layer(self) -> FileLinear | None:
+        base_layer = self._layer.get_base_layer()
+        return base_layer if isinstance(base_layer, FileLinear) else None
+
+    @property
+    def in_file(self) -> FileStorage | None:
+        """The type of tensor of a file in which W0 is kept, if it is."""
+        layer = self._file_layer
+        return layer.in_file if layer is not None and self.packed else None
 
     @property
     def dtype(self) -> torch.dtype:
         """Of W0: the one that the layer computes in. A packed weight's follows the model's."""
-        weight = self._parameter
-        return weight.dtype if weight.is_floating_point() else self._layer._dtype_of_packed.dtype
+        weight, of_file = self._parameter, self._file_layer
+        if weight.is_floating_point():
+            return weight.dtype
+        return self._layer._dtype_of_packed.dtype if of_file is None else of_file.dtype
 
     def as_kept(self) -> torch.Tensor:
         """W0 [out, in] as it is kept: in full (a view where the base layer has it transposed), or packed in uint8."""
@@ -70,9 +86,11 @@ class FrozenWeight:
 
     def original(self) -> torch.Tensor:
         """W0 [out, in], merged or not; of a packed one what is left of it."""
-        weight = self.as_kept()
+        weight, of_file = self.as_kept(), self._file_layer
         if not self.packed:
             return weight
+        if of_file is not None:
+            return of_file.decoded(weight).to(self.dtype)
         return decode_stored(weight, self._layer.quantizer(next(iter(self._layer.specs)))).to(self.dtype)
 
     @torch.no_grad()

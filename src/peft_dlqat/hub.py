@@ -46,6 +46,8 @@ def _section(config: DLQATConfig, directory: str | os.PathLike[str]) -> str:
     """The section as Markdown: how to load the adapter, its grid, its size, and whether it was calibrated."""
     method = METHODS[config.method]
     base = config.base_model_name_or_path or "BASE_MODEL"
+    if config.storage == "file":
+        return _of_file(config)
     group = "one scale a row" if config.group_size == -1 else f"groups of {config.group_size} input channels"
     lines = [
         f"# {config.bits}-bit {method.title} adapter",
@@ -73,6 +75,31 @@ def _section(config: DLQATConfig, directory: str | os.PathLike[str]) -> str:
         if pattern := getattr(config, name):
             lines.append(f"| {name} | {pattern} |")
     return "\n".join(lines + _of_tensors(directory))
+
+
+def _of_file(config: DLQATConfig) -> str:
+    """The section of an adapter that belongs to a quantized file."""
+    method, name = METHODS[config.method], Path(config.base_model_name_or_path or "FILE").name
+    return "\n".join(
+        (
+            f"# {method.title} adapter for {name}",
+            "",
+            f"Trained inside the blocks of a quantized file ([{method.title}](https://arxiv.org/abs/{method.arxiv})) "
+            "with `pip install peft-dlqat`: written back, it is the same kind of file, of the same size.",
+            "",
+            "```python",
+            "from peft_dlqat import export_model, load_quantized",
+            "",
+            f'model, tokenizer = load_quantized("{name}", "THIS_REPOSITORY")',
+            'export_model(model, "out", "gguf")  # the file with the trained weights in it',
+            "```",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| file | {name}, sha256 {config.file_sha256} |",
+            f"| low-rank update | r = {config.r}, lora_alpha = {config.lora_alpha} |",
+        )
+    )
 
 
 def _of_tensors(directory: str | os.PathLike[str]) -> list[str]:

@@ -23,6 +23,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from .deferred import DeferredWeight
+from .file_layers import FileLinear
 from .float32 import Float32BufferDict, Float32ParameterDict
 from .frozen import FrozenWeight
 from .kept_weight import KeptWeight
@@ -31,7 +32,7 @@ from .methods import AdapterTensors, TrainedTensor
 from .placement import at_hand, check_here, full_shape, gather_with, is_partitioned
 from .quant.dispatch import harden
 from .quant.fit import initialise
-from .quant.fixed_point import as_rows
+from .quant.fixed_point import FILE_STORAGES, as_rows
 from .quant.op import fake_quantize, fake_quantize_linear, linear, quantized
 from .quant.quantizer import QuantizedWeight, Quantizer
 from .record import OtherBaseWarning, Record
@@ -65,7 +66,7 @@ class DLQATLayer(BaseTunerLayer):
     All tensors are float32. But for the buffers they are Parameters; the frozen ones take no gradient. The trained
     ones count from their start, each in a unit of its own, see [`TrainedTensor`]. Which of them there are is the
     method's choice; one that is not in this table gets a dict of its own when the adapter is added. `frozen` is W0, a
-    [`FrozenWeight`].
+    [`FrozenWeight`]. Where that is kept as a quantized file has it, s and b are in its bytes, and none is here.
     """
 
     adapter_layer_names: tuple[str, ...] = ("dlqat_A", "dlqat_B", "dlqat_magnitude", "dlqat_shift")
@@ -90,7 +91,8 @@ class DLQATLayer(BaseTunerLayer):
         self.on_other_base: set[str] = set()  # adapters of which that was said
         self._disable_adapters = False
         self.merged_adapters = []
-        shape = full_shape(self.get_base_layer().weight)
+        own: Any = self.get_base_layer()
+        shape = own.shape if isinstance(own, FileLinear) else full_shape(own.weight)
         self.out_features, self.in_features = shape[::-1] if fan_in_fan_out else shape
 
     @property
@@ -108,24 +110,29 @@ class DLQATLayer(BaseTunerLayer):
     ) -> None:
         """Add an adapter, its scales and zeros fitted to W0 by `init` (skipped for a weight on the meta device).
 
-        On a packed W0 they are those that it is packed by: it is known in their units only.
+        On a packed W0 they are those that it is packed by: it is known in their units only. Of a W0 that is kept as a
+        file has it they are in its bytes, and are kept nowhere else.
         """
         weight, grid, record = self.frozen.as_kept(), spec.grid, self.base_record()
         # Adapters are initialised where the weight is; under `low_cpu_mem_usage` both are on the meta device.
         device = torch.empty(0).device if torch.empty(0).is_meta else weight.device
-        if device.type == "meta" or weight.is_meta:
+        scale: torch.Tensor | None
+        if self.frozen.in_file is not None:
+            scale = zero = None
+        elif device.type == "meta" or weight.is_meta:
             scale = torch.empty(self.out_features, self.in_features // grid.group_size, device=device)
             zero = None if grid.zero_point == "none" else torch.empty_like(scale)
         elif self.frozen.packed:
             owner, own = next(iter(self.specs.items()))
             spec = replace(spec, storage=own.storage)
-            scale, zero = self.scales_and_zeros(owner)
-            scale, zero = scale.detach().clone(), None if zero is None else zero.detach().clone()
+            own_scale, zero = self.scales_and_zeros(owner)
+            scale, zero = own_scale.detach().clone(), None if zero is None else zero.detach().clone()
         else:
             scale, zero = initialise(weight, grid, init)
         self.specs[adapter_name] = spec
         self.on_other_base.discard(adapter_name)
-        self.dlqat_scale[adapter_name] = nn.Parameter(scale, requires_grad=False)
+        if scale is not None:
+            self.dlqat_scale[adapter_name] = nn.Parameter(scale, requires_grad=False)
         if zero is not None:
             zeros = self.dlqat_zero_point if grid.zero_point == "integer" else self.dlqat_offset
             zeros[adapter_name] = nn.Parameter(zero, requires_grad=False)
@@ -161,7 +168,7 @@ class DLQATLayer(BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; with the last adapter a packed weight is unpacked, as far as it goes."""
-        if list(self.specs) == [adapter_name]:
+        if list(self.specs) == [adapter_name] and self.frozen.in_file is None:
             self.frozen.unpack()
         super().delete_adapter(adapter_name)
 
@@ -176,9 +183,11 @@ class DLQATLayer(BaseTunerLayer):
 
     def base_record(self) -> Record:
         """A new adapter's on this W0: of a packed one that of the adapter whose scales it shares."""
-        if self.frozen.packed:
+        weight, in_file = self.frozen.as_kept(), self.frozen.in_file
+        if in_file is not None and not weight.is_meta:
+            return Record.of_file(weight, in_file.name, self.frozen.dtype)
+        if self.frozen.packed and in_file is None:
             return self.record(next(iter(self.specs)))
-        weight = self.frozen.as_kept()
         return Record() if weight.is_meta else Record.of_weight(weight)
 
     def set_record(self, adapter_name: str, **changes: Any) -> None:
@@ -194,6 +203,8 @@ class DLQATLayer(BaseTunerLayer):
 
     def scales_and_zeros(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """s, and z or b, or None for a symmetric grid; both [out, n_groups]."""
+        if (in_file := self.frozen.in_file) is not None:
+            return in_file.scales_and_zeros(self.frozen.as_kept())
         s, z, b = (self._modules[name].get(adapter_name) for name in CALIBRATED)  # type: ignore[union-attr]
         assert s is not None
         return s, b if z is None else z
@@ -258,6 +269,8 @@ class DLQATLayer(BaseTunerLayer):
         """The way of the weight into the grid and out of it, differentiable in what the adapter's method trains."""
         spec = self.specs[adapter_name]
         quantizer = spec.method.quantizer(self.tensors(adapter_name))
+        if (in_file := self.frozen.in_file) is not None:
+            return replace(quantizer, storage=spec.storage, step=in_file.step(quantizer.step))
         return quantizer if spec.storage == "full" else replace(quantizer, storage=spec.storage)
 
     @torch.no_grad()
@@ -482,7 +495,8 @@ class DLQATLayer(BaseTunerLayer):
 
     def _base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What the layer gives without adapters, or with merged ones."""
-        if self.get_base_layer().weight.is_floating_point():
+        base_layer = self.get_base_layer()
+        if base_layer.weight.is_floating_point() or isinstance(base_layer, FileLinear):
             return self.base_layer(x, *args, **kwargs)
         if not torch.compiler.is_compiling():
             _warn_that_the_base_is_decoded()
@@ -629,7 +643,7 @@ def _check_complete(prefix: str, spec: LayerSpec, found: dict[str, torch.Tensor]
             f"the state dict has {prefix}{next(iter(found))}, but not the dlqat_spec that says in which unit it "
             "counts: buffers were left out; take model.state_dict(), or load the adapter's own file by load_adapter()."
         )
-    if found and "dlqat_scale" not in found:
+    if found and "dlqat_scale" not in found and spec.storage not in FILE_STORAGES:
         raise ValueError(
             f"the state dict has {prefix}{next(iter(found))}, but not the scales that it goes with: frozen parameters "
             "were left out, as in DeepSpeed's checkpoints; load the adapter's own file by load_adapter()."
@@ -649,7 +663,7 @@ def is_plain(layer: nn.Module) -> bool:
     """Whether a linear layer does nothing but y = x @ W.T + bias: no forward of its own, and no hooks."""
     own = layer.__dict__
     return (
-        type(layer).forward in (nn.Linear.forward, Conv1D.forward)
+        type(layer).forward in (nn.Linear.forward, Conv1D.forward, FileLinear.forward)
         and ("forward" not in own or "_hf_hook" in own)  # the forward is accelerate's; `at_hand` does its work
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
         and not own["_backward_pre_hooks"]

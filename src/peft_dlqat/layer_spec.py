@@ -16,8 +16,9 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from .methods import METHODS, Method, TrainedTensor
-from .quant.fixed_point import STORAGES, storage_of
+from .quant.fixed_point import ALL_STORAGES, storage_of
 from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid, fitting_group
+from .quant.in_file import FileStorage
 
 # Raised when the meaning of saved tensors changes. In 2, B counts in units of the step; in 3, all that trains counts
 # from its start, in units of its own.
@@ -64,7 +65,7 @@ class LayerSpec:
         scaling: lora_alpha / r.
         method: the row of the formula.
         gradient: how the weight's gradient is computed, see `quant.op`.
-        storage: how W0 is kept that the adapter belongs to, a key of `STORAGES`; "full" until it is packed.
+        storage: how W0 is kept that the adapter belongs to, a key of `ALL_STORAGES`; "full" until it is packed.
         unit: in which what trains counts, see `unit_of`.
         others: values of the config's further layer settings, by name.
         numbers: these as they are saved, and as they are where nobody has set them.
@@ -81,15 +82,27 @@ class LayerSpec:
     numbers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, config: Any, name: str, in_features: int, depth: int = 1) -> LayerSpec:
-        """The settings of the module `name` with so many inputs, in so many layers, by the config and its patterns."""
+    def from_config(
+        cls, config: Any, name: str, in_features: int, depth: int = 1, in_file: FileStorage | None = None
+    ) -> LayerSpec:
+        """The settings of a module, by the config and its patterns.
+
+        Args:
+            config: the config.
+            name: of the module.
+            in_features: its inputs.
+            depth: in so many layers there are adapters.
+            in_file: the type of file in which W0 is kept, if it is; then it says the grid.
+        """
         r, bits, group_size = (setting(config, key, name) for key in ("r", "bits", "group_size"))
         alpha = setting(config, "lora_alpha", name)
         others = [entry for entry in fields(config) if "to_number" in entry.metadata]
         values = {entry.name: setting(config, entry.name, name) for entry in others}
         to_number = {entry.name: (entry.metadata["to_number"], entry.default) for entry in others}
         return cls(
-            grid=Grid(
+            grid=in_file.grid
+            if in_file is not None
+            else Grid(
                 bits,
                 fitting_group(in_features, group_size),
                 config.zero_point,
@@ -102,7 +115,7 @@ class LayerSpec:
             gradient=config.gradient,
             # Of one that is about to be loaded, until its tensors tell. A new one's weight is packed when its scales
             # are frozen.
-            storage=config.storage if config.inference_mode else "full",
+            storage=in_file.name if in_file is not None else config.storage if config.inference_mode else "full",
             unit=unit_of(depth),
             others=values,
             numbers={key: (number(values[key]), number(default)) for key, (number, default) in to_number.items()},
@@ -121,7 +134,7 @@ class LayerSpec:
             "scale_dtype": list(SCALE_DTYPES).index(self.grid.scale_name),
             "lora scaling": self.scaling,
             "method": self.method.number,
-            _STORAGE: STORAGES[self.storage].number,
+            _STORAGE: ALL_STORAGES[self.storage].number,
             "format": _FORMAT + self.unit / _UNITS,
         }
         return {**numbers, **{name: value for name, (value, _) in self.numbers.items()}}
@@ -209,9 +222,9 @@ def setting(config: Any, key: str, name: str) -> Any:
 
 def put_storage(encoded: torch.Tensor, spec: LayerSpec) -> None:
     """Write how W0 is kept into an adapter's numbers; its other ones may be a file's, whose unit is another."""
-    encoded[_STORAGE_AT] = STORAGES[spec.storage].number
+    encoded[_STORAGE_AT] = ALL_STORAGES[spec.storage].number
 
 
 def stored_as(encoded: torch.Tensor) -> str | None:
-    """How W0 was kept for an adapter with these numbers, a key of `STORAGES`; None for no known storage."""
+    """How W0 was kept for an adapter with these numbers, a key of `ALL_STORAGES`; None for no known storage."""
     return storage_of(int(encoded[_STORAGE_AT]))

@@ -21,6 +21,7 @@ from .adapter_file import check_loaded, check_state, tensor_key, warn_of_other_b
 from .base_weights import BaseChanges
 from .config import DLQATConfig
 from .console import progress_bar, say
+from .file_layers import FileLinear, decode_weights
 from .layer import NUMBERS, PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated, warn_of_inexact
 from .layer_spec import LayerSpec, stored_as
 from .placement import at_hand
@@ -78,9 +79,10 @@ class DLQATModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        in_features = out_in(target)[1]
+        in_features, layer = out_in(target)[1], target.get_base_layer() if isinstance(target, DLQATLayer) else target
+        kind = layer.in_file if isinstance(layer, FileLinear) else None
         kwargs = {
-            "spec": LayerSpec.from_config(peft_config, current_key, in_features, self._depths[current_key]),
+            "spec": LayerSpec.from_config(peft_config, current_key, in_features, self._depths[current_key], kind),
             "init": "minmax" if _is_emptied() else self._first_init,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
@@ -175,6 +177,7 @@ class DLQATModel(BaseTuner):
             for layer in self.model.modules():
                 if isinstance(layer, DLQATLayer):
                     layer.frozen.unpack()
+        decode_weights(self.model, apart=DLQATLayer)
         self._hook.remove()
         self._places = places(self.model)
         config = getattr(self.model, "config", None)

@@ -13,6 +13,7 @@ from .config import DLQATConfig
 from .console import progress_bar
 from .layer import DLQATLayer, adapter_layers
 from .model import check_what_was_loaded
+from .quant.fixed_point import IN_FILE
 
 
 def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
@@ -35,7 +36,7 @@ def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
     check_what_was_loaded(model)
     adapter_name, layers = adapter_layers(model, adapter_name)
     config: Any = model.peft_config[adapter_name]  # type: ignore[union-attr,index]
-    if config.storage == "full":
+    if config.storage in ("full", IN_FILE):
         return
     check_packable(layers.values(), adapter_name, config)
     warn_if_trained(layers.values(), adapter_name, config)
@@ -45,7 +46,7 @@ def pack_weights(model: nn.Module, adapter_name: str | None = None) -> None:
 
 def check_packable(layers: Collection[DLQATLayer], adapter_name: str, config: DLQATConfig) -> None:
     """Raise what [`pack_weights`] would raise; changes nothing."""
-    if config.storage != "full":
+    if config.storage not in ("full", IN_FILE):
         for layer in layers:
             layer.frozen.check_packable(adapter_name, config.storage)
 

@@ -45,6 +45,19 @@ class Record:
         dtype = weight.dtype if weight.dtype in _DTYPES else None
         return cls(dtype=dtype, checksum=weight_checksum(weight))
 
+    @classmethod
+    def of_file(cls, packed: torch.Tensor, kind: str, dtype: torch.dtype) -> Record:
+        """The record of an adapter that is new on a file's tensor: calibrated, and with a checksum of all its bytes.
+
+        Args:
+            packed: the bytes, uint8 [out, row_bytes].
+            kind: the type of tensor.
+            dtype: the one to compute in.
+        """
+        digest = hashlib.sha256(f"{kind} {tuple(packed.shape)}".encode())
+        digest.update(packed.cpu().contiguous().numpy().data)
+        return cls(True, dtype, int.from_bytes(digest.digest()[: _BITS * _PARTS // 8], "big") or 1)
+
     def fits(self, base: Record) -> bool:
         """Whether an adapter with this record belongs to the W0 that `base` is of, as far as both are known."""
         return 0 in (self.checksum, base.checksum) or self.checksum == base.checksum

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .contents import CHANGED, Contents, tensors_of
+from .file_layers import in_file
 from .formats import FORMATS, ExpectedFile, TensorInfo, expected_file
 from .formats.base import as_settings, settings_of
 from .formats.expected import megabytes
@@ -123,9 +124,16 @@ def summarize(model: nn.Module, adapter_name: str | None = None, formats: Collec
         in_full=_in_full(base, found),
         on_grid=on_grid,
         on_others=on_others,
-        base_size=sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in found.values()),
+        base_size=_base_size(base, found),
         files=files,
     )
+
+
+def _base_size(base: nn.Module, found: dict[str, TensorInfo]) -> int:
+    """Bytes of the model's tensors, or of the file that it was opened from."""
+    if (origin := getattr(base, "origin", None)) is not None:
+        return origin.file.path.stat().st_size  # type: ignore[no-any-return]
+    return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in found.values())
 
 
 def _files(contents: Contents, formats: Iterable[str], embeddings: str) -> tuple[ExpectedFile, ...]:
@@ -169,8 +177,8 @@ def _in_full(base: nn.Module, found: dict[str, TensorInfo]) -> dict[str, int]:
     text = language_model(base)
     counts: Counter[str] = Counter()
     for key, tensor in found.items():
-        if tensor.grid is None:
-            module = base.get_submodule(key.rpartition(".")[0])
+        module = base.get_submodule(key.rpartition(".")[0])
+        if tensor.grid is None and not (in_file(module) and key.endswith(".weight")):
             changed = f", {text_of}" if (text_of := getattr(module, CHANGED, "")) else ""
             counts[_what(tensor, module, head, text) + changed] += math.prod(tensor.shape)
     return dict(counts.most_common())

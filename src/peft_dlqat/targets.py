@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import DEFAULT_GROUP_SIZE, DLQATConfig
+from .file_layers import FileLinear, in_file
 from .frozen import check_float_weight
 from .layer import PREFIX, DLQATLayer
 from .layer_spec import LayerSpec, setting
 from .module_names import depths, folded
 from .placement import at_hand, check_here, full_shape
 from .places import elsewhere
-from .quant.fixed_point import STORAGES
+from .quant.fixed_point import FILE_STORAGES, IN_FILE, STORAGES
 from .quant.grid import Grid, fitting_group
 from .quant.super_blocks import check_k_quant
 from .regexes import LONGEST
@@ -90,10 +91,34 @@ def _leave_out_special_layers(config: DLQATConfig, model: nn.Module) -> None:
         layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
         if reason := "the name of an output head" if name.endswith("lm_head") else _special(layer):
             left_out.setdefault(reason, []).append(name)
-    config.target_modules = names - {name for found in left_out.values() for name in found}  # type: ignore[assignment]
+    names -= {name for found in left_out.values() for name in found}
+    if config.storage == IN_FILE:
+        names -= set(_leave_out_other_types(model, names))
+    config.target_modules = names  # type: ignore[assignment]
     if left_out:
         listing = "; ".join(f"{len(found)} with {reason}, such as {found[0]}" for reason, found in left_out.items())
         warnings.warn(f'"all-linear" leaves out linear layers: {listing}. Name them in target_modules to adapt them.')
+
+
+def _leave_out_other_types(model: nn.Module, names: set[str]) -> list[str]:
+    """Layers whose weight a quantized file has in a type that is not trained; says so in one line."""
+    others = [
+        name
+        for name in sorted(names)
+        for layer in [model.get_submodule(name)]
+        if not isinstance(layer.get_base_layer() if isinstance(layer, DLQATLayer) else layer, FileLinear)
+    ]
+    if len(others) == len(names):
+        raise ValueError(
+            f"none of the {len(names)} linear layers has its weight in a type of tensor that can be trained "
+            f"({', '.join(FILE_STORAGES)}); use another file of the model."
+        )
+    if others:
+        warnings.warn(
+            f"{len(others)} linear layers are decoded and stay frozen, since the file has them in types without a "
+            f"grid: {folded(others)}."
+        )
+    return others
 
 
 def _special(layer: Any) -> str:
@@ -178,16 +203,18 @@ def check_targets(config: DLQATConfig, model: nn.Module) -> dict[str, int]:
     _check_replaceable(model, targets)
     for name, module in targets.items():
         check_target(name, module)
-        in_features, bits = out_in(module)[1], setting(config, "bits", name)
-        asked = setting(config, "group_size", name)
-        if config.scale_dtype == "k_quant":
-            check_k_quant(bits, config.zero_point, asked, name, in_features)
         if (r := setting(config, "r", name)) > max(out_in(module)):
             sides = out_in(module)
             raise ValueError(
                 f"r={r} is larger than both sides of {name}, {list(sides)}, whose updates have no such rank; use "
                 f"at most {min(sides)} (rank_pattern sets it for some modules only)."
             )
+        if _is_in_file(name, module, config):
+            continue
+        in_features, bits = out_in(module)[1], setting(config, "bits", name)
+        asked = setting(config, "group_size", name)
+        if config.scale_dtype == "k_quant":
+            check_k_quant(bits, config.zero_point, asked, name, in_features)
         if asked > in_features and asked != DEFAULT_GROUP_SIZE:
             raise ValueError(
                 f"group_size={asked} is larger than in_features={in_features} of {name}; use at most "
@@ -220,11 +247,38 @@ def check_targets(config: DLQATConfig, model: nn.Module) -> dict[str, int]:
     return in_layers
 
 
+def _is_in_file(name: str, module: nn.Module, config: DLQATConfig) -> bool:
+    """Whether a module's weight is as its file has it, whose type says the grid. Refuse what does not go with that."""
+    layer: Any = module.get_base_layer() if isinstance(module, DLQATLayer) else module
+    if not in_file(layer):
+        if config.storage == IN_FILE:
+            raise ValueError(
+                f"storage={IN_FILE!r} keeps weights as a quantized file has them, but {name} is none of a file; open "
+                "the file by load_quantized, or exclude_modules."
+            )
+        return False
+    if config.storage != IN_FILE:
+        raise ValueError(
+            f"{name} has its weight from a quantized file, whose grid is fixed; use storage={IN_FILE!r}, and leave "
+            "bits, group_size, zero_point and scale_dtype out."
+        )
+    kind = layer.in_file.grid
+    if kind.zero_point not in config.resolve_method().zero_points:
+        raise ValueError(
+            f"method={config.method!r} needs zero_point={' or '.join(config.resolve_method().zero_points)}, but "
+            f"{name} is of type {layer.storage} in its file; use method='dlqat', or exclude_modules."
+        )
+    config.check_export([kind], f"{name}: ", out_in(layer))
+    return True
+
+
 def check_target(name: str, module: nn.Module) -> None:
     """Refuse a module that is no linear layer, holds a quantized weight, or one that is not finite."""
     if isinstance(module, DLQATLayer) and module.frozen.packed:
         return  # it was looked at when its first adapter came
     layer = module.get_base_layer() if isinstance(module, DLQATLayer) else module
+    if in_file(layer) and isinstance(layer, FileLinear):
+        return  # it was looked at when it was read
     if isinstance(layer, nn.Linear | Conv1D) and "weight" not in layer._parameters:
         raise ValueError(
             f"the weight of {name} is computed in each forward (weight norm, spectral norm, pruning, another "
@@ -290,7 +344,7 @@ def _check_packed_alike(name: str, module: nn.Module, grid: Grid, storage: str) 
 
 
 def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """Refuse to pack a weight that another module uses as it is."""
+    """Refuse to pack a weight, or to train it in its file, that another module uses as it is."""
     if config.storage == "full":
         return
     users: dict[int, list[str]] = {}
@@ -303,8 +357,8 @@ def _check_untied(config: DLQATConfig, model: nn.Module, targets: dict[str, nn.M
         others = [user for user in users.get(id(weight), []) if not user.startswith(f"{name}.")]
         if others:
             raise ValueError(
-                f"storage={config.storage!r} packs the weight of {name}, but {others[0]} is the same tensor; use "
-                "exclude_modules, or storage='full'."
+                f"storage={config.storage!r} keeps one weight of {name} and {others[0]}, which are the same tensor; "
+                + ("use exclude_modules." if config.storage == IN_FILE else "use exclude_modules, or storage='full'.")
             )
 
 

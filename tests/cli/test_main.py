@@ -13,11 +13,14 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_dlqat.cli.destination import config_for_file
 from peft_dlqat.cli.main import main
 from peft_dlqat.formats.llama_cpp import logits
 
 ROOT = Path(__file__).parents[2]
 CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}{% endfor %}"
+
+SHORT = ["--max_steps=2", "--per_device_train_batch_size=2", "--max_length=48", "--report_to=none", "--use_cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +38,7 @@ def folder(tmp_path_factory):
     (folder / "taken" / "gguf").mkdir(parents=True)
     (folder / "taken" / "gguf" / "mine.txt").write_text("")
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(folder / "saved")
-    arguments = [
-        "--max_steps=2",
-        "--per_device_train_batch_size=2",
-        "--max_length=48",
-        "--report_to=none",
-        "--use_cpu",
-    ]
-    assert main(["train", *_base(folder), "--to", "gguf:Q3_K", "--output", str(folder / "out"), *arguments]) == 0
+    assert main(["train", *_base(folder), "--to", "gguf:Q3_K", "--output", str(folder / "out"), *SHORT]) == 0
     return folder
 
 
@@ -59,6 +55,18 @@ def test_training_makes_a_file_that_llama_cpp_runs_as_the_model_trained(folder):
     with torch.no_grad():
         expected = model(input_ids=ids).logits
     assert torch.allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_quantized_file_is_trained_and_written_again(folder):
+    file, out = folder / "out" / "gguf" / "model.gguf", folder / "again"
+    arguments = ["--model", str(file), "--base", str(folder / "base"), "--dataset", str(folder / "chat.jsonl")]
+    assert main(["train", *arguments, "--output", str(out), *SHORT]) == 0
+    written = out / "gguf" / "model.gguf"
+    assert written.stat().st_size == file.stat().st_size
+    assert written.read_bytes() != file.read_bytes()
+    with pytest.raises(ValueError, match="--bits 3 has no meaning for a GGUF file"):
+        config_for_file(None, 3, [])
 
 
 def test_llama_cpp_writes_on_as_the_model_does(folder):

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import say_calibrated, tiny_model
+from gguf_files import write_gguf
 from peft import get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from peft_dlqat import DLQATConfig, estimate_memory, pack_weights
+from peft_dlqat import DLQATConfig, estimate_memory, load_quantized, pack_weights
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -182,3 +183,45 @@ def test_the_page_holds_what_the_script_prints(monkeypatch):
     monkeypatch.setattr(plan, "LENGTHS", plan.LENGTHS[:1])
     assert "\n".join(plan.batch_table(["7B"])) in re.sub(r" / [\d-]+ / [\d-]+ \|", " |", page)
     assert plan.laptop_row("1B") in (ROOT / "docs" / "laptop.md").read_text(encoding="utf-8")
+
+
+# shapes, mixture, gradient checkpointing and dtype
+FILES = {
+    "Q2_K": (BROAD, "Q2_K", True, torch.float32),
+    "Q4_K_M, bfloat16": ({**SMALL, "intermediate_size": 512}, "Q4_K_M", True, torch.bfloat16),
+    "Q8_0": (SMALL, "Q8_0", False, torch.float32),
+}
+
+
+@pytest.mark.product(every=3)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("case", FILES)
+def test_of_a_quantized_file(case, tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    shapes, mixture, checkpointing, dtype = FILES[case]
+    model_config = LlamaConfig(**{"vocab_size": 1024, "num_hidden_layers": 4, **shapes})
+    model_config.save_pretrained(tmp_path)
+    path = write_gguf(AutoModelForCausalLM.from_config(model_config), tmp_path / "small.gguf", mixture)
+    config = DLQATConfig(task_type="CAUSAL_LM")
+    found = estimate_memory(config, str(path), 2, 128, checkpointing, dtype, device="cpu", base=tmp_path)
+    model = load_quantized(path, config, base=tmp_path, dtype=dtype)[0].train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(0, 1000, (2, 128))
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+    def step():
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    step()
+    optimizer.step()
+    optimizer.zero_grad()
+    states = [t for state in optimizer.state.values() for t in state.values() if t.numel() > 1]
+    static = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers(), *states])
+    assert found.static == static
+    measured = peak_bytes(step)
+    print(
+        f"measured {measured / 1e6:.2f} MB, estimated {(found.total - static) / 1e6:.2f} MB beside {static / 1e6:.2f}"
+    )
+    assert found.total == pytest.approx(static + measured, rel=0.1)

@@ -25,6 +25,7 @@ ORDER = [
     "placement",
     "float32",
     "deferred",
+    "file_layers",
     "frozen",
     "record",
     "kept_weight",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..export import export_model
 from ..export.folder import check_free
 from ..formats import FORMATS
+from ..large.load_quantized import load_quantized
 from ..summary import summarize
 from ..train.callback import DLQATCallback
-from .destination import DESTINATIONS, config_for
+from .destination import DESTINATIONS, config_for, config_for_file
 from .rows import load_rows
 
 try:
@@ -31,7 +33,7 @@ _IN_OUTPUT = "OUTPUT/checkpoints"  # until `train` knows where that is
 class TrainArguments:
     """What is trained, on what, and where it will run."""
 
-    model: str = field(metadata={"help": "Hub id or folder of a causal language model."})
+    model: str = field(metadata={"help": "Hub id or folder of a causal language model, or a GGUF file."})
     dataset: str = field(
         metadata={
             "help": "Hub id, file (.jsonl, .json, .csv, .parquet, .txt) or folder, with a column `text` or "
@@ -40,6 +42,9 @@ class TrainArguments:
     )
     output: str = field(metadata={"help": "Folder for the adapter, the checkpoints and the exported file."})
     to: str | None = field(default=None, metadata={"help": f"Where it will run: {DESTINATIONS}."})
+    base: str | None = field(
+        default=None, metadata={"help": "Of a GGUF file: hub id or folder of its model's config and tokenizer."}
+    )
     bits: int | None = field(default=None, metadata={"help": "Bits of a weight, 2 to 8; or give --to."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     split: str = field(default="train", metadata={"help": "Split to train on, such as train[:10%%]."})
@@ -78,7 +83,11 @@ def train(argv: list[str]) -> int:
         description="Fine-tune a language model on text or chat, and write the file that an engine loads.",
     )
     args, settings = parser.parse_args_and_config(argv)
-    config, format = config_for(args.to, args.bits, args.set, r=args.r, lora_alpha=args.lora_alpha)
+    in_file = args.model.endswith(".gguf")
+    if in_file:
+        config, format = config_for_file(args.to, args.bits, args.set, r=args.r, lora_alpha=args.lora_alpha)
+    else:
+        config, format = config_for(args.to, args.bits, args.set, r=args.r, lora_alpha=args.lora_alpha)
     output = Path(args.output)
     if format is not None:  # before hours of training
         FORMATS[format].check_installed()
@@ -90,12 +99,17 @@ def train(argv: list[str]) -> int:
 
     rows = load_rows(args.dataset, args.dataset_config, args.split)
     held_out = load_rows(args.dataset, args.dataset_config, args.eval_split) if args.eval_split else None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the model {args.model!r}: {error}") from error
-    adapted = get_peft_model(model.to(PartialState().device), config)
+    adapted: Any
+    if in_file:
+        dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+        adapted, tokenizer = load_quantized(args.model, config, args.base, dtype, PartialState().device)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model)
+            model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load the model {args.model!r}: {error}") from error
+        adapted = get_peft_model(model.to(PartialState().device), config)
     if format is not None and (problem := summarize(adapted, formats=[format]).files[0].problem):
         raise ValueError(problem)
     trainer = SFTTrainer(

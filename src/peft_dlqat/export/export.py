@@ -22,6 +22,7 @@ from ..formats.tensor_files import write_json
 from ..layer import is_calibrated
 from ..module_names import folded
 from ..quant.quantizer import QuantizedWeight
+from ..record import weight_checksum
 from .folder import check_free, companion_folder, copy_companions, keep_unproven, whole_or_nothing
 from .manifest import REPORT, TRAINED, WRITTEN, Manifest, save_reference
 from .model_card import write_card
@@ -110,7 +111,9 @@ def export_model(
     _check_held(source, target)
     _warn_if_unfinished(source)
     outline = source.outline(chosen or source.dtype, embeddings or "", max_shard_size)
-    if template is not None:
+    if target.copies(outline):
+        _check_copied(source, dtype, embeddings, template)
+    elif template is not None:
         if dtype is not None:
             raise ValueError(
                 f"dtype={dtype!r} has no meaning with a template, whose tensors in full precision keep its types; "
@@ -238,7 +241,8 @@ def _as_written(
                     f"{target.dense_type(outline, tensor)}, in which it would be written; pass "
                     f"{outline.setting(tensor)[0]}='bfloat16' or 'float32'."
                 )
-            if not torch.equal(value.to(exact.dtype), exact):
+            wide = torch.promote_types(value.dtype, exact.dtype)
+            if not torch.equal(value.to(wide), exact.to(wide)):
                 rounded.append(tensor.name)
         yield tensor, value
 
@@ -297,7 +301,7 @@ def _companions(source: Source, folder: Path, tokenizer: Any, notes: list[str]) 
     copied = copy_companions(beside, folder, tokenizer=tokenizer is None) if beside is not None else []
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    elif not any(name.startswith(("tokenizer", "vocab")) for name in copied):
+    elif source.origin is None and not any(name.startswith(("tokenizer", "vocab")) for name in copied):
         notes.append("the base model has no tokenizer beside it; pass tokenizer=... to have one in the export")
     generation = getattr(source.model, "generation_config", None)
     if generation is not None and "generation_config.json" not in copied:
@@ -340,6 +344,31 @@ def _check_base(source: Source) -> None:
         )
 
 
+def _check_copied(
+    source: Source, dtype: str | torch.dtype | None, embeddings: str | None, template: str | Path | None
+) -> None:
+    """Refuse what a copy of the file that the model was opened from cannot hold.
+
+    Raises:
+        ValueError: for types, which are the file's; or if a tensor without codes is not the file's any more.
+    """
+    for name, chosen in (("dtype", dtype), ("embeddings", embeddings), ("template", template)):
+        if chosen is not None:
+            raise ValueError(
+                f"{name}={chosen!r} has no meaning here: the file that the model was opened from is written again, "
+                f"with the types that it has; leave {name} out."
+            )
+    assert source.origin is not None
+    in_full = [tensor.name for tensor in source.tensors if tensor.name not in source.origin.names]
+    for tensor, value in source.read(in_full):
+        assert isinstance(value, torch.Tensor)
+        if weight_checksum(value) != source.origin.checksums.get(tensor.name, 0):
+            raise ValueError(
+                f"{tensor.name} is no longer as the file has it, which keeps its own: it was trained, or cast by "
+                "model.to(); open the file in that dtype by load_quantized(dtype=...), or export another format."
+            )
+
+
 def _check_held(source: Source, target: Format) -> None:
     """Refuse weights that the format does not hold exactly, before anything is written.
 
@@ -365,9 +394,10 @@ def _problems(source: Source, target: Format) -> dict[str, list[str]]:
 def _warn_if_unfinished(source: Source) -> None:
     """Warn of an adapter that was never trained, or never calibrated, saying what is exported then."""
     if source.untrained:
+        what = "the base model rounded to nearest on its grid" if source.origin is None else "the file as it was"
         warnings.warn(
             f"adapter {source.adapter_name!r} was never trained (all that trains is as it started): what is "
-            "exported is the base model rounded to nearest on its grid.",
+            f"exported is {what}.",
             stacklevel=3,
         )
     elif not is_calibrated(source.layers.values(), source.adapter_name):

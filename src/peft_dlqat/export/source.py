@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -14,10 +14,13 @@ from transformers import AutoConfig
 from ..adapter_file import recorded_dtype
 from ..config import DLQATConfig
 from ..contents import Contents, plain_name, resolve
+from ..file_layers import in_file
 from ..formats import TensorInfo
 from ..large.checkpoint import Checkpoint, empty_model, weights_folder
+from ..large.load_quantized import load_quantized
 from ..layer import DLQATLayer
 from ..model import check_what_was_loaded
+from ..quant.fixed_point import IN_FILE
 from ..quant.quantizer import QuantizedWeight
 
 T = TypeVar("T")
@@ -57,7 +60,7 @@ class Source(Contents):
                 yield tensor, self._value(tensor)
 
     def dense(self) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
-        """Tensors without codes, one at a time from the disk where they lie there."""
+        """Tensors without codes, one at a time from the disk where they lie there, decoded where a file has codes."""
         for tensor, value in self.read([tensor.name for tensor in self.tensors if tensor.grid is None]):
             assert isinstance(value, torch.Tensor)
             yield tensor, value
@@ -94,7 +97,10 @@ class Source(Contents):
     def _value(self, info: TensorInfo) -> torch.Tensor | QuantizedWeight:
         if info.grid is not None:
             return self._with_weight(info.module, lambda layer: _on_cpu(layer.quantized_weight(self.adapter_name)))
+        module: Any = self.model.get_submodule(self._keys[info.name].rpartition(".")[0])
         tensor = resolve(self.model, self._keys[info.name])
+        if in_file(module) and tensor is module.weight:
+            return module.decoded(tensor.detach()).cpu()
         if tensor.is_meta:
             assert self._checkpoint is not None
             return self._checkpoint.read(info.name, tensor.dtype)
@@ -128,6 +134,8 @@ def open_source(
     if not isinstance(config, DLQATConfig):
         raise ValueError(f"{adapter} holds a {config.peft_type} adapter; only DL-QAT adapters can be exported.")
     base = base or config.base_model_name_or_path
+    if config.storage == IN_FILE and base:  # where it is the file
+        return Source(load_quantized(base, adapter)[0], "default")
     if not base:
         raise ValueError(f"{adapter} does not say its base model; name its folder or hub id by base=...")
     folder = weights_folder(base, config.revision)
@@ -145,4 +153,5 @@ def _original(layer: DLQATLayer) -> torch.Tensor:
 
 def _on_cpu(weight: QuantizedWeight) -> QuantizedWeight:
     zero = None if weight.zero is None else weight.zero.cpu()
-    return QuantizedWeight(weight.codes.cpu(), weight.scale.cpu(), zero, weight.grid)
+    blocks = None if weight.blocks is None else weight.blocks.cpu()
+    return QuantizedWeight(weight.codes.cpu(), weight.scale.cpu(), zero, weight.grid, blocks)

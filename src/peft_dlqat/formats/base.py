@@ -28,6 +28,8 @@ from .tensor_files import TensorFiles
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from .gguf_file import Origin
+
 # Bits a number of the types that dense tensors may have.
 DENSE_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "q8_0": 8.5}
 # Bits a weight that a file may have more than the grid, before a word is said of it.
@@ -95,6 +97,7 @@ class Outline:
         embeddings: type of the embedding and the output head, one of `Format.embedding_types`; "" for `dtype`.
         max_shard_size: bytes after which a new safetensors file is begun, and so the memory that writing takes.
         narrow: by name, the type of a dense tensor that a narrower one than `dtype` holds exactly.
+        origin: the quantized file that the model was opened from, if any.
     """
 
     name: str
@@ -107,6 +110,7 @@ class Outline:
     embeddings: str
     max_shard_size: int
     narrow: Mapping[str, str] = field(default_factory=dict)
+    origin: Origin | None = None
 
     @cached_property
     def adapted(self) -> dict[str, Grid]:
@@ -260,6 +264,10 @@ class Format(ABC):
         common = math.gcd(*(tensor.out_in[1] for tensor in outline.tensors if tensor.grid is not None))
         kinds = Counter(outline.adapted.values()).most_common()
         return next(filter(None, (self.advice(grid, common) for grid, _ in kinds)), "")
+
+    def copies(self, outline: Outline) -> bool:
+        """Whether the file that the model was opened from is written again, with its trained blocks replaced."""
+        return False
 
     def check_model(self, outline: Outline) -> None:
         """Refuse a model that the format cannot describe as it is, before anything is computed.

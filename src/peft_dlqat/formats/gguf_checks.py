@@ -7,12 +7,17 @@ llama.cpp assumes; else it is refused by its name.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from .gguf_metadata import Architecture, architecture, rope_of
+import numpy as np
+
+from ..messages import shown
+from .gguf_metadata import Architecture, architecture, rope_factors, rope_of, write_metadata
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,6 +52,13 @@ _ROPE = {
     *("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
     *("low_freq_factor", "high_freq_factor"),
 }
+
+# Keys that change the model where only one side has them.
+_SAID = ("rope.scaling.", "softcapping", "sliding_window")
+# Keys that do not: how long a text may be, and a remark.
+_APART = {"context_length", "rope.scaling.finetuned"}
+# Values that say as much as no key.
+_NOTHING: tuple[Any, ...] = ("none", 0)
 
 
 def check_config(config: PretrainedConfig) -> None:
@@ -83,6 +95,50 @@ def check_config(config: PretrainedConfig) -> None:
             "have an engine compare the logits if it changes the model.",
             stacklevel=5,
         )
+
+
+def check_metadata(metadata: Mapping[str, Any], factors: np.ndarray | None, config: PretrainedConfig) -> None:
+    """Refuse a config that does not say what a file's metadata say: one model would be trained for another.
+
+    Args:
+        metadata: the file's keys and values.
+        factors: by which the file divides RoPE's frequencies, if it has some.
+        config: of an architecture of `gguf_metadata`.
+
+    Raises:
+        ValueError: naming the key, the file's value and the config's.
+    """
+    import gguf
+
+    arch = architecture(config)
+    if arch.name != metadata.get("general.architecture"):
+        raise ValueError(f"general.architecture is {metadata.get('general.architecture')!r}, not {arch.name!r}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fields without a key, for whoever writes a file
+        check_config(config)
+    with closing(gguf.GGUFWriter(path=None, arch=arch.name)) as writer:
+        write_metadata(writer, config, arch, "")
+        wanted = {key: entry.value for key, entry in writer.kv_data[0].items() if entry.value not in _NOTHING}
+    found = {key: value for key, value in metadata.items() if value not in _NOTHING}
+    for key in sorted({key for key in wanted.keys() | found.keys() if key.startswith(f"{arch.name}.")}):
+        in_both = key in wanted and key in found
+        name = key.removeprefix(f"{arch.name}.")
+        if name in _APART or not (in_both or name.startswith(_SAID) or name.endswith(_SAID)):
+            continue
+        if not _same(found.get(key), wanted.get(key)):
+            raise ValueError(f"{key} is {shown(found.get(key))}, and the config makes it {shown(wanted.get(key))}")
+    expected = rope_factors(config)
+    if (factors is None) != (expected is None) or not np.allclose(
+        1.0 if factors is None else factors, 1.0 if expected is None else expected, rtol=1e-4
+    ):
+        raise ValueError("rope_freqs.weight is not what the config's rope_parameters make")
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Whether a key has one value; files keep float32."""
+    if isinstance(found, float) and isinstance(wanted, float | int):
+        return math.isclose(found, wanted, rel_tol=1e-6)
+    return bool(found == wanted)
 
 
 def _declared(cls: type) -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -15,9 +16,13 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..config import DLQATConfig
+from ..formats.gguf_file import GGUFFile
 from ..layer import adapter_layers
-from ..quant.fixed_point import STORAGES
+from ..quant.fixed_point import IN_FILE, STORAGES
 from ..quant.quantizer import piece_rows
+from .checkpoint import empty_model
+from .gguf_model import fill, read_config
+from .load_quantized import in_file_config
 
 # Bytes of optimiser state a trained number, beside the number and its gradient.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_fused": 8, "adamw_8bit": 2, "sgd": 0}
@@ -82,6 +87,7 @@ def estimate_memory(
     optimizer: str = "adamw",
     device: str = "cuda",
     gradient_accumulation_steps: int = 1,
+    base: str | Path | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of a training step of a causal language model, on one device.
 
@@ -96,7 +102,7 @@ def estimate_memory(
 
     Args:
         config: the adapter; its weights are taken as packed already (see `load_packed`).
-        model: config of the model, or a hub id or folder with one.
+        model: config of the model, or a hub id or folder with one, or a GGUF file that [`load_quantized`] opens.
         batch_size: sequences a step.
         sequence_length: tokens a sequence.
         gradient_checkpointing: whether decoder layers are computed again in backward.
@@ -106,6 +112,7 @@ def estimate_memory(
         device: "cuda" or "cpu", which differ in how many rows the op works on at once, and in that torch's AdamW takes
             all tensors at once on a GPU. Triton's kernels take less than the plain torch that is reckoned with.
         gradient_accumulation_steps: batches that make a step of the optimiser.
+        base: of a GGUF file, as [`load_quantized`] takes it.
 
     Returns:
         A [`MemoryEstimate`].
@@ -131,12 +138,33 @@ def estimate_memory(
         raise ValueError(f"device={device!r} must be one of {', '.join(map(repr, DEVICES))}.")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"task_type={config.task_type!r}: only causal language models can be estimated.")
-    model_config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
-    adapted = _on_meta(config, model_config, dtype)
-    static = _static(adapted, config.storage)
+    file = GGUFFile.open(model) if isinstance(model, str) and model.endswith(".gguf") else None
+    if file is not None:
+        model_config = read_config(file, base)
+    else:
+        model_config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
+    adapted = (
+        _on_meta(config, model_config, dtype) if file is None else _of_file_on_meta(config, file, model_config, dtype)
+    )
+    storage = config.storage if file is None else IN_FILE
+    static = _static(adapted, storage)
     trained, accumulates = static["adapter"], gradient_accumulation_steps > 1
     numbers = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     tokens = batch_size * sequence_length
+    step = _in_a_step(
+        model_config,
+        tokens,
+        dtype.itemsize,
+        gradient_checkpointing,
+        _largest_op(adapted, storage != "full", dtype.itemsize, device, gradient_checkpointing),
+        0 if accumulates else trained,
+    )
+    if file is not None:
+        layers = model_config.get_text_config().num_hidden_layers
+        kept = _read_from_file(adapted)
+        step["temporaries" if gradient_checkpointing else "activations"] += (
+            kept // layers if gradient_checkpointing else kept
+        )
     return MemoryEstimate(
         **static,
         gradients=trained,
@@ -144,14 +172,7 @@ def estimate_memory(
         accumulated=trained if accumulates else 0,
         # The square root of the second moments.
         update=trained if optimizer == "adamw" and device == "cuda" else 0,
-        **_in_a_step(
-            model_config,
-            tokens,
-            dtype.itemsize,
-            gradient_checkpointing,
-            _largest_op(adapted, config.storage != "full", dtype.itemsize, device, gradient_checkpointing),
-            0 if accumulates else trained,
-        ),
+        **step,
     )
 
 
@@ -164,11 +185,34 @@ def _on_meta(config: DLQATConfig, model_config: PretrainedConfig, dtype: torch.d
         return get_peft_model(base, config, low_cpu_mem_usage=True)
 
 
+def _of_file_on_meta(
+    config: DLQATConfig, file: GGUFFile, model_config: PretrainedConfig, dtype: torch.dtype
+) -> PeftModel:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # the model itself will warn
+        base = empty_model(model_config, dtype)
+        fill(file, "", base, dtype, "meta")
+        return get_peft_model(base, in_file_config(config), low_cpu_mem_usage=True)
+
+
+def _read_from_file(model: PeftModel) -> int:
+    """Bytes of all layers' steps and scales, and of both zeros, which are made in forward and kept for backward."""
+    name, layers = adapter_layers(model)
+    return sum(
+        4
+        * (2 if layer.specs[name].grid.zero_point == "none" else 4)
+        * layer.out_features
+        * layer.in_features
+        // layer.specs[name].grid.group_size
+        for layer in layers.values()
+    )
+
+
 def _static(model: PeftModel, storage: str) -> dict[str, int]:
     """Bytes of what stays, but for the optimiser's state; adapted weights as they are when they are packed."""
     layers = adapter_layers(model)[1].values()
     in_full = sum(layer.get_base_layer().weight.nbytes for layer in layers)
-    bits = STORAGES[storage].bits
+    bits = 0 if storage == IN_FILE else STORAGES[storage].bits
     everything = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     sizes = {
         "scales_and_zeros": sum(

@@ -1,0 +1,3 @@
+"""The arithmetic, on tensors."""
+
+from . import ggml as ggml  # puts its types into FILE_STORAGES

@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 
 from . import reference
-from .quantizer import QuantizedWeight, Quantizer, ship
+from .in_file import file_storage
+from .quantizer import QuantizedWeight, Quantizer, pieces, shipped
 
 
 def implementation(weight: torch.Tensor, quantizer: Quantizer) -> ModuleType:
@@ -25,7 +26,11 @@ def implementation(weight: torch.Tensor, quantizer: Quantizer) -> ModuleType:
 def harden(weight: torch.Tensor, quantizer: Quantizer) -> QuantizedWeight:
     """Turn the latent weight into codes for good; arguments as `unrounded_codes`."""
     codes = implementation(weight, quantizer).codes(weight, quantizer)
-    return QuantizedWeight(codes, *ship(quantizer.scale, quantizer.zero, quantizer.grid), quantizer.grid)
+    blocks = None
+    if (in_file := file_storage(quantizer.storage)) is not None:
+        found = pieces(weight, quantizer)
+        blocks = torch.cat([in_file.write(own, codes[rows], of.scale, of.zero) for rows, own, of in found])
+    return QuantizedWeight(codes, *shipped(weight, quantizer), quantizer.grid, blocks)
 
 
 def _on_nvidia(weight: torch.Tensor) -> bool:

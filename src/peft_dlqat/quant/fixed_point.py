@@ -14,11 +14,16 @@ the grid's ends, it comes to just inside the end's cell. With `fraction` = 0, u 
 
 from __future__ import annotations
 
+from collections import ChainMap
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from .grid import Grid
+
+if TYPE_CHECKING:
+    from .in_file import FileStorage
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,15 @@ class Storage:
 
 # By the name that users write.
 STORAGES: dict[str, Storage] = {"full": Storage(0), "int8": Storage(8), "int4": Storage(4), "int2": Storage(2)}
+# What a user writes for a model that was loaded from quantized files; each layer has one of `FILE_STORAGES` then.
+IN_FILE = "file"
+FILE_STORAGES: dict[str, FileStorage] = {}  # `in_file` says what they are
+ALL_STORAGES = ChainMap[str, Storage](STORAGES, FILE_STORAGES)  # type: ignore[arg-type]
 
 
 def storage_of(number: int) -> str | None:
     """The name of the storage that saved adapters know as `number`; None if there is none."""
-    return next((name for name, storage in STORAGES.items() if storage.number == number), None)
+    return next((name for name, storage in ALL_STORAGES.items() if storage.number == number), None)
 
 
 def as_rows(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:

@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .fixed_point import STORAGES
+from .fixed_point import ALL_STORAGES
 from .grid import Grid
+from .in_file import file_storage
 
 # Weights in a piece of rows: its temporaries fit a CPU's cache, which saves more time than anything else does.
 _PIECE = 2**21
@@ -47,7 +48,7 @@ class Quantizer:
         scale: by which codes are multiplied [out, n_groups].
         zero: the zero with which they are decoded, - z or + b [out, n_groups].
         update_in_steps: BA is added to W0 / step, not to W0.
-        storage: how W0 is kept (a key of `STORAGES`), in units of this very step and rounding zero.
+        storage: how W0 is kept (a key of `ALL_STORAGES`), in units of this very step and rounding zero.
     """
 
     grid: Grid
@@ -108,7 +109,7 @@ def in_steps(
 
 def store(weight: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """W0 [out, in] packed as `quantizer.storage` says: uint8 [out, in * bits / 8]."""
-    grid, storage = quantizer.grid, STORAGES[quantizer.storage]
+    grid, storage = quantizer.grid, ALL_STORAGES[quantizer.storage]
     return torch.cat(
         [
             storage.encode(units.flatten(-2), round_codes(units, grid).flatten(-2), grid)
@@ -120,8 +121,14 @@ def store(weight: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
 
 def decode_stored(packed: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """W0, float32 [out, in], as far as what `store` packed still tells it."""
-    grid = quantizer.grid
-    units = grid.group(STORAGES[quantizer.storage].decode(packed, grid))
+    grid, in_file = quantizer.grid, file_storage(quantizer.storage)
+    if in_file is not None:
+        decoded = packed.new_empty(quantizer.shape, dtype=torch.float32)
+        for rows, piece, own in pieces(packed, quantizer):
+            codes = grid.group(in_file.decode(piece, grid))
+            decoded[rows] = dequantize(codes, *in_file.ship(piece, own.scale, own.zero), grid, in_place=True)
+        return decoded
+    units = grid.group(ALL_STORAGES[quantizer.storage].decode(packed, grid))
     step, zero = quantizer.step.unsqueeze(-1), shipped_zero(quantizer.rounding_zero, grid)
     if zero is None:
         return units.mul_(step).flatten(-2)
@@ -152,7 +159,7 @@ def unrounded_codes(weight: torch.Tensor, quantizer: Quantizer, out: torch.Tenso
             update = grid.group(torch.mm(B, A, out=out).mul_(scaling))
             if not quantizer.update_in_steps:
                 update.div_(step.unsqueeze(-1))
-            return update.add_(grid.group(STORAGES[quantizer.storage].decode(packed, grid)))
+            return update.add_(grid.group(ALL_STORAGES[quantizer.storage].decode(packed, grid)))
         if quantizer.update_in_steps:
             units = in_steps(weight.to(dtype), step, zero, grid)
             return grid.group(torch.addmm(units.flatten(-2), B, A, alpha=scaling, out=out))
@@ -177,6 +184,19 @@ def ship(scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> tuple[to
         assert zero is not None
         return shipped, grid.round_offset(zero + grid.qmin * shipped)
     return shipped, shipped_zero(zero, grid)
+
+
+def shipped(weight: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The quantizer's scale and zero as `ship` returns them, or as the type of file that W0 came from has them.
+
+    Args:
+        weight: W0 [out, in] as it is kept, all rows of the quantizer.
+        quantizer: see [`Quantizer`].
+    """
+    in_file = file_storage(quantizer.storage)
+    if in_file is not None:
+        return in_file.ship(weight, quantizer.scale, quantizer.zero)
+    return ship(quantizer.scale, quantizer.zero, quantizer.grid)
 
 
 def dequantize(
@@ -215,12 +235,14 @@ class QuantizedWeight:
         scale: S, float32 [out, n_groups], every value one that ships (`grid.round_scale` leaves it as it is).
         zero: None, the integer zero point z, or the offset M of the unsigned code; float32 [out, n_groups].
         grid: bits, group size, kind of zero, scale dtype.
+        blocks: uint8 [out, row_bytes], the weight in the type of the file that W0 came from; None without one.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
     grid: Grid
+    blocks: torch.Tensor | None = None
 
     def dequantize(self) -> torch.Tensor:
         """w_hat, float32 [out, in]."""

@@ -34,7 +34,7 @@ from .quantizer import (
     in_steps,
     pieces,
     round_codes,
-    ship,
+    shipped,
     shipped_zero,
     unrounded_codes,
 )
@@ -58,9 +58,7 @@ def quantized(
     in_place = dtype == compute_dtype(weight)  # a new tensor costs more than what is computed
     for rows, piece, own in pieces(as_rows(weight, fan_in_fan_out), quantizer):
         unrounded = unrounded_codes(piece, own, out=w_hat[rows] if in_place else None)
-        of_rows = dequantize(
-            round_codes(unrounded, grid, in_place=True), *ship(own.scale, own.zero, grid), grid, in_place=True
-        )
+        of_rows = dequantize(round_codes(unrounded, grid, in_place=True), *shipped(piece, own), grid, in_place=True)
         if not in_place:
             w_hat[rows] = of_rows
     return w_hat
@@ -81,7 +79,7 @@ def weight_grads(
     grid, scaling, step = quantizer.grid, quantizer.scaling, quantizer.step
     unrounded = unrounded_codes(weight, quantizer)
     codes = round_codes(unrounded, grid)
-    scale, zero = ship(quantizer.scale, quantizer.zero, grid)
+    scale, zero = shipped(weight, quantizer)
     g = grid.group(g.to(unrounded.dtype))
     integer = grid.zero_point == "integer"
     grads: dict[str, torch.Tensor] = {}

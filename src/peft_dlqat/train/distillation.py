@@ -11,8 +11,10 @@ from torch import nn
 from ..layer import adapter_layers
 from ..running import (
     base_model,
+    evaluating,
     gives_distribution,
     is_encoder_decoder,
+    logits_of,
     predicts_next,
     teacher_logits,
     trained_base_parameters,
@@ -123,8 +125,9 @@ def counted_positions(
 class DistillationLoss:
     """The loss of a `Trainer` or `SFTTrainer` that trains towards the full-precision model's own predictions.
 
-    The teacher is the model itself with its adapters switched off. A Trainer does not tell its `compute_loss_func`
-    what the batch was, so this object looks at what the model is called with, by a hook that `remove()` takes away.
+    The teacher is the model itself with its adapters switched off, or another one. A Trainer does not tell its
+    `compute_loss_func` what the batch was, so this object looks at what the model is called with, by a hook that
+    `remove()` takes away.
 
     For causal and masked language models and classifiers of sequences or tokens into one of several classes, wrapped
     by PEFT or injected. Batches of an optimiser step (gradient accumulation) and processes count by their tokens, as
@@ -138,6 +141,8 @@ class DistillationLoss:
         cache: keeps the teacher's predictions, so that its pass is paid once for each sequence. Where parameters of
             the base model train in place (`DLQATConfig(bias=...)`), the teacher would drift with them: fill the cache
             before training.
+        teacher: a better model of the same vocabulary, on the same device, in the place of the model itself: the
+            16-bit original of a quantized file, say.
 
     Raises:
         ValueError: for an impossible argument, an encoder-decoder, a head for regression or for several labels at
@@ -157,8 +162,11 @@ class DistillationLoss:
         reverse: Reverse = 0.0,
         task_weight: float = 0.0,
         cache: TeacherCache | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         check_reverse(reverse)
+        if teacher is not None and cache is not None:
+            raise ValueError("a cache keeps the predictions of the model's own base; leave out teacher= or cache=.")
         if (
             not isinstance(task_weight, float | int)
             or isinstance(task_weight, bool)
@@ -177,7 +185,7 @@ class DistillationLoss:
                 "the task's loss, without compute_loss_func."
             )
         drifting = trained_base_parameters(model)
-        if drifting and cache is None:
+        if drifting and cache is None and teacher is None:
             raise ValueError(
                 f"{len(drifting)} parameters of the base model train in place ({', '.join(drifting[:3])}...), and the "
                 "teacher would drift with them; leave them frozen (DLQATConfig(bias='none')), or fill a cache before "
@@ -195,6 +203,7 @@ class DistillationLoss:
         self.reverse: Reverse = reverse
         self.task_weight = task_weight
         self.cache = cache
+        self._teacher = teacher
         self._model = model
         self._next_token = predicts_next(model)
         self._batch: dict[str, Any] | None = None
@@ -259,6 +268,9 @@ class DistillationLoss:
 
     def _teach(self, batch: dict[str, Any]) -> torch.Tensor | TopTokens:
         batch = {key: value for key, value in batch.items() if key not in ("labels", "num_items_in_batch")}
+        if self._teacher is not None:
+            with torch.no_grad(), evaluating(self._teacher):
+                return logits_of(self._teacher, batch)
         self._teaching = True
         try:
             return teacher_logits(self._model, batch) if self.cache is None else self.cache.teacher(self._model, batch)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..layer import DLQATLayer, adapter_layers
 from ..model import check_what_was_loaded
-from ..quant.quantizer import dequantize, pieces, round_codes, ship, unrounded_codes
+from ..quant.quantizer import dequantize, pieces, round_codes, shipped, unrounded_codes
 
 # Beyond these a layer is called broken; a sound 2-bit layer clips about a tenth of its weights and keeps m near 1.
 _MOST_CLIPPED = 0.5
@@ -107,16 +107,17 @@ def grid_report(model: nn.Module, adapter_name: str | None = None) -> GridReport
 def _examine(name: str, layer: DLQATLayer, adapter_name: str) -> LayerReport:
     grid, (scale, zero) = layer.specs[adapter_name].grid, layer.scales_and_zeros(adapter_name)
     weight, quantizer = layer.frozen.original(), layer.quantizer(adapter_name)
+    kept = weight if layer.frozen.in_file is None else layer.frozen.as_kept()
     clipped, steps, squares = 0, 0, 0.0
-    for _, piece, own in pieces(weight, quantizer):
+    for rows, piece, own in pieces(kept, quantizer):
         unrounded = unrounded_codes(piece, own)
         codes = round_codes(unrounded, grid)
         clipped += int((unrounded.round() != codes).sum())
         steps += int((codes.sort(-1).values.diff() != 0).sum())
-        w_hat = dequantize(codes, *ship(own.scale, own.zero, grid), grid)
-        squares += (w_hat - piece.float()).norm().item() ** 2
+        w_hat = dequantize(codes, *shipped(piece, own), grid)
+        squares += (w_hat - weight[rows].float()).norm().item() ** 2
     share, levels = clipped / weight.numel(), 1 + steps / scale.numel()
-    magnitude = quantizer.scale / scale
+    magnitude = (quantizer.scale / scale)[scale != 0]
     # An all-zero weight has no relative error.
     error = math.sqrt(squares) / max(torch.linalg.vector_norm(weight, dtype=torch.float32).item(), 1e-30)
     smallest, largest = magnitude.min().item(), magnitude.max().item()

@@ -87,6 +87,11 @@ def check_movable(layers: Iterable[DLQATLayer], adapter_name: str) -> None:
         ValueError: if it is merged, not the active one, or switched off; or if W0 is packed by its scales.
     """
     for layer in layers:
+        if layer.frozen.in_file is not None:
+            raise ValueError(
+                "the scales and zeros are the quantized file's own, and stay: there is nothing to calibrate; train "
+                "the adapter."
+            )
         if layer.frozen.packed:
             raise ValueError(
                 f"the frozen weights are packed by the scales of adapter {adapter_name!r}, which cannot move any "

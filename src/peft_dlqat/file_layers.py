@@ -1,0 +1,159 @@
+"""Layers whose weight stays as a quantized file has it, and is decoded when they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from .quant.in_file import FileStorage, file_storage
+from .quant.op import fake_quantize_linear
+from .quant.quantizer import Quantizer, decode_stored
+
+
+class _InFile:
+    """A weight [rows, columns] as the bytes of a file's rows, uint8 [rows, row_bytes], frozen.
+
+    Attributes:
+        storage: a key of `FILE_STORAGES`.
+    """
+
+    _dtype: torch.Tensor
+
+    def _keep(self: Any, packed: torch.Tensor, storage: str, dtype: torch.dtype) -> None:
+        self.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
+        self.storage = storage
+        self.register_buffer("_dtype", torch.empty(0, dtype=dtype), persistent=False)  # follows the model's
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one to compute in."""
+        return self._dtype.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, columns]."""
+        raise NotImplementedError
+
+    @property
+    def in_file(self) -> FileStorage:
+        """The type of the weight's tensor in the file."""
+        found = file_storage(self.storage)  # type: ignore[attr-defined]
+        assert found is not None
+        return found
+
+    def decoded(self, packed: torch.Tensor) -> torch.Tensor:
+        """The weights of some of the rows, float32 [rows, columns]."""
+        return decode_stored(packed, self.quantizer(packed))
+
+    def quantizer(self, packed: torch.Tensor) -> Quantizer:
+        """The way out of the file's grid, without an update, of some of the rows."""
+        s, zero = self.in_file.scales_and_zeros(packed)
+        columns = s.shape[1] * self.in_file.grid.group_size
+        A, B = s.new_zeros(0, columns), s.new_zeros(len(s), 0)
+        step = self.in_file.step(s)
+        return Quantizer(self.in_file.grid, 1.0, A, B, step, zero, s, zero, storage=self.storage)  # type: ignore[attr-defined]
+
+
+class FileLinear(_InFile, nn.Linear):
+    """y = x @ W.T + bias, with W [out, in] as the file has it.
+
+    While an adapter is merged, and after `decode_weights`, `weight` is a plain one, [out, in].
+
+    Args:
+        linear: the layer whose place it takes.
+        packed: uint8 [out, row_bytes].
+        storage: a key of `FILE_STORAGES`.
+        dtype: the one to compute in.
+    """
+
+    def __init__(self, linear: nn.Linear, packed: torch.Tensor, storage: str, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.bias = linear.bias
+        self._keep(packed, storage, dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        return self.out_features, self.in_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., out], in the dtype of x."""
+        if self.weight.is_floating_point():
+            return F.linear(x, self.weight, self.bias)
+        return fake_quantize_linear(x, self.bias, self.weight, self.quantizer(self.weight))
+
+
+class FileEmbedding(_InFile, nn.Embedding):
+    """A table of vectors as the file has it; only the rows that are asked for are decoded.
+
+    After `decode_weights`, `weight` is a plain one.
+
+    Args:
+        embedding: the layer whose place it takes, see `is_lookup`.
+        packed: uint8 [entries, row_bytes].
+        storage: a key of `FILE_STORAGES`.
+        dtype: of the vectors.
+    """
+
+    embed_scale: torch.Tensor | None
+
+    def __init__(self, embedding: nn.Embedding, packed: torch.Tensor, storage: str, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            super().__init__(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
+        self._keep(packed, storage, dtype)
+        self.register_buffer("embed_scale", getattr(embedding, "embed_scale", None), persistent=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[entries, columns]."""
+        return self.num_embeddings, self.embedding_dim
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The vectors [..., columns] of ids [...]."""
+        if self.weight.is_floating_point():
+            found = F.embedding(input, self.weight, self.padding_idx)
+        else:
+            found = self.decoded(self.weight[input.flatten()]).to(self.dtype).unflatten(0, input.shape)
+        return found if self.embed_scale is None else found * self.embed_scale.to(found.dtype)
+
+
+def is_lookup(embedding: nn.Embedding) -> bool:
+    """Whether an embedding does no more than look its vectors up, and multiply them by an `embed_scale` of its own.
+
+    Tried with a small weight of random numbers.
+    """
+    scale = getattr(embedding, "embed_scale", None)
+    if type(embedding) is nn.Embedding:
+        return scale is None
+    if not isinstance(scale, torch.Tensor) or scale.is_meta:
+        return False
+    weight = torch.rand((embedding.padding_idx or 0) + 2, embedding.embedding_dim)
+    ids = torch.arange(len(weight))
+    return torch.equal(functional_call(embedding, {"weight": weight}, (ids,)), weight * scale.to(weight.dtype))
+
+
+def decode_weights(model: nn.Module, apart: type | tuple[type, ...] = ()) -> None:
+    """Give layers of files their weights in full, in the dtype that they compute in; shared ones stay shared.
+
+    Args:
+        model: the model.
+        apart: kinds of modules whose insides are left alone.
+    """
+    new: dict[int, nn.Parameter] = {}
+    inside = {id(part) for module in model.modules() if isinstance(module, apart) for part in module.modules()}
+    for module in model.modules():
+        if in_file(module) and id(module) not in inside:
+            old: Any = module.weight
+            if id(old) not in new:
+                new[id(old)] = nn.Parameter(module.decoded(old).to(module.dtype), requires_grad=False)  # type: ignore[operator]
+            module.weight = new[id(old)]
+
+
+def in_file(module: nn.Module) -> bool:
+    """Whether a module's weight lies in memory as its file has it."""
+    return isinstance(module, FileLinear | FileEmbedding) and not module.weight.is_floating_point()

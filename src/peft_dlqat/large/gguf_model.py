@@ -1,0 +1,304 @@
+"""A model out of a GGUF file: its weights as they are, config and tokenizer as transformers or a folder has them.
+
+Names and the order of rows are those of transformers' own GGUF reading: it is asked what it would do with a weight's
+row numbers, so that blocks can be put in the same order without decoding them.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from ..file_layers import FileEmbedding, FileLinear, is_lookup
+from ..formats.gguf_checks import check_metadata
+from ..formats.gguf_file import FileTensor, GGUFFile, Origin
+from ..formats.gguf_metadata import ARCHITECTURES
+from ..module_names import folded
+from ..quant.ggml import GGML_TYPES, GGMLType
+from ..record import weight_checksum
+from .checkpoint import replace_tensor
+
+
+def read_config(file: GGUFFile, base: str | Path | None) -> PretrainedConfig:
+    """The model's config, from a folder or hub id, or as transformers reads it from the file.
+
+    Transformers leaves out what many files say of RoPE, windows and the size of heads. So the config is compared
+    with the metadata, in the architectures that this package can write itself.
+
+    Raises:
+        ValueError: for an architecture whose rows or config are not known, and a config that is not the file's.
+    """
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    own = {arch.name for arch in ARCHITECTURES.values()}
+    if file.architecture not in (set(GGUF_SUPPORTED_ARCHITECTURES) - set(GGUF_CONFIG_ARCHS)) | own:
+        raise ValueError(
+            f"{file.path} is of architecture {file.architecture!r}, for which it is not known here how its tensors "
+            "are ordered; use a file of another model."
+        )
+    config = _config(file, base)
+    if config.model_type not in ARCHITECTURES:
+        if base is None:
+            raise ValueError(
+                f"what transformers reads of a {file.architecture!r} cannot be checked against {file.path}; give the "
+                "folder or hub id of the base model's config by base=..."
+            )
+        return config
+    try:
+        factors = file.decode("rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
+        check_metadata(file.metadata, factors, config)
+    except ValueError as error:
+        where = "the config that transformers reads from it" if base is None else f"the config of base={str(base)!r}"
+        remedy = "give the folder or hub id of its base model's config by base=..."
+        raise ValueError(f"{file.path} is another model than {where}: {error}; {remedy}") from error
+    return config
+
+
+def _config(file: GGUFFile, base: str | Path | None) -> PretrainedConfig:
+    if base is not None:
+        return AutoConfig.from_pretrained(base)
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    if file.architecture not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise ValueError(
+            f"{file.path} is of architecture {file.architecture!r}, whose config transformers does not read from "
+            "GGUF; give the folder or hub id of the base model's config by base=..."
+        )
+    return AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+
+
+def read_tokenizer(file: GGUFFile, base: str | Path | None) -> Any:
+    """The tokenizer, from a folder or hub id, or as transformers reads it from the file; None where neither has one.
+
+    Raises:
+        ValueError: if the base's tokenizer has other tokens than the file.
+    """
+    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
+    tokenizer = None
+    if base is not None:
+        with suppress(OSError, ValueError):  # a folder of a config alone
+            tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokenizer is None:
+        return AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name) if tokens else None
+    kinds = file.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if tokens and len(tokenizer) > len(tokens):
+        raise ValueError(
+            f"the tokenizer of base={str(base)!r} has {len(tokenizer):,} tokens, and {file.path} {len(tokens):,}; "
+            "give the base model that the file was made of."
+        )
+    own = tokenizer.convert_ids_to_tokens(range(min(len(tokens), len(tokenizer))))
+    for index, (token, theirs, kind) in enumerate(zip(tokens, own, kinds, strict=False)):
+        if kind == 1 and token != theirs:  # an ordinary one; others may have been renamed
+            raise ValueError(
+                f"the tokenizer of base={str(base)!r} is another one than the file's: token {index} is {theirs!r} "
+                f"there, and {token!r} in {file.path}; give the base model that the file was made of."
+            )
+    return tokenizer
+
+
+class _Placing:
+    """Puts a file's tensors into an empty model."""
+
+    def __init__(self, file: GGUFFile, sha256: str, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        self.file, self.model, self.dtype = file, model, dtype
+        own = ARCHITECTURES.get(model.config.model_type)
+        make = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
+        if make is TensorProcessor and own is not None and own.norm_offset:
+            make = _processor_of_norms(own.norm_offset)
+        self.processor = make(config=model.config.get_text_config().to_dict())
+        self.state = model.state_dict(keep_vars=True)
+        self.names: dict[str, str] = get_gguf_hf_weights_map(_Root(model), self.processor, file.architecture)
+        if not all(name in self.names or _is_constant(name) for name in file.tensors):
+            # Looks at each module by itself, which is slow.
+            self.names = get_gguf_hf_weights_map(model, self.processor, file.architecture)
+        # What was decoded into full precision, by what transformers does with several tensors of one name.
+        self.parsed: dict[str, dict[str, Any]] = {"tensors": {}}
+        self.origin = Origin(file, sha256)
+
+    def check(self) -> None:
+        """Refuse a file and a config that do not go together, by names and sizes.
+
+        Raises:
+            ValueError: naming the tensors.
+        """
+        strange = [name for name in self.file.tensors if name not in self.names and not _is_constant(name)]
+        if strange:
+            raise ValueError(
+                f"{self.file.path} has {len(strange)} tensors that {type(self.model).__name__} has no place for: "
+                f"{folded(strange)}; give the config of its own model by base=..."
+            )
+        covered: dict[int, str] = {}
+        for name, tensor in self.file.tensors.items():
+            known = self.names.get(name, "")
+            if (own := self.state.get(known)) is None:
+                continue
+            if own.dim() == len(tensor.shape) == 2 and sorted(own.shape) != sorted(tensor.shape):
+                raise ValueError(
+                    f"{self.file.path} has {name} of {list(tensor.shape)}, and the config makes it {list(own.shape)}: "
+                    "it is another model's; give the config of the file's own model by base=..."
+                )
+            if (first := covered.setdefault(id(own), known)) != known:
+                raise ValueError(
+                    f"{self.file.path} has {name} beside the tensor of {first}, but the config ties the two; give the "
+                    "config of the file's own model by base=..."
+                )
+        missing = [
+            name
+            for name, found in self.state.items()
+            if id(found) not in covered and found.is_meta  # buffers that are no weights are there already
+        ]
+        if missing:
+            raise ValueError(
+                f"{self.file.path} lacks {len(missing)} tensors of {type(self.model).__name__}: {folded(missing)}; "
+                "give the config of the file's own model by base=..."
+            )
+
+    def place(self, name: str, device: torch.device | str) -> None:
+        """Read one of the file's tensors into the model."""
+        tensor, known = self.file.tensors[name], self.names.get(name)
+        if known is None:
+            return
+        module = self.model.get_submodule(known.rpartition(".")[0])
+        kind = GGML_TYPES.get(tensor.type)
+        order = self.order(tensor) if kind is not None and known.endswith(".weight") else None
+        if kind is not None and order is not None and self._keeps(module, tensor):
+            on_meta = torch.device(device).type == "meta"  # nobody wants more than sizes
+            packed = self.file.empty(name) if on_meta else self.file.read(name)
+            if not on_meta and not kind.is_finite(packed):
+                raise ValueError(f"{self.file.path}: {name} holds NaN or infinity; the file is broken.")
+            packed = packed if _is_identity(order) else packed[order]
+            self._replace(known.rpartition(".")[0], module, packed.to(device), kind)
+            self.origin.names[known], self.origin.orders[known] = name, order
+            return
+        self._decode(tensor, known, device)
+
+    def order(self, tensor: FileTensor) -> torch.Tensor | None:
+        """Which of the file's rows stands where in the model; None where it does more than order them."""
+        rows = np.arange(tensor.shape[0], dtype=np.float32 if tensor.shape[0] < 2**24 else np.float64)[:, None]
+        try:
+            found = self.processor.process(weights=rows.copy(), name=tensor.name).weights
+        except (ValueError, IndexError, TypeError):
+            return None
+        if found.shape != rows.shape or not np.array_equal(np.sort(found, 0), rows):
+            return None
+        return torch.from_numpy(found[:, 0]).long()
+
+    def _keeps(self, module: nn.Module, tensor: FileTensor) -> bool:
+        """Whether a module computes with its weight in a way that a decoded one can replace."""
+        if isinstance(module, nn.Linear):
+            plain = type(module).forward is nn.Linear.forward
+            return plain and tensor.shape == (module.out_features, module.in_features)
+        if not isinstance(module, nn.Embedding) or tensor.shape != (module.num_embeddings, module.embedding_dim):
+            return False
+        return is_lookup(module)
+
+    def _replace(self, path: str, module: nn.Module, packed: torch.Tensor, kind: GGMLType) -> None:
+        """Put layers that keep a file's bytes into the places of all that share a weight."""
+        weight, shared = module.weight, None
+        for name, other in list(self.model.named_modules()):
+            if getattr(other, "weight", None) is not weight:
+                continue
+            make: Any = FileEmbedding if isinstance(other, nn.Embedding) else FileLinear
+            new = make(other, packed, kind.name, self.dtype).train(other.training)
+            shared = new.weight if shared is None else shared
+            new.weight = shared
+            self.model.set_submodule(name, new)
+
+    def _decode(self, tensor: FileTensor, known: str, device: torch.device | str) -> None:
+        if torch.device(device).type == "meta":
+            return
+        result = self.processor.process(
+            weights=self.file.decode(tensor.name),
+            name=tensor.name,
+            tensor_key_mapping=self.names,
+            parsed_parameters=self.parsed,
+        )
+        if result.name is not None:
+            self.parsed["tensors"][known] = torch.from_numpy(np.copy(result.weights))
+        for key, value in self.parsed["tensors"].items():  # some come in halves
+            exact, value = value, value.to(device, self.dtype)
+            self.parsed["tensors"][key] = value
+            if value.dim() == 1 and not torch.equal(value.cpu().float(), exact.cpu().float()):
+                self.origin.dense[key] = exact
+            if value.shape != self.state[key].shape:
+                raise ValueError(
+                    f"{self.file.path} has {tensor.name} of {list(value.shape)}, and the config makes {key} "
+                    f"{list(self.state[key].shape)}; give the config of the file's own model by base=..."
+                )
+            _put(self.model, key, value)
+            self.origin.checksums[key] = weight_checksum(value)
+        if result.name is not None:
+            self.parsed["tensors"].clear()
+
+
+def _processor_of_norms(offset: float) -> Any:
+    """What transformers lacks: an architecture whose norms are stored with an offset."""
+    from transformers.modeling_gguf_pytorch_utils import GGUFTensor, TensorProcessor
+
+    class Processor(TensorProcessor):
+        def process(self, weights: Any, name: str, **_: Any) -> Any:
+            return GGUFTensor(weights - offset if name.endswith("norm.weight") else weights, name, {})
+
+    return Processor
+
+
+class _Root:
+    """A model to whoever looks at its own tensors only."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config, self.state_dict = model.config, model.state_dict
+
+    def named_children(self) -> list[Any]:
+        return []
+
+
+def _put(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    replace_tensor(model, name, lambda _: value)
+
+
+def _is_constant(name: str) -> bool:
+    """Whether a tensor is none of the model's weights: factors of RoPE that its config names."""
+    return name.startswith(("rope_freqs.", "rope_factors_"))
+
+
+def _is_identity(order: torch.Tensor) -> bool:
+    return bool((order == torch.arange(len(order))).all())
+
+
+def fill(
+    file: GGUFFile, sha256: str, model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str
+) -> Origin:
+    """Read a file's tensors into an empty model: as they are where they have a grid, else decoded.
+
+    Args:
+        file: the file.
+        sha256: its checksum.
+        model: the model, on the meta device.
+        dtype: of what is decoded.
+        device: where the weights go; on the meta device nothing is read.
+
+    Returns:
+        Where the model's weights come from.
+
+    Raises:
+        ValueError: for a file and a model that do not go together; before any weight is read.
+    """
+    placing = _Placing(file, sha256, model, dtype)
+    placing.check()
+    for name in sorted(file.tensors, key=lambda name: file.tensors[name].start):
+        placing.place(name, device)
+    model.tie_weights()
+    return placing.origin
