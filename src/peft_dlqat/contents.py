@@ -176,7 +176,7 @@ def resolve(model: nn.Module, key: str) -> torch.Tensor:
     module = model.get_submodule(path)
     if isinstance(module, DLQATLayer):
         module = module.get_base_layer()
-    return getattr(module, leaf)
+    return module.kept if in_file(module) and leaf == "weight" else getattr(module, leaf)  # type: ignore[return-value]
 
 
 def plain_name(key: str, model: nn.Module, adapter_name: str) -> str | None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from .deferred import DeferredWeight
 from .quant.in_file import FileStorage, file_storage
 from .quant.op import fake_quantize_linear
 from .quant.quantizer import Quantizer, decode_stored
@@ -19,14 +20,33 @@ class _InFile:
 
     Attributes:
         storage: a key of `FILE_STORAGES`.
+        read_by_others: whether `weight` is read to compute with it, as TRL's loss reads an output head's: it is
+            decoded then. Otherwise it is the bytes.
     """
 
     _dtype: torch.Tensor
+    _parameters: dict[str, Any]
+    read_by_others = False
 
     def _keep(self: Any, packed: torch.Tensor, storage: str, dtype: torch.dtype) -> None:
         self.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
         self.storage = storage
         self.register_buffer("_dtype", torch.empty(0, dtype=dtype), persistent=False)  # follows the model's
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """The bytes, or the plain weight."""
+        return self._parameters["weight"]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The bytes, or, for others to compute with, what they stand for."""
+        if "weight" not in self._parameters:  # while it is being made
+            raise AttributeError("weight")
+        kept = self.kept
+        if not self.read_by_others or kept.is_floating_point():
+            return kept
+        return DeferredWeight(lambda: self.decoded(kept).to(self.dtype), self.shape, self.dtype, kept.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,7 +78,7 @@ class _InFile:
         return Quantizer(self.in_file.grid, 1.0, A, B, step, zero, s, zero, storage=self.storage)  # type: ignore[attr-defined]
 
 
-class FileLinear(_InFile, nn.Linear):
+class FileLinear(_InFile, nn.Linear):  # type: ignore[override]
     """y = x @ W.T + bias, with W [out, in] as the file has it.
 
     While an adapter is merged, and after `decode_weights`, `weight` is a plain one, [out, in].
@@ -83,12 +103,12 @@ class FileLinear(_InFile, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., out], in the dtype of x."""
-        if self.weight.is_floating_point():
-            return F.linear(x, self.weight, self.bias)
-        return fake_quantize_linear(x, self.bias, self.weight, self.quantizer(self.weight))
+        if self.kept.is_floating_point():
+            return F.linear(x, self.kept, self.bias)
+        return fake_quantize_linear(x, self.bias, self.kept, self.quantizer(self.kept))
 
 
-class FileEmbedding(_InFile, nn.Embedding):
+class FileEmbedding(_InFile, nn.Embedding):  # type: ignore[override]
     """A table of vectors as the file has it; only the rows that are asked for are decoded.
 
     After `decode_weights`, `weight` is a plain one.
@@ -115,10 +135,10 @@ class FileEmbedding(_InFile, nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The vectors [..., columns] of ids [...]."""
-        if self.weight.is_floating_point():
-            found = F.embedding(input, self.weight, self.padding_idx)
+        if self.kept.is_floating_point():
+            found = F.embedding(input, self.kept, self.padding_idx)
         else:
-            found = self.decoded(self.weight[input.flatten()]).to(self.dtype).unflatten(0, input.shape)
+            found = self.decoded(self.kept[input.flatten()]).to(self.dtype).unflatten(0, input.shape)
         return found if self.embed_scale is None else found * self.embed_scale.to(found.dtype)
 
 
@@ -148,7 +168,7 @@ def decode_weights(model: nn.Module, apart: type | tuple[type, ...] = ()) -> Non
     inside = {id(part) for module in model.modules() if isinstance(module, apart) for part in module.modules()}
     for module in model.modules():
         if in_file(module) and id(module) not in inside:
-            old: Any = module.weight
+            old: Any = module.kept
             if id(old) not in new:
                 new[id(old)] = nn.Parameter(module.decoded(old).to(module.dtype), requires_grad=False)  # type: ignore[operator]
             module.weight = new[id(old)]
@@ -156,4 +176,4 @@ def decode_weights(model: nn.Module, apart: type | tuple[type, ...] = ()) -> Non
 
 def in_file(module: nn.Module) -> bool:
     """Whether a module's weight lies in memory as its file has it."""
-    return isinstance(module, FileLinear | FileEmbedding) and not module.weight.is_floating_point()
+    return isinstance(module, FileLinear | FileEmbedding) and not module.kept.is_floating_point()

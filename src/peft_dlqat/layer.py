@@ -92,6 +92,8 @@ class DLQATLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         own: Any = self.get_base_layer()
+        if isinstance(own, FileLinear):
+            own.read_by_others = False
         shape = own.shape if isinstance(own, FileLinear) else full_shape(own.weight)
         self.out_features, self.in_features = shape[::-1] if fan_in_fan_out else shape
 

@@ -99,7 +99,7 @@ class Source(Contents):
             return self._with_weight(info.module, lambda layer: _on_cpu(layer.quantized_weight(self.adapter_name)))
         module: Any = self.model.get_submodule(self._keys[info.name].rpartition(".")[0])
         tensor = resolve(self.model, self._keys[info.name])
-        if in_file(module) and tensor is module.weight:
+        if in_file(module) and tensor is module.kept:
             return module.decoded(tensor.detach()).cpu()
         if tensor.is_meta:
             assert self._checkpoint is not None

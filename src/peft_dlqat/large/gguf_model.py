@@ -213,7 +213,7 @@ class _Placing:
                 continue
             make: Any = FileEmbedding if isinstance(other, nn.Embedding) else FileLinear
             new = make(other, packed, kind.name, self.dtype).train(other.training)
-            shared = new.weight if shared is None else shared
+            shared = new.kept if shared is None else shared
             new.weight = shared
             self.model.set_submodule(name, new)
 

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from ..config import DLQATConfig
+from ..file_layers import FileLinear
 from ..formats.gguf_file import GGUFFile
 from ..quant.fixed_point import IN_FILE
 from ..quant.ggml import GGML_TYPES
@@ -86,8 +87,12 @@ def load_quantized(
     inner.eval().to(device)
     if isinstance(adapter, DLQATConfig):
         config.base_model_name_or_path, config.file_sha256 = str(path), sha256
-        return get_peft_model(inner, config, adapter_name=adapter_name).eval(), tokenizer
-    model = PeftModel.from_pretrained(inner, str(adapter), adapter_name=adapter_name, is_trainable=is_trainable)
+        model = get_peft_model(inner, config, adapter_name=adapter_name)
+    else:
+        model = PeftModel.from_pretrained(inner, str(adapter), adapter_name=adapter_name, is_trainable=is_trainable)
+    head: Any = inner.get_output_embeddings()
+    if isinstance(head, FileLinear):
+        head.read_by_others = True
     return model.eval(), tokenizer
 
 
