@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from .formats.q8_0 import Q8_0_BLOCK, round_q8_0
 from .frozen import check_float_weight
 from .layer import DLQATLayer
 from .lora_arguments import MERGE_IT, check_mergeable
+from .module_names import folded
 from .placement import check_whole, full_shape, is_offloaded, is_partitioned
 from .quant.fixed_point import as_rows
 from .targets import is_target, out_in
@@ -134,7 +136,9 @@ class BaseChanges:
     def _embeddings(self, config: DLQATConfig) -> set[str]:
         """Names of the token embedding's and the output head's weight, where they stay frozen and dense."""
         if not isinstance(self._model, PreTrainedModel):
-            return set()
+            raise ValueError(
+                f"embeddings='q8_0' needs a model of transformers, not a {type(self._model).__name__}; leave it out."
+            )
         found: set[str] = set()
         for module in (self._model.get_input_embeddings(), self._model.get_output_embeddings()):
             inside: Any = getattr(module, "original_module", module)
@@ -156,6 +160,11 @@ class BaseChanges:
 
     def _read(self, lora: str) -> dict[str, _Update]:
         """A LoRA adapter's updates by the names of the base model's weights."""
+        if os.path.isabs(lora) and not os.path.isdir(lora):
+            raise ValueError(
+                f"lora={lora!r} is no folder here; load the adapter by PeftModel.from_pretrained, which takes the "
+                "copy in its own folder, or name that one in its adapter_config.json."
+            )
         config = PeftConfig.from_pretrained(lora)
         check_mergeable(config, lora)
         assert isinstance(config, LoraConfig)
@@ -166,6 +175,13 @@ class BaseChanges:
                 raise ValueError(f"lora={lora!r} holds {key}, which is no part of a plain LoRA; {MERGE_IT}.")
             parts.setdefault(name, {})[kind[0]] = value
         modules = {_plain(name): module for name, module in self._model.named_modules()}
+        linears = (name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D | DLQATLayer))
+        lacking = sorted({name for name in linears if is_target(config, name)} - parts.keys())  # type: ignore[arg-type]
+        if lacking or not parts:
+            raise ValueError(
+                f"lora={lora!r} lacks A and B of {folded(lacking) or 'all layers'}, which its config names; copy or "
+                "download it again."
+            )
         return {f"{name}.weight": self._update(name, modules, config, lora, **both) for name, both in parts.items()}
 
     def _update(

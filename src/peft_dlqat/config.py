@@ -306,6 +306,8 @@ class DLQATConfig(PeftConfig):
         self.peft_type = PeftType.DLQAT  # type: ignore[attr-defined]
         # What "all-linear" stood for in the last model; the next may be another one. No field: it is not saved.
         self.all_linear: list[str] | set[str] | str | None = None
+        if self.lora is not None and not self.was_saved:
+            self.lora = os.path.abspath(self.lora) if os.path.isdir(self.lora) else os.fspath(self.lora)
         checks = {entry.name: entry.metadata["check"] for entry in fields(self) if "check" in entry.metadata}
         for name, check in checks.items():
             check(name, getattr(self, name))
@@ -332,6 +334,8 @@ class DLQATConfig(PeftConfig):
             )
         if self.storage != IN_FILE:
             self.check_export(self.grids())
+        elif changing := [name for name in ("lora", "embeddings") if getattr(self, name) is not None]:
+            raise ValueError(f"{changing[0]} changes weights that a quantized file keeps; leave {changing[0]} out.")
 
     @classmethod
     def from_lora(cls, lora: LoraConfig | str | os.PathLike[str], /, **settings: Any) -> DLQATConfig:

@@ -174,6 +174,14 @@ def decode_weights(model: nn.Module, apart: type | tuple[type, ...] = ()) -> Non
             module.weight = new[id(old)]
 
 
+def as_plain(model: nn.Module) -> None:
+    """Make layers of files, whose weights are in full by now, ordinary ones; the model is of no file any more."""
+    for module in model.modules():
+        if isinstance(module, FileLinear) and module.kept.is_floating_point():
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+    model.origin = None  # type: ignore[assignment]
+
+
 def in_file(module: nn.Module) -> bool:
     """Whether a module's weight lies in memory as its file has it."""
     return isinstance(module, FileLinear | FileEmbedding) and not module.kept.is_floating_point()

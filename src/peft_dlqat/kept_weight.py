@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from .record import sample
@@ -19,25 +19,28 @@ MOST_ROWS = 64
 PACKED_BUDGET = 2**30
 _SAMPLE = 64  # values of W0: each costs a cache line
 
-_lock, _packed_bytes = threading.Lock(), 0
+_lock, _packed_bytes = threading.RLock(), 0  # `__del__` may come inside
 
 
 class _Seen(NamedTuple):
-    """A tensor that w_hat was made of: where it lies, a view of it that holds that place, and the bytes it had."""
+    """A tensor that w_hat was made of: where it lies, and the bytes that it had."""
 
     place: tuple[int, int]
-    view: np.ndarray
     bytes: bytearray
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Seen:
-        view = tensor.detach().numpy()
-        return cls((tensor.data_ptr(), tensor.numel()), view, bytearray(view))
+        return cls((tensor.data_ptr(), tensor.numel()), bytearray(_bytes_of(tensor)))
 
     def still(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is this one, and its numbers the same: compared as bytes, as fast as memory is read."""
-        same_place = (tensor.data_ptr(), tensor.numel()) == self.place and tensor.is_contiguous()
-        return same_place and self.bytes == self.view
+        same_place = (tensor.data_ptr(), tensor.numel()) == self.place and _can_be_seen(tensor)
+        return same_place and self.bytes == _bytes_of(tensor)
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    """A view of a tensor's memory. Not by NumPy, after which FSDP could not give that memory back."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
 
 class _Content(NamedTuple):
@@ -49,7 +52,7 @@ class _Content(NamedTuple):
 
 
 def _can_be_seen(tensor: torch.Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.dtype is torch.float32
+    return tensor.is_contiguous() and tensor.dtype is torch.float32 and tensor.device.type == "cpu"
 
 
 class KeptWeight:
@@ -67,7 +70,8 @@ class KeptWeight:
         return KeptWeight, ()
 
     def __del__(self) -> None:
-        self._count(0)
+        if self._counted and _lock is not None:  # as it is when Python ends
+            self._count(0)
 
     def clear(self) -> None:
         """Let w_hat go."""

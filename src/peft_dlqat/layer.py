@@ -569,6 +569,7 @@ class DLQATLinear(nn.Module, DLQATLayer):
         """As torch's; says what a cast of W0 does to adapters."""
         before = self.frozen.dtype
         super()._apply(fn, recurse)  # type: ignore[misc]
+        self._kept_weight.clear()
         if self.frozen.dtype != before and not self.frozen.packed:
             self._follow_cast()
         return self

@@ -21,11 +21,12 @@ from .adapter_file import check_loaded, check_state, tensor_key, warn_of_other_b
 from .base_weights import BaseChanges
 from .config import DLQATConfig
 from .console import progress_bar, say
-from .file_layers import FileLinear, decode_weights
+from .file_layers import as_plain, decode_weights, in_file
 from .layer import NUMBERS, PREFIX, DLQATLayer, DLQATLinear, adapter_layers, is_calibrated, warn_of_inexact
 from .layer_spec import LayerSpec, stored_as
 from .placement import at_hand
 from .places import places
+from .quant.fixed_point import IN_FILE
 from .record import Record, weight_checksum
 from .summary import summarize
 from .targets import HEADS, check_targets, is_all_linear, out_in, resolve_all_linear, warn_of_an_unsaved_head
@@ -64,6 +65,7 @@ class DLQATModel(BaseTuner):
     def _prepare_model(self, peft_config: DLQATConfig, model: nn.Module) -> None:
         """Resolve "all-linear", check every target, then change base weights as the config says."""
         self._places = places(model)
+        _check_file(peft_config, model)
         resolve_all_linear(peft_config, model)
         self._depths = check_targets(peft_config, model)
         BaseChanges(peft_config, model).apply()
@@ -80,7 +82,7 @@ class DLQATModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         in_features, layer = out_in(target)[1], target.get_base_layer() if isinstance(target, DLQATLayer) else target
-        kind = layer.in_file if isinstance(layer, FileLinear) else None
+        kind: Any = layer.in_file if in_file(layer) else None
         kwargs = {
             "spec": LayerSpec.from_config(peft_config, current_key, in_features, self._depths[current_key], kind),
             "init": "minmax" if _is_emptied() else self._first_init,
@@ -182,7 +184,9 @@ class DLQATModel(BaseTuner):
         self._places = places(self.model)
         config = getattr(self.model, "config", None)
         if not (merge and getattr(config, "tie_word_embeddings", False)):
-            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            as_plain(model)
+            return model
         # PEFT would compare the head with the encoder's embedding, where it is tied to the decoder's.
         config.tie_word_embeddings = False  # type: ignore[union-attr]
         try:
@@ -195,6 +199,7 @@ class DLQATModel(BaseTuner):
                 "tie_word_embeddings is False in the model's config now.",
                 stacklevel=3,
             )
+        as_plain(model)
         return model
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -329,6 +334,19 @@ def check_what_was_loaded(model: nn.Module) -> None:
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(tuner := getattr(hook, "__self__", None), DLQATModel):
                 tuner.check_loaded(module)
+
+
+def _check_file(config: DLQATConfig, model: nn.Module) -> None:
+    """Refuse an adapter of another quantized file than the model's; a new one gets the checksum of this one."""
+    origin: Any = getattr(model, "origin", None)
+    if origin is None or config.storage != IN_FILE:
+        return
+    if config.file_sha256 not in (None, origin.sha256):
+        raise ValueError(
+            f"the adapter belongs to another file: its sha256 is {config.file_sha256}, and {origin.file.path} has "
+            f"{origin.sha256}; open its own file by load_quantized."
+        )
+    config.file_sha256 = origin.sha256
 
 
 def _is_on_meta(model: nn.Module) -> bool:

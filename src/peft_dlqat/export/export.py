@@ -119,6 +119,10 @@ def export_model(
                 f"dtype={dtype!r} has no meaning with a template, whose tensors in full precision keep its types; "
                 "leave dtype out (embeddings=... may be given)."
             )
+        if tokenizer is not None:
+            raise ValueError(
+                "tokenizer=... has no meaning with a template, whose own stays in the file; leave it out."
+            )
         target = target.with_template(template, outline, source.originals())
     target.check_model(outline)
     if chosen is None:

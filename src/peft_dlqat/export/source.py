@@ -133,9 +133,12 @@ def open_source(
     config = DLQATConfig.from_pretrained(adapter)
     if not isinstance(config, DLQATConfig):
         raise ValueError(f"{adapter} holds a {config.peft_type} adapter; only DL-QAT adapters can be exported.")
+    if config.storage == IN_FILE:  # `base` is the file, or what says its config
+        is_file = base is not None and Path(base).is_file()
+        file = base if is_file else config.base_model_name_or_path
+        if file is not None:
+            return Source(load_quantized(file, adapter, None if is_file else base)[0], "default")
     base = base or config.base_model_name_or_path
-    if config.storage == IN_FILE and base:  # where it is the file
-        return Source(load_quantized(base, adapter)[0], "default")
     if not base:
         raise ValueError(f"{adapter} does not say its base model; name its folder or hub id by base=...")
     folder = weights_folder(base, config.revision)

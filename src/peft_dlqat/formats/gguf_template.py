@@ -211,7 +211,8 @@ def _place(file: GGUFFile, name: str, tensor: TensorInfo, value: torch.Tensor, w
     if own.shape != tuple(value.shape):
         raise _another(file, f"its {name} is {list(own.shape)}, and {tensor.name} {list(value.shape)}")
     theirs = torch.from_numpy(file.decode(name))
-    for offset in (0.0, 1.0) if value.dim() == 1 else (0.0,):
+    offsets = (0.0, 1.0) if value.dim() == 1 else (0.0,)
+    for offset in sorted(offsets, key=lambda offset: (theirs - value.float() - offset).abs().sum().item()):
         ours = value.float() + offset
         if whole and kind in _FLOATS:
             order = _order(theirs, ours.to(_FLOATS[kind]).float())

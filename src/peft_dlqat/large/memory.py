@@ -19,6 +19,7 @@ from ..config import DLQATConfig
 from ..formats.gguf_file import GGUFFile
 from ..layer import adapter_layers
 from ..quant.fixed_point import IN_FILE, STORAGES
+from ..quant.op import MOST_RECOMPUTED
 from ..quant.quantizer import piece_rows
 from .checkpoint import empty_model
 from .gguf_model import fill, read_config
@@ -273,7 +274,8 @@ def _largest_op(model: PeftModel, packed: bool, size: int, device: str, checkpoi
     choosing = (quantizer.A, quantizer.B, quantizer.step, quantizer.rounding_zero)
     codes_move = any(tensor.requires_grad for tensor in choosing if tensor is not None)
     w_hats = {key: layer.out_features * layer.in_features * size for key, layer in layers.items()}
-    kept = sum(w_hats.values()) // model.config.get_text_config().num_hidden_layers if checkpointing else 0
+    of_a_layer = sum(w_hats.values()) // model.config.get_text_config().num_hidden_layers
+    kept = min(of_a_layer, MOST_RECOMPUTED) if checkpointing else 0
     largest = 0
     for key, layer in layers.items():
         piece = min(layer.out_features, piece_rows(layer.in_features, device)) * layer.in_features

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import triton_kernels as kernels
-from .fixed_point import STORAGES, Storage, as_rows
+from .fixed_point import ALL_STORAGES, STORAGES, Storage, as_rows
 from .grid import Grid
 from .quantizer import Quantizer, ship, store
 
@@ -33,7 +33,7 @@ def probe(device: str) -> None:
 
 def supports(weight: torch.Tensor, quantizer: Quantizer) -> bool:
     """Whether the kernels can do it: float32 arithmetic, groups that tile evenly, the storage that they decode."""
-    size, plain = quantizer.grid.group_size, type(STORAGES[quantizer.storage]) is Storage
+    size, plain = quantizer.grid.group_size, type(ALL_STORAGES[quantizer.storage]) is Storage
     return weight.dtype != torch.float64 and (size & (size - 1) == 0 or size == quantizer.A.shape[1]) and plain
 
 

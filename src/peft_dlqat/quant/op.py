@@ -30,6 +30,8 @@ _OF_QUANTIZER = _TENSORS[2:]
 GRADIENTS = ("exact", "bf16", "lowrank")
 # Of layers that gradient checkpointing has just computed again, by what they are made of, until their own backward.
 _recomputed: dict[tuple[Any, ...], torch.Tensor] = {}
+MOST_RECOMPUTED = 2**31
+"""Bytes of them at most: a checkpoint is of one decoder layer, as a rule, but may be of the whole model."""
 
 
 def fake_quantize_linear(
@@ -207,6 +209,10 @@ def _once_more(weight: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype, f
     return quantized(weight, quantizer, dtype, fan_in_fan_out) if kept is None else kept
 
 
+def _has_room(w_hat: torch.Tensor) -> bool:
+    return sum(kept.nbytes for kept in _recomputed.values()) + w_hat.nbytes <= MOST_RECOMPUTED
+
+
 def _keep_if_recomputed(ctx: Any, weight: torch.Tensor, quantizer: Quantizer, w_hat: torch.Tensor) -> None:
     """Keep w_hat where this is checkpointing's second forward pass: the layer's backward comes before anything moves.
 
@@ -214,7 +220,7 @@ def _keep_if_recomputed(ctx: Any, weight: torch.Tensor, quantizer: Quantizer, w_
     """
     if torch._C._current_graph_task_id() == -1:  # no backward pass is running
         _recomputed.clear()
-    elif ctx.needs_input_grad[_TENSORS.index("x")]:
+    elif ctx.needs_input_grad[_TENSORS.index("x")] and _has_room(w_hat):
         _recomputed[_made_of(weight, quantizer, w_hat.dtype)] = w_hat
 
 

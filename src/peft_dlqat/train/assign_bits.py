@@ -26,6 +26,7 @@ from .distillation import distillation_loss
 from .fit_to_inputs import InputMoments
 
 _CHOICES = (2, 3, 4, 5, 6, 8)
+_EXACT = 1e-6  # a share of the largest rounding error, which is none
 
 
 @dataclass
@@ -84,6 +85,10 @@ def assign_bits(
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("the model has adapters already; choose bits on the model itself, before get_peft_model.")
+    if config.lora is not None:
+        raise ValueError(
+            f"lora={config.lora!r} is not in this model yet, and changes it; merge it before, and leave it out."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # get_peft_model will say the same
         grids = _grids(config, model, sorted(set(choices)))
@@ -100,18 +105,8 @@ def assign_bits(
         moments, teachers = inputs.means(), [logits_of(model, batch) for batch in kept]
 
         def divergence() -> float:
-            logits = zip(kept, teachers, strict=True)
-            losses = [
-                distillation_loss(
-                    logits_of(model, batch),
-                    teacher,
-                    batch.get("labels"),
-                    _mask(batch),
-                    next_token=predicts_next(model),
-                )
-                for batch, teacher in logits
-            ]
-            return torch.stack(losses).mean().item()
+            losses = [_divergence(model, batch, teacher) for batch, teacher in zip(kept, teachers, strict=True)]
+            return max(sum(losses) / len(losses), 0.0)
 
         groups = [
             _measured({name: layers[name] for name in names}, grids, config.export, moments, target_bits, divergence)
@@ -205,28 +200,36 @@ def _measured(
 ) -> _Group:
     """A group, its divergence measured at the bits that are nearest to the target."""
     own = {name: grids[name] for name in layers}
-    choices = list(next(iter(own.values())))
-    nearest = min(choices, key=lambda bits: abs(bits - target_bits))
     weights: dict[str, torch.Tensor] = {name: layer.weight.data for name, layer in layers.items()}  # type: ignore[misc]
+    choices = list(next(iter(own.values())))
     errors = dict.fromkeys(choices, 0.0)
+    for name, layer in layers.items():
+        weight = _rows(layer, weights[name])
+        for bits in choices:
+            difference = _rounded(weight, own[name][bits], moments[name]) - weight.float()
+            errors[bits] += (difference.square() @ moments[name]).sum().item()
+    # Where bits hold the weights as they are, the output says nothing of the others.
+    telling = [bits for bits in choices if errors[bits] > _EXACT * max(errors.values())] or choices
+    nearest = min(telling, key=lambda bits: abs(bits - target_bits))
     try:
         for name, layer in layers.items():
-            weight = weights[name].T if isinstance(layer, Conv1D) else weights[name]
-            for bits in choices:
-                rounded = _rounded(weight, own[name][bits], moments[name])
-                errors[bits] += ((rounded - weight.float()).square() @ moments[name]).sum().item()
-                if bits == nearest:
-                    layer.weight.data = (rounded.T if isinstance(layer, Conv1D) else rounded).to(weight.dtype)
+            rounded = _rounded(_rows(layer, weights[name]), own[name][nearest], moments[name])
+            layer.weight.data = _rows(layer, rounded).to(weights[name].dtype)  # type: ignore[union-attr]
         kl = divergence()
     finally:
         for name, layer in layers.items():
-            layer.weight.data = weights[name]
+            layer.weight.data = weights[name]  # type: ignore[union-attr]
     size = {
         bits: sum(_stored_bits(own[name][bits], formats) * weight.numel() for name, weight in weights.items())
         for bits in choices
     }
     kls = {bits: kl * errors[bits] / max(errors[nearest], 1e-30) for bits in choices}
     return _Group(list(layers), sum(weight.numel() for weight in weights.values()), kls, size)
+
+
+def _rows(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's weight as [out, in], or such a one as the layer has it."""
+    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def _rounded(weight: torch.Tensor, grid: Grid, moment: torch.Tensor) -> torch.Tensor:
