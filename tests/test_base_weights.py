@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import CONFIGS, perturb, say_calibrated, tiny_model, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from peft_dlqat import DLQATConfig, OtherBaseWarning, adapters_disabled, export_model, load_packed, summarize
 from peft_dlqat.formats.q8_0 import round_q8_0
@@ -202,3 +203,29 @@ def test_rows_that_no_block_divides_are_refused():
     model.set_input_embeddings(torch.nn.Embedding(64, 40))
     with pytest.raises(ValueError, match=r"rows of a multiple of 32, but model\.embed_tokens\.weight has rows of 40"):
         get_peft_model(model, DLQATConfig(bits=4, group_size=32, embeddings="q8_0"))
+
+
+@pytest.mark.parametrize("kept", [1, 0])
+def test_a_lora_that_lacks_tensors_is_refused(base, tmp_path, kept):
+    """Merged in part, it would be another model."""
+    trained_lora(base, tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    names = sorted({key.partition(".lora_")[0] for key in tensors})[:kept]
+    save_file({key: value for key, value in tensors.items() if key.partition(".lora_")[0] in names}, file)
+    config = DLQATConfig.from_lora(str(tmp_path / "lora"), bits=4, group_size=32, target_modules="all-linear")
+    with pytest.raises(ValueError, match=r"lacks A and B of .*; copy or download it again"):
+        get_peft_model(load(base), config)
+
+
+def test_a_lora_folder_is_saved_by_its_whole_path(base, tmp_path, monkeypatch):
+    trained_lora(base, tmp_path / "lora")
+    monkeypatch.chdir(tmp_path)
+    assert DLQATConfig(bits=4, lora="lora").lora == str(tmp_path / "lora")
+    assert DLQATConfig(bits=4, lora=tmp_path / "lora").lora == str(tmp_path / "lora")
+
+
+def test_embeddings_of_what_is_no_transformers_model_are_refused():
+    config = DLQATConfig(bits=4, group_size=32, embeddings="q8_0", target_modules=["0"])
+    with pytest.raises(ValueError, match="needs a model of transformers, not a Sequential"):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 64)), config)

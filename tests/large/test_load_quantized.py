@@ -12,7 +12,7 @@ import torch
 from conftest import perturb, random_model, train
 from export_models import CONFIGS, GEMMA, SHAPE, llama2_tokenizer
 from gguf_files import write_gguf
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 from peft_dlqat import (
@@ -24,6 +24,7 @@ from peft_dlqat import (
     load_quantized,
 )
 from peft_dlqat.formats.gguf_file import GGUFFile
+from peft_dlqat.large.load_quantized import in_file_config
 from peft_dlqat.layer import adapter_layers
 
 pytestmark = pytest.mark.xdist_group("llama.cpp")
@@ -319,3 +320,52 @@ def test_in_16_bits_the_vectors_of_the_file_stay(opened, tmp_path):
         export_model(model, tmp_path / "other", "gguf", verify=False)
     with pytest.raises(ValueError, match="dtype='float16' has no meaning here"):
         export_model(model, tmp_path / "other", "gguf", dtype="float16", verify=False)
+
+
+def test_others_read_the_heads_weight_decoded(opened):
+    """As TRL's loss does; and whoever ties weights finds the bytes' own parameter."""
+    path, model = opened("tied", "Q3_K_M")
+    base = model.get_base_model()
+    expected = decoded(path).get_output_embeddings().weight
+    assert torch.equal(base.get_output_embeddings().weight[3:5] + 0, expected[3:5])
+    hidden = torch.randn(2, 256)
+    assert torch.equal(base.get_output_embeddings()(hidden), hidden @ expected.t())
+    base.tie_weights()
+    assert base.get_output_embeddings().kept is base.get_input_embeddings().kept
+
+
+def test_a_merged_model_is_of_no_file_any_more(opened):
+    path, _ = opened("llama", "Q4_0")
+    model, _ = load_quantized(path, DLQATConfig(**CONFIG), base=path.parent)
+    merged = model.merge_and_unload()
+    expected = merged(input_ids=IDS).logits
+    anew = get_peft_model(merged, DLQATConfig(bits=8, group_size=64, **CONFIG))
+    grids = {layer.specs["default"].grid.bits for layer in adapter_layers(anew)[1].values()}
+    assert grids == {8}
+    assert torch.allclose(anew(input_ids=IDS).logits, expected, atol=0.1)
+    assert getattr(merged, "origin", None) is None
+
+
+def test_every_adapter_belongs_to_the_file(opened, tmp_path):
+    path, _ = opened("llama", "Q4_0")
+    model, _ = load_quantized(path, DLQATConfig(**CONFIG), base=path.parent)
+    model.add_adapter("second", in_file_config(DLQATConfig(**CONFIG)))
+    assert model.peft_config["second"].file_sha256 == model.peft_config["default"].file_sha256
+    other = in_file_config(DLQATConfig(**CONFIG))
+    other.file_sha256 = "0" * 64
+    with pytest.raises(ValueError, match="belongs to another file: its sha256 is 0000"):
+        model.add_adapter("third", other)
+
+
+def test_no_kernel_of_a_card_decodes_a_file(opened):
+    nvidia = pytest.importorskip("peft_dlqat.quant.nvidia")
+    _, model = opened("llama", "Q4_0")
+    layer = next(iter(adapter_layers(model)[1].values()))
+    assert not nvidia.supports(layer.frozen.as_kept(), layer.quantizer("default"))
+
+
+@pytest.mark.parametrize("name, value", [("lora", "somewhere"), ("embeddings", "q8_0")])
+def test_what_changes_the_files_weights_is_refused(opened, name, value):
+    path, _ = opened("llama", "Q4_0")
+    with pytest.raises(ValueError, match=f"{name} changes weights that a quantized file keeps"):
+        load_quantized(path, DLQATConfig(**CONFIG, **{name: value}), base=path.parent)

@@ -107,3 +107,14 @@ def test_refused(arguments, message):
     given["model"] = given["model"]()
     with pytest.raises(ValueError, match=message):
         assign_bits(**given, progress=False)
+
+
+def test_weights_that_lie_on_a_grid_count_at_fewer_bits():
+    """At their own bits nothing is lost, which says nothing of what fewer would lose."""
+    model, settings = tiny_model(), {**SETTINGS, "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]}
+    on_grid = get_peft_model(tiny_model(), DLQATConfig(bits=4, **settings)).merge_and_unload()
+    for name, module in on_grid.named_modules():
+        if name.endswith(("q_proj", "k_proj", "v_proj", "down_proj")):
+            model.get_submodule(name).weight.data = module.weight.data
+    bits = assign_bits(model, lm_batches(1), DLQATConfig(**settings), target_bits=4.5, progress=False)
+    assert set(bits.values()) == {4}
