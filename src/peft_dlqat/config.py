@@ -306,7 +306,7 @@ class DLQATConfig(PeftConfig):
         self.peft_type = PeftType.DLQAT  # type: ignore[attr-defined]
         # What "all-linear" stood for in the last model; the next may be another one. No field: it is not saved.
         self.all_linear: list[str] | set[str] | str | None = None
-        if self.lora is not None and not self.was_saved:
+        if isinstance(self.lora, os.PathLike) or (isinstance(self.lora, str) and not self.was_saved):
             self.lora = os.path.abspath(self.lora) if os.path.isdir(self.lora) else os.fspath(self.lora)
         checks = {entry.name: entry.metadata["check"] for entry in fields(self) if "check" in entry.metadata}
         for name, check in checks.items():

@@ -174,12 +174,12 @@ def test_another_task_is_refused():
 
 @pytest.mark.slow
 def test_the_page_holds_what_the_script_prints(monkeypatch):
-    """All of the first table. Of the second, which takes minutes, one model, and of that the shortest sequences."""
+    """Of the first table one model; of the second, which takes minutes, the shortest sequences of that."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "memory")
     import plan
 
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
-    assert "\n".join(plan.parts_table(list(plan.MODELS))) in page
+    assert "\n".join(plan.parts_table(["7B"])) in page
     monkeypatch.setattr(plan, "LENGTHS", plan.LENGTHS[:1])
     assert "\n".join(plan.batch_table(["7B"])) in re.sub(r" / [\d-]+ / [\d-]+ \|", " |", page)
     assert plan.laptop_row("1B") in (ROOT / "docs" / "laptop.md").read_text(encoding="utf-8")
@@ -187,13 +187,12 @@ def test_the_page_holds_what_the_script_prints(monkeypatch):
 
 # shapes, mixture, gradient checkpointing and dtype
 FILES = {
-    "Q2_K": (BROAD, "Q2_K", True, torch.float32),
     "Q4_K_M, bfloat16": ({**SMALL, "intermediate_size": 512}, "Q4_K_M", True, torch.bfloat16),
     "Q8_0": (SMALL, "Q8_0", False, torch.float32),
 }
 
 
-@pytest.mark.product(every=3)
+@pytest.mark.product(every=2)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", FILES)
 def test_of_a_quantized_file(case, tmp_path):

@@ -351,7 +351,7 @@ def case_shards(folder: Path, draw: random.Random) -> None:
     spoil(folder / draw.choice([index, index, *files]), draw)
     with refusable(ValueError, FileNotFoundError, says=[str(folder)]):
         model = empty_model(base().config)
-        weights = Checkpoint(folder, model)
+        weights = Checkpoint(folder, model, DLQATConfig(bits=4))
         weights.load(model, weights.names)
 
 
