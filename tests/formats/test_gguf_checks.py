@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from export_models import CONFIGS, GEMMA, GEMMA3, GEMMA3_ROPE, SHAPE, adapted
@@ -19,11 +20,12 @@ from transformers import (
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from peft_dlqat import export_model
 from peft_dlqat.formats import gguf_checks
-from peft_dlqat.formats.gguf_checks import check_config
+from peft_dlqat.formats.gguf_checks import check_basics, check_config
 from peft_dlqat.formats.gguf_metadata import ARCHITECTURES
 
 TIED = {**SHAPE, "tie_word_embeddings": True}
@@ -221,3 +223,20 @@ def test_keys_that_no_class_declares():
         ValueError, match="is_llama_config=True cannot be written as GGUF: Remote is not transformers'"
     ):
         check_config(Remote(**SHAPE, **settings))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rope.freq_base", 500000.0), ("block_count", 3), ("attention.layer_norm_epsilon", 1e-6)]
+)
+def test_a_config_of_any_architecture_is_compared_with_a_file(key, value):
+    """By what no tensor shows; StableLM is none of those that are written here."""
+    config = StableLmConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
+    said = {"block_count": 2, "embedding_length": 64, "rope.freq_base": 10000.0, "attention.layer_norm_epsilon": 1e-5}
+
+    def file(**changes):
+        metadata = {f"stablelm.{name}": own for name, own in (said | changes).items()}
+        return SimpleNamespace(architecture="stablelm", metadata=metadata, tensors={})
+
+    assert check_basics(file(), config) == []
+    with pytest.raises(ValueError, match=f"it says {key}="):
+        check_basics(file(**{key: value}), config)

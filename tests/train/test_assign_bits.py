@@ -118,3 +118,11 @@ def test_weights_that_lie_on_a_grid_count_at_fewer_bits():
             model.get_submodule(name).weight.data = module.weight.data
     bits = assign_bits(model, lm_batches(1), DLQATConfig(**settings), target_bits=4.5, progress=False)
     assert set(bits.values()) == {4}
+
+
+def test_a_layer_that_no_token_reaches_is_told_of():
+    model = tiny_model()
+    model.model.extra = torch.nn.Linear(64, 64)
+    with pytest.warns(UserWarning, match="no token of the batches reached model.extra"):
+        bits = assign_bits(model, lm_batches(1), DLQATConfig(**SETTINGS), target_bits=3.9, progress=False)
+    assert bits["model.extra"] == 2

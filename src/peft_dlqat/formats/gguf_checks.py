@@ -22,6 +22,8 @@ from .gguf_metadata import Architecture, architecture, rope_factors, rope_of, wr
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from .gguf_file import GGUFFile
+
 _WRITTEN = {
     *("vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner", "num_hidden_layers", "n_layer"),
     *("num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions"),
@@ -57,6 +59,16 @@ _ROPE = {
 _SAID = ("rope.scaling.", "softcapping", "sliding_window")
 # Keys that do not: how long a text may be, and a remark.
 _APART = {"context_length", "rope.scaling.finetuned"}
+# What the file and the config must agree on, beside all weights: by the file's key, the config's fields.
+_KEYS = {
+    "block_count": ("num_hidden_layers",),
+    "embedding_length": ("hidden_size",),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
+    "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"),
+}
+_NO_SCALING = ("default", "llama3", "longrope")  # those whose factors are tensors, beside it
 # Values that say as much as no key.
 _NOTHING: tuple[Any, ...] = ("none", 0)
 
@@ -95,6 +107,48 @@ def check_config(config: PretrainedConfig) -> None:
             "have an engine compare the logits if it changes the model.",
             stacklevel=5,
         )
+
+
+def check_basics(file: GGUFFile, config: PretrainedConfig) -> list[str]:
+    """Refuse a config of any architecture whose sizes, epsilon or RoPE are not a file's: what tensors don't show.
+
+    Returns:
+        The file's tensors that are no weights.
+
+    Raises:
+        ValueError: saying only what differs.
+    """
+    text = config.get_text_config()
+    wanted: dict[str, Any] = {
+        key: next((value for name in names if (value := getattr(text, name, None)) is not None), None)
+        for key, names in _KEYS.items()
+    }
+    rope = rope_of(text)
+    kind = rope.get("rope_type", "default")
+    scaling = {"rope.scaling.type": "none" if kind in _NO_SCALING else kind}
+    wanted |= {"rope.freq_base": rope.get("rope_theta")}
+    wanted |= scaling | ({"rope.scaling.factor": rope.get("factor")} if kind not in _NO_SCALING else {})
+    for key, value in wanted.items():
+        found = file.metadata.get(f"{file.architecture}.{key}", "none" if key in scaling else None)
+        if kind == "longrope" and key in scaling:
+            continue  # told by its tensors
+        if value is not None and isinstance(found, int | float | str) and not _agree(found, value):
+            raise ValueError(f"it says {key}={shown(found)}, and the config {shown(value)}")
+    factors = {
+        "rope_freqs.weight": rope_factors(text),
+        "rope_factors_long.weight": rope.get("long_factor"),
+        "rope_factors_short.weight": rope.get("short_factor"),
+    }
+    for name, values in factors.items():
+        if (values is None) != (name not in file.tensors):
+            raise ValueError(f"RoPE is scaled by {kind!r} in the config, and {name} is for another kind")
+        if values is not None and not np.allclose(file.decode(name), np.asarray(values, np.float32), rtol=1e-5):
+            raise ValueError(f"its {name} does not hold the config's factors")
+    return [name for name in factors if name in file.tensors]
+
+
+def _agree(found: float | str, value: Any) -> bool:
+    return found == value if isinstance(found, str) else math.isclose(found, value, rel_tol=1e-6)
 
 
 def check_metadata(metadata: Mapping[str, Any], factors: np.ndarray | None, config: PretrainedConfig) -> None:

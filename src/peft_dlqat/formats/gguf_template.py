@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,26 +23,16 @@ from ..module_names import folded
 from ..quant.quantizer import QuantizedWeight
 from .base import Add, Outline, TensorInfo
 from .gguf import FILE, GGUF, block_type, file_type, float_bytes, ordered_rows
+from .gguf_checks import check_basics
 from .gguf_file import GGUFFile
-from .gguf_metadata import rope_factors, rope_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    pass
 
 # Types whose numbers can be compared with the model's one by one.
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NEAR = 0.7  # cosine of a row with itself in the coarsest type; that of two different rows is about 0
 _COLUMNS, _MOST_ROWS = 256, 2**15  # by which, and of which as many, rows are looked for that stand elsewhere
-# What the file and the config must agree on, beside all weights: by the file's key, the config's fields.
-_KEYS = {
-    "block_count": ("num_hidden_layers",),
-    "embedding_length": ("hidden_size",),
-    "attention.head_count": ("num_attention_heads",),
-    "attention.head_count_kv": ("num_key_value_heads",),
-    "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
-    "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"),
-}
-_NO_SCALING = ("default", "llama3", "longrope")  # those whose factors are tensors, beside it
 
 
 @dataclass(frozen=True)
@@ -79,7 +69,10 @@ class GGUFTemplate(GGUF):
         self, file: GGUFFile, outline: Outline, weights: Iterable[tuple[TensorInfo, torch.Tensor, bool]]
     ) -> None:
         self._file = file
-        self._constants = _check_metadata(file, outline.config)
+        try:
+            self._constants = check_basics(file, outline.config)
+        except ValueError as error:
+            raise _another(file, str(error)) from None
         names = _names(file, outline, self._constants)
         self._places = {
             tensor.name: _place(file, names[tensor.name], tensor, value, whole) for tensor, value, whole in weights
@@ -136,41 +129,6 @@ class GGUFTemplate(GGUF):
             for name in self._constants:
                 write(self._file.read(name).numpy().data)
             yield add
-
-
-def _check_metadata(file: GGUFFile, config: PretrainedConfig) -> list[str]:
-    """Refuse a file whose metadata says another model than a config; returns its tensors that are no weights."""
-    text = config.get_text_config()
-    wanted: dict[str, Any] = {
-        key: next((value for name in names if (value := getattr(text, name, None)) is not None), None)
-        for key, names in _KEYS.items()
-    }
-    rope = rope_of(text)
-    kind = rope.get("rope_type", "default")
-    scaling = {"rope.scaling.type": "none" if kind in _NO_SCALING else kind}
-    wanted |= {"rope.freq_base": rope.get("rope_theta")}
-    wanted |= scaling | ({"rope.scaling.factor": rope.get("factor")} if kind not in _NO_SCALING else {})
-    for key, value in wanted.items():
-        found = file.metadata.get(f"{file.architecture}.{key}", "none" if key in scaling else None)
-        if kind == "longrope" and key in scaling:
-            continue  # told by its tensors
-        if value is not None and isinstance(found, int | float | str) and not _agree(found, value):
-            raise _another(file, f"it says {key}={shown(found)}, and the config {shown(value)}")
-    factors = {
-        "rope_freqs.weight": rope_factors(text),
-        "rope_factors_long.weight": rope.get("long_factor"),
-        "rope_factors_short.weight": rope.get("short_factor"),
-    }
-    for name, values in factors.items():
-        if (values is None) != (name not in file.tensors):
-            raise _another(file, f"RoPE is scaled by {kind!r} in the config, and {name} is for another kind")
-        if values is not None and not np.allclose(file.decode(name), np.asarray(values, np.float32), rtol=1e-5):
-            raise _another(file, f"its {name} does not hold the config's factors")
-    return [name for name in factors if name in file.tensors]
-
-
-def _agree(found: float | str, value: Any) -> bool:
-    return found == value if isinstance(found, str) else math.isclose(found, value, rel_tol=1e-6)
 
 
 def _names(file: GGUFFile, outline: Outline, constants: list[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from ..file_layers import FileEmbedding, FileLinear, is_lookup
-from ..formats.gguf_checks import check_metadata
+from ..formats.gguf_checks import check_basics, check_metadata
 from ..formats.gguf_file import FileTensor, GGUFFile, Origin
 from ..formats.gguf_metadata import ARCHITECTURES
 from ..module_names import folded
@@ -44,16 +44,18 @@ def read_config(file: GGUFFile, base: str | Path | None) -> PretrainedConfig:
             "are ordered; use a file of another model."
         )
     config = _config(file, base)
-    if config.model_type not in ARCHITECTURES:
-        if base is None:
-            raise ValueError(
-                f"what transformers reads of a {file.architecture!r} cannot be checked against {file.path}; give the "
-                "folder or hub id of the base model's config by base=..."
-            )
-        return config
+    known = config.model_type in ARCHITECTURES
+    if not known and base is None:
+        raise ValueError(
+            f"what transformers reads of a {file.architecture!r} cannot be checked against {file.path}; give the "
+            "folder or hub id of the base model's config by base=..."
+        )
     try:
-        factors = file.decode("rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
-        check_metadata(file.metadata, factors, config)
+        if known:
+            factors = file.decode("rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
+            check_metadata(file.metadata, factors, config)
+        else:
+            check_basics(file, config)
     except ValueError as error:
         where = "the config that transformers reads from it" if base is None else f"the config of base={str(base)!r}"
         remedy = "give the folder or hub id of its base model's config by base=..."

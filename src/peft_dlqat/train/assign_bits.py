@@ -16,6 +16,7 @@ from ..config import DLQATConfig
 from ..console import progress_bar
 from ..formats import FORMATS
 from ..layer_spec import LayerSpec
+from ..module_names import folded
 from ..placement import device_of
 from ..quant.fit import initialise
 from ..quant.grid import Grid
@@ -103,6 +104,13 @@ def assign_bits(
                 inputs.mask = None if mask is None else mask.bool()
                 forward(model, batch)
         moments, teachers = inputs.means(), [logits_of(model, batch) for batch in kept]
+
+        if unreached := [name for name, moment in moments.items() if not moment.any()]:
+            warnings.warn(
+                f"no token of the batches reached {folded(unreached)}, which get the fewest bits; give more batches, "
+                "or leave them out by exclude_modules.",
+                stacklevel=2,
+            )
 
         def divergence() -> float:
             losses = [_divergence(model, batch, teacher) for batch, teacher in zip(kept, teachers, strict=True)]
