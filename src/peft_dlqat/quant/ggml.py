@@ -287,6 +287,13 @@ def _six_bits(at: int, rest: int, low: int) -> tuple[Bits, ...]:
     )
 
 
+# Of Q4_K and Q5_K.
+_SCALES_AND_MINS: dict[str, Half | tuple[Bits, ...]] = {
+    "d": Half(0),
+    "dmin": Half(2),
+    "sc": _six_bits(4, 12, 0),
+    "mn": _six_bits(8, 12, 4),
+}
 # The numbers are 100 and GGML's own.
 GGML_TYPES: dict[str, GGMLType] = {
     kind.name: kind
@@ -318,20 +325,14 @@ GGML_TYPES: dict[str, GGMLType] = {
             "Q4_K",
             12,
             144,
-            d=Half(0),
-            dmin=Half(2),
-            sc=_six_bits(4, 12, 0),
-            mn=_six_bits(8, 12, 4),
+            **_SCALES_AND_MINS,
             codes=(Bits(16, 4, 2, 32, 4),),
         ),
         _k_quant(
             "Q5_K",
             13,
             176,
-            d=Half(0),
-            dmin=Half(2),
-            sc=_six_bits(4, 12, 0),
-            mn=_six_bits(8, 12, 4),
+            **_SCALES_AND_MINS,
             codes=(Bits(48, 4, 2, 32, 4), Bits(16, 1, 8, 32, 1, above=4)),
         ),
         _k_quant(
