@@ -21,10 +21,11 @@ from ..placement import device_of
 from ..quant.fit import initialise
 from ..quant.grid import Grid
 from ..quant.quantizer import round_to_nearest
-from ..running import evaluating, forward, logits_of, predicts_next, to_device
+from ..running import evaluating, logits_of, predicts_next, to_device
 from ..targets import check_targets, is_target, out_in, resolve_all_linear
 from .distillation import distillation_loss
-from .fit_to_inputs import InputMoments
+from .fit_to_inputs import input_moments
+from .model_loss import padding_mask
 
 _CHOICES = (2, 3, 4, 5, 6, 8)
 _EXACT = 1e-6  # a share of the largest rounding error, which is none
@@ -98,13 +99,9 @@ def assign_bits(
     if not kept:
         raise ValueError("batches is empty; give at least one, of a few hundred tokens.")
     with evaluating(model):
-        with InputMoments(layers) as inputs, _Readers(layers) as readers:
-            for batch in kept:
-                mask = _mask(batch)
-                inputs.mask = None if mask is None else mask.bool()
-                forward(model, batch)
-        moments, teachers = inputs.means(), [logits_of(model, batch) for batch in kept]
-
+        with _Readers(layers) as readers:
+            moments = input_moments(model, layers, kept, progress)
+        teachers = [logits_of(model, batch) for batch in kept]
         if unreached := [name for name, moment in moments.items() if not moment.any()]:
             warnings.warn(
                 f"no token of the batches reached {folded(unreached)}, which get the fewest bits; give more batches, "
@@ -128,16 +125,12 @@ def _stored_bits(grid: Grid, formats: Iterable[str] | None) -> float:
     return max((FORMATS[name].stored_as(grid)[1] for name in formats or ()), default=grid.bits_per_weight())
 
 
-def _mask(batch: Mapping[str, Any]) -> torch.Tensor | None:
-    """Which positions are no padding, [batch, length]."""
-    mask = batch.get("attention_mask")
-    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-
-
 def _divergence(model: nn.Module, batch: dict[str, Any], teacher: torch.Tensor) -> float:
     """Of the model as it is from the teacher's logits, in nats a token."""
     logits, labels = logits_of(model, batch), batch.get("labels")
-    return distillation_loss(logits, teacher, labels, _mask(batch), next_token=predicts_next(model)).item()
+    return distillation_loss(
+        logits, teacher, labels, padding_mask(model, batch), next_token=predicts_next(model)
+    ).item()
 
 
 class _Readers:

@@ -67,13 +67,13 @@ class InputMoments:
 
 @torch.no_grad()
 def input_moments(
-    model: nn.Module, layers: Mapping[str, DLQATLayer], batches: Sequence[Mapping[str, Any]], progress: bool = True
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]], progress: bool = True
 ) -> dict[str, torch.Tensor]:
     """Mean square of every input channel of every layer, in the full-precision model, without dropout.
 
     Args:
-        model: a model with adapters.
-        layers: the layers to watch, by name.
+        model: a model, with adapters or without.
+        layers: the layers to watch, by name: adapter layers, or linear ones.
         batches: keyword arguments of the model; positions that `attention_mask` [batch, length] leaves out don't
             count. Under torch.distributed each process passes its own.
         progress: show a progress bar.

@@ -114,10 +114,10 @@ def _counts(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | None:
     """Which positions of a batch count, bool; None where nothing says so."""
     labels, ids = batch.get("labels"), batch.get("input_ids")
     of_tokens = labels is None or ids is None or labels.shape == ids.shape or is_encoder_decoder(model)
-    return counted_positions(labels if of_tokens else None, _mask(model, batch), predicts_next(model))
+    return counted_positions(labels if of_tokens else None, padding_mask(model, batch), predicts_next(model))
 
 
-def _mask(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | None:
+def padding_mask(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | None:
     """The mask that says what of the output is padding, [batch, length]; one of who attends to whom does not."""
     mask = batch.get("decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask")
     return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
@@ -130,7 +130,7 @@ def _own_loss(model: nn.Module, batch: dict[str, Any], objective: ModelObjective
         if objective == "logits":
             error, counts = (logits.float() - teacher.float()).square().mean(-1), _counts(model, batch)
             return error[counts].mean() if counts is not None and counts.shape == error.shape else error.mean()
-        labels, mask = batch.get("labels"), _mask(model, batch)
+        labels, mask = batch.get("labels"), padding_mask(model, batch)
         return distillation_loss(logits, teacher, labels, mask, next_token=predicts_next(model))
     loss = forward(model, batch).loss
     if loss is None:
