@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import struct
@@ -422,7 +423,8 @@ def check_loaded(model: torch.nn.Module, tensors: dict[str, torch.Tensor], train
         name = path.removeprefix(prefix)
         for kind in (*layer.adapter_layer_names, *layer.other_param_names) if isinstance(layer, DLQATLayer) else ():
             loaded = own.get(f"{name}.{kind}.default.weight", own.get(f"{name}.{kind}.default"))
-            of_file = tensors.get(f"{prefix}{name}.{kind}.weight", tensors.get(f"{prefix}{name}.{kind}"))
+            key = re.compile(rf"{prefix}{name}.{kind}(.weight)?")  # a dot is any character to transformers, too
+            of_file = next((tensor for other, tensor in tensors.items() if key.fullmatch(other)), None)
             none = of_file is None and (loaded is None or kind == "dlqat_record")  # files had no record once
             if none or kind == "dlqat_spec":
                 continue
