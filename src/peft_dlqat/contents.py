@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .file_layers import in_file
 from .formats import Outline, TensorInfo
-from .formats.gguf_file import Origin
+from .formats.origin import Origin
 from .layer import DLQATLayer, adapter_layers
 from .placement import full_shape
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .deferred import DeferredWeight
+from .quant.grid import Grid
 from .quant.in_file import FileStorage, file_storage
 from .quant.op import fake_quantize_linear
 from .quant.quantizer import Quantizer, decode_stored
@@ -20,17 +21,20 @@ class _InFile:
 
     Attributes:
         storage: a key of `FILE_STORAGES`.
+        grid: of its codes.
         read_by_others: whether `weight` is read to compute with it, as TRL's loss reads an output head's: it is
             decoded then. Otherwise it is the bytes.
     """
 
+    storage: str
+    grid: Grid
     _dtype: torch.Tensor
     _parameters: dict[str, Any]
     read_by_others = False
 
-    def _keep(self: Any, packed: torch.Tensor, storage: str, dtype: torch.dtype) -> None:
+    def _keep(self: Any, packed: torch.Tensor, storage: str, grid: Grid, dtype: torch.dtype) -> None:
         self.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
-        self.storage = storage
+        self.storage, self.grid = storage, grid
         self.register_buffer("_dtype", torch.empty(0, dtype=dtype), persistent=False)  # follows the model's
 
     @property
@@ -60,8 +64,8 @@ class _InFile:
 
     @property
     def in_file(self) -> FileStorage:
-        """The type of the weight's tensor in the file."""
-        found = file_storage(self.storage)  # type: ignore[attr-defined]
+        """The kind of the weight's tensor in the file."""
+        found = file_storage(self.storage)
         assert found is not None
         return found
 
@@ -71,11 +75,11 @@ class _InFile:
 
     def quantizer(self, packed: torch.Tensor) -> Quantizer:
         """The way out of the file's grid, without an update, of some of the rows."""
-        s, zero = self.in_file.scales_and_zeros(packed)
-        columns = s.shape[1] * self.in_file.grid.group_size
+        s, zero = self.in_file.scales_and_zeros(packed, self.grid)
+        columns = s.shape[1] * self.grid.group_size
         A, B = s.new_zeros(0, columns), s.new_zeros(len(s), 0)
         step = self.in_file.step(s)
-        return Quantizer(self.in_file.grid, 1.0, A, B, step, zero, s, zero, storage=self.storage)  # type: ignore[attr-defined]
+        return Quantizer(self.grid, 1.0, A, B, step, zero, s, zero, storage=self.storage)
 
 
 class FileLinear(_InFile, nn.Linear):  # type: ignore[override]
@@ -87,14 +91,15 @@ class FileLinear(_InFile, nn.Linear):  # type: ignore[override]
         linear: the layer whose place it takes.
         packed: uint8 [out, row_bytes].
         storage: a key of `FILE_STORAGES`.
+        grid: of its codes.
         dtype: the one to compute in.
     """
 
-    def __init__(self, linear: nn.Linear, packed: torch.Tensor, storage: str, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, packed: torch.Tensor, storage: str, grid: Grid, dtype: torch.dtype) -> None:
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, bias=False)
         self.bias = linear.bias
-        self._keep(packed, storage, dtype)
+        self._keep(packed, storage, grid, dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -117,15 +122,18 @@ class FileEmbedding(_InFile, nn.Embedding):  # type: ignore[override]
         embedding: the layer whose place it takes, see `is_lookup`.
         packed: uint8 [entries, row_bytes].
         storage: a key of `FILE_STORAGES`.
+        grid: of its codes.
         dtype: of the vectors.
     """
 
     embed_scale: torch.Tensor | None
 
-    def __init__(self, embedding: nn.Embedding, packed: torch.Tensor, storage: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, embedding: nn.Embedding, packed: torch.Tensor, storage: str, grid: Grid, dtype: torch.dtype
+    ) -> None:
         with torch.device("meta"):
             super().__init__(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
-        self._keep(packed, storage, dtype)
+        self._keep(packed, storage, grid, dtype)
         self.register_buffer("embed_scale", getattr(embedding, "embed_scale", None), persistent=False)
 
     @property
@@ -140,6 +148,40 @@ class FileEmbedding(_InFile, nn.Embedding):  # type: ignore[override]
         else:
             found = self.decoded(self.kept[input.flatten()]).to(self.dtype).unflatten(0, input.shape)
         return found if self.embed_scale is None else found * self.embed_scale.to(found.dtype)
+
+
+def can_keep(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a module computes with its weight, of this shape, in a way that a decoded one can replace."""
+    if isinstance(module, nn.Linear):
+        plain = type(module).forward is nn.Linear.forward
+        return plain and shape == (module.out_features, module.in_features)
+    if not isinstance(module, nn.Embedding) or shape != (module.num_embeddings, module.embedding_dim):
+        return False
+    return is_lookup(module)
+
+
+def keep_in_file(
+    model: nn.Module, module: nn.Module, packed: torch.Tensor, storage: str, grid: Grid, dtype: torch.dtype
+) -> None:
+    """Put layers that keep a file's bytes into the places of a module and of all others that share its weight.
+
+    Args:
+        model: the model.
+        module: one of its modules, see `can_keep`.
+        packed: uint8 [rows, row_bytes].
+        storage: a key of `FILE_STORAGES`.
+        grid: of the codes.
+        dtype: the one to compute in.
+    """
+    weight, shared = module.weight, None
+    for name, other in list(model.named_modules()):
+        if getattr(other, "weight", None) is not weight:
+            continue
+        make: Any = FileEmbedding if isinstance(other, nn.Embedding) else FileLinear
+        new = make(other, packed, storage, grid, dtype).train(other.training)
+        shared = new.kept if shared is None else shared
+        new.weight = shared
+        model.set_submodule(name, new)
 
 
 def is_lookup(embedding: nn.Embedding) -> bool:

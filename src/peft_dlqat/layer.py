@@ -206,7 +206,7 @@ class DLQATLayer(BaseTunerLayer):
     def scales_and_zeros(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """s, and z or b, or None for a symmetric grid; both [out, n_groups]."""
         if (in_file := self.frozen.in_file) is not None:
-            return in_file.scales_and_zeros(self.frozen.as_kept())
+            return in_file.scales_and_zeros(self.frozen.as_kept(), self.specs[adapter_name].grid)
         s, z, b = (self._modules[name].get(adapter_name) for name in CALIBRATED)  # type: ignore[union-attr]
         assert s is not None
         return s, b if z is None else z

@@ -18,7 +18,6 @@ from peft.utils.other import get_pattern_key
 from .methods import METHODS, Method, TrainedTensor
 from .quant.fixed_point import ALL_STORAGES, storage_of
 from .quant.grid import SCALE_DTYPES, ZERO_POINTS, Grid, fitting_group
-from .quant.in_file import FileStorage
 
 # Raised when the meaning of saved tensors changes. In 2, B counts in units of the step; in 3, all that trains counts
 # from its start, in units of its own.
@@ -83,7 +82,7 @@ class LayerSpec:
 
     @classmethod
     def from_config(
-        cls, config: Any, name: str, in_features: int, depth: int = 1, in_file: FileStorage | None = None
+        cls, config: Any, name: str, in_features: int, depth: int = 1, in_file: tuple[str, Grid] | None = None
     ) -> LayerSpec:
         """The settings of a module, by the config and its patterns.
 
@@ -92,7 +91,7 @@ class LayerSpec:
             name: of the module.
             in_features: its inputs.
             depth: in so many layers there are adapters.
-            in_file: the type of file in which W0 is kept, if it is; then it says the grid.
+            in_file: the storage and grid of a W0 that is kept as a file has it.
         """
         r, bits, group_size = (setting(config, key, name) for key in ("r", "bits", "group_size"))
         alpha = setting(config, "lora_alpha", name)
@@ -100,7 +99,7 @@ class LayerSpec:
         values = {entry.name: setting(config, entry.name, name) for entry in others}
         to_number = {entry.name: (entry.metadata["to_number"], entry.default) for entry in others}
         return cls(
-            grid=in_file.grid
+            grid=in_file[1]
             if in_file is not None
             else Grid(
                 bits,
@@ -115,7 +114,7 @@ class LayerSpec:
             gradient=config.gradient,
             # Of one that is about to be loaded, until its tensors tell. A new one's weight is packed when its scales
             # are frozen.
-            storage=in_file.name if in_file is not None else config.storage if config.inference_mode else "full",
+            storage=in_file[0] if in_file is not None else config.storage if config.inference_mode else "full",
             unit=unit_of(depth),
             others=values,
             numbers={key: (number(values[key]), number(default)) for key, (number, default) in to_number.items()},

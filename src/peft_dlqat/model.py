@@ -82,9 +82,9 @@ class DLQATModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         in_features, layer = out_in(target)[1], target.get_base_layer() if isinstance(target, DLQATLayer) else target
-        kind: Any = layer.in_file if in_file(layer) else None
+        own: Any = (layer.storage, layer.grid) if in_file(layer) else None
         kwargs = {
-            "spec": LayerSpec.from_config(peft_config, current_key, in_features, self._depths[current_key], kind),
+            "spec": LayerSpec.from_config(peft_config, current_key, in_features, self._depths[current_key], own),
             "init": "minmax" if _is_emptied() else self._first_init,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
@@ -343,7 +343,7 @@ def _check_file(config: DLQATConfig, model: nn.Module) -> None:
         return
     if config.file_sha256 not in (None, origin.sha256):
         raise ValueError(
-            f"the adapter belongs to another file: its sha256 is {config.file_sha256}, and {origin.file.path} has "
+            f"the adapter belongs to another file: its sha256 is {config.file_sha256}, and {origin.path} has "
             f"{origin.sha256}; open its own file by load_quantized."
         )
     config.file_sha256 = origin.sha256

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .contents import CHANGED, Contents, tensors_of
 from .file_layers import in_file
-from .formats import FORMATS, ExpectedFile, TensorInfo, expected_file
+from .formats import FORMATS, ExpectedFile, TensorInfo, expected_file, writer_of
 from .formats.base import as_settings, settings_of
 from .formats.expected import megabytes
 from .layer import DLQATLayer, adapter_layers
@@ -132,7 +132,7 @@ def summarize(model: nn.Module, adapter_name: str | None = None, formats: Collec
 def _base_size(base: nn.Module, found: dict[str, TensorInfo]) -> int:
     """Bytes of the model's tensors, or of the file that it was opened from."""
     if (origin := getattr(base, "origin", None)) is not None:
-        return origin.file.path.stat().st_size  # type: ignore[no-any-return]
+        return origin.size  # type: ignore[no-any-return]
     return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in found.values())
 
 
@@ -141,7 +141,8 @@ def _files(contents: Contents, formats: Iterable[str], embeddings: str) -> tuple
     found = []
     for target in (FORMATS[name] for name in formats):
         outline = contents.outline(contents.dtype, embeddings if embeddings in target.embedding_types else "", 0)
-        found.append(expected_file(target, target.narrowed(outline, contents.dense())))
+        writer = writer_of(target, outline)
+        found.append(expected_file(writer, writer.narrowed(outline, contents.dense())))
     return tuple(found)
 
 

@@ -262,13 +262,13 @@ def _is_in_file(name: str, module: nn.Module, config: DLQATConfig) -> bool:
             f"{name} has its weight from a quantized file, whose grid is fixed; use storage={IN_FILE!r}, and leave "
             "bits, group_size, zero_point and scale_dtype out."
         )
-    kind = layer.in_file.grid
-    if kind.zero_point not in config.resolve_method().zero_points:
+    grid = layer.grid
+    if grid.zero_point not in config.resolve_method().zero_points:
         raise ValueError(
             f"method={config.method!r} needs zero_point={' or '.join(config.resolve_method().zero_points)}, but "
             f"{name} is of type {layer.storage} in its file; use method='dlqat', or exclude_modules."
         )
-    config.check_export([kind], f"{name}: ", out_in(layer))
+    config.check_export([grid], f"{name}: ", out_in(layer))
     return True
 
 

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from peft_dlqat import export_model
 from peft_dlqat.export import export as exporting
 from peft_dlqat.export import folder
-from peft_dlqat.export.manifest import load_manifest, sha256
+from peft_dlqat.export.manifest import load_manifest
+from peft_dlqat.files import sha256_of
 from peft_dlqat.formats import tensor_files
 
 
@@ -188,7 +189,7 @@ def test_the_manifest_says_what_is_there(tmp_path):
     for path in (tmp_path / "out").rglob("*"):
         name = str(path.relative_to(tmp_path / "out"))
         if path.is_file() and name not in ("dlqat_export.json", "README.md"):
-            assert listed.pop(name) == sha256(path)
+            assert listed.pop(name) == sha256_of(path)
     assert not listed
     assert load_manifest(tmp_path / "out").figures[0]["max_difference"] == 0.0
 

@@ -12,10 +12,14 @@ from export_models import SHAPE
 from gguf_files import write_gguf
 from transformers import LlamaConfig
 
-from peft_dlqat.formats.gguf_file import GGUFFile, Origin
+from peft_dlqat.formats.gguf_file import GGUFFile, GGUFOrigin
+from peft_dlqat.quant.grid import Grid
+from peft_dlqat.quant.quantizer import QuantizedWeight
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
+
+GRID = Grid(4, 32, "none", torch.float16)
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +100,19 @@ def test_what_is_replaced_is_not_copied(path, tmp_path):
     file, name = GGUFFile.open(path), "blk.0.attn_q.weight"
     rows = file.tensors[name].shape[0]
     order = torch.arange(rows).flip(0)
-    origin = Origin(file, file.sha256(), {"q": name}, {"q": order})
-    with origin.written_to(tmp_path / "new.gguf", ["q"]) as put:
-        assert not GGUFFile.open(tmp_path / "new.gguf").read(name).any()
-        put("q", file.read(name)[order])
-    assert (tmp_path / "new.gguf").read_bytes() == path.read_bytes()
+    origin = GGUFOrigin(path, file.sha256(), {"q": name}, file=file, orders={"q": order})
+    weight = QuantizedWeight(torch.empty(0), torch.empty(0), None, GRID, file.read(name)[order])
+    with origin.written_to(tmp_path, ["q"]) as put:
+        assert not GGUFFile.open(tmp_path / "model.gguf").read(name).any()
+        put("q", weight)
+    assert (tmp_path / "model.gguf").read_bytes() == path.read_bytes()
 
 
 def test_a_file_that_has_changed_is_not_written(path, tmp_path):
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(path.read_bytes())
     file = GGUFFile.open(copy)
-    origin = Origin(file, file.sha256())
+    origin = GGUFOrigin(copy, file.sha256(), file=file)
     copy.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match="has changed since it was opened"), origin.written_to(tmp_path / "new", []):
+    with pytest.raises(ValueError, match="has changed since it was opened"), origin.written_to(tmp_path, []):
         pass

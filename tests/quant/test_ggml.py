@@ -42,7 +42,7 @@ def random_blocks(kind, seed=0):
 
 def quantizer(kind, packed, m=1.0, B=None, A=None, shift=0.0):
     """DL-QAT's on a file's weight, as the layer makes it."""
-    s, zero = kind.scales_and_zeros(packed)
+    s, zero = kind.scales_and_zeros(packed, kind.grid)
     columns = s.shape[1] * kind.grid.group_size
     A = torch.zeros(1, columns) if A is None else A
     B = torch.zeros(len(s), 1) if B is None else B
@@ -69,7 +69,7 @@ def test_untrained_the_bytes_come_back(name):
 def test_what_trains_is_what_is_written(name):
     kind, generator = GGML_TYPES[name], torch.Generator().manual_seed(1)
     packed = random_blocks(kind)
-    s, _ = kind.scales_and_zeros(packed)
+    s, _ = kind.scales_and_zeros(packed, kind.grid)
     A = torch.randn(2, s.shape[1] * kind.grid.group_size, generator=generator)
     m = 1 + 0.3 * torch.randn(s.shape, generator=generator)
     B = s.abs().mean(1, keepdim=True) * torch.randn(ROWS, 2, generator=generator)
@@ -95,7 +95,7 @@ def test_d_stays_until_an_integer_leaves_its_range(name, sign):
     sc = own["sc"].clone()
     sc[:, 0], sc[:, 1:] = high, torch.randint(1, high // 2, sc[:, 1:].shape).float()
     packed = kind.pack(own | {"sc": sc, "codes": kind._read("codes", packed)})
-    s, zero = kind.scales_and_zeros(packed)
+    s, zero = kind.scales_and_zeros(packed, kind.grid)
 
     m = torch.ones_like(s)
     m[:, 1] = 1.5  # has room
@@ -119,7 +119,7 @@ def test_a_group_of_scale_0_keeps_its_codes_and_does_not_train(name):
     kind, generator = GGML_TYPES[name], torch.Generator().manual_seed(2)
     packed = random_blocks(kind)
     put(kind, packed, "d", torch.zeros(ROWS, BLOCKS))
-    s, _ = kind.scales_and_zeros(packed)
+    s, _ = kind.scales_and_zeros(packed, kind.grid)
     assert (s == 0).all()
     A = torch.randn(2, s.shape[1] * kind.grid.group_size, generator=generator)
     trained = quantizer(kind, packed, 1.5, torch.randn(ROWS, 2, generator=generator), A)
@@ -140,7 +140,7 @@ def test_gradients_are_those_of_a_weight_in_full():
     put(kind, packed, "d", 0.01 + torch.rand(ROWS, BLOCKS, generator=generator))
     put(kind, packed, "m", torch.randn(ROWS, BLOCKS, generator=generator))
     A = torch.randn(2, BLOCKS * 32, generator=generator)
-    s, _ = kind.scales_and_zeros(packed)
+    s, _ = kind.scales_and_zeros(packed, kind.grid)
     B = 0.3 * s.mean(1, keepdim=True) * torch.randn(ROWS, 2, generator=generator)
     own = quantizer(kind, packed, 1.25, B, A)
     in_full = replace(own, storage="full")

@@ -15,40 +15,38 @@ from peft_dlqat.quant.grid import Grid
 from peft_dlqat.quant.in_file import FileStorage, file_storage
 
 GROUP = 8
+GRID = Grid(8, GROUP, "none", torch.float32)
 
 
 @dataclass(frozen=True)
 class Bytes(FileStorage):
     """Each group of eight has a float32 scale behind its bytes."""
 
-    def row_bytes(self, in_features):
-        return in_features // GROUP * (GROUP + 4)
-
     def decode(self, packed, grid):
         return packed.unflatten(-1, (-1, GROUP + 4))[..., :GROUP].contiguous().view(torch.int8).flatten(-2).float()
 
-    def scales_and_zeros(self, packed):
+    def scales_and_zeros(self, packed, grid):
         groups = packed.unflatten(-1, (-1, GROUP + 4))
         return groups[..., GROUP:].contiguous().view(torch.float32).squeeze(-1), None
 
-    def ship(self, packed, scale, zero):
+    def ship(self, packed, scale, zero, grid):
         return scale, None
 
-    def write(self, packed, codes, scale, zero):
+    def write(self, packed, codes, scale, zero, grid):
         codes = codes.unflatten(-1, (-1, GROUP)).view(torch.uint8)
         return torch.cat([codes, scale.unsqueeze(-1).contiguous().view(torch.uint8)], -1).flatten(-2)
 
 
 @pytest.fixture
 def toy(monkeypatch):
-    made = Bytes(8, 999, name="bytes", grid=Grid(8, GROUP, "none", torch.float32))
+    made = Bytes(8, 999, name="bytes")
     monkeypatch.setitem(FILE_STORAGES, "bytes", made)
     return made
 
 
 def packed_weight(toy, rows=6, columns=16):
     codes = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
-    return toy.write(None, codes, 0.01 * torch.rand(rows, columns // GROUP), None)
+    return toy.write(None, codes, 0.01 * torch.rand(rows, columns // GROUP), None, GRID)
 
 
 def test_it_is_found_by_its_name(toy):
@@ -59,10 +57,10 @@ def test_it_is_found_by_its_name(toy):
 
 def test_a_layer_computes_with_it(toy):
     packed, linear = packed_weight(toy), nn.Linear(16, 6)
-    layer = FileLinear(linear, packed, "bytes", torch.float32)
+    layer = FileLinear(linear, packed, "bytes", GRID, torch.float32)
     weight = layer.decoded(packed)
-    s, _ = toy.scales_and_zeros(packed)
-    expected = toy.decode(packed, toy.grid).unflatten(-1, (-1, GROUP)) * s.unsqueeze(-1)
+    s, _ = toy.scales_and_zeros(packed, GRID)
+    expected = toy.decode(packed, GRID).unflatten(-1, (-1, GROUP)) * s.unsqueeze(-1)
     assert torch.equal(weight, expected.flatten(-2))
     x = torch.randn(3, 16, requires_grad=True)
     y = layer(x)
@@ -76,15 +74,15 @@ def test_a_layer_computes_with_it(toy):
 
 def test_an_embedding_decodes_the_rows_that_are_asked_for(toy):
     packed = packed_weight(toy)
-    table = FileEmbedding(nn.Embedding(6, 16), packed, "bytes", torch.float32)
+    table = FileEmbedding(nn.Embedding(6, 16), packed, "bytes", GRID, torch.float32)
     ids = torch.tensor([[0, 5], [2, 2]])
     assert torch.equal(table(ids), nn.functional.embedding(ids, table.decoded(packed)))
 
 
 def test_decoded_weights_are_plain_and_shared_as_before(toy):
     packed = packed_weight(toy)
-    table = FileEmbedding(nn.Embedding(6, 16), packed, "bytes", torch.float32)
-    head = FileLinear(nn.Linear(16, 6, bias=False), packed, "bytes", torch.float32)
+    table = FileEmbedding(nn.Embedding(6, 16), packed, "bytes", GRID, torch.float32)
+    head = FileLinear(nn.Linear(16, 6, bias=False), packed, "bytes", GRID, torch.float32)
     head.weight = table.weight
     x, ids = torch.randn(3, 16), torch.tensor([1, 4])
     expected = head(x), table(ids)

@@ -39,20 +39,20 @@ def config_for(to: str | None, bits: int | None, settings: list[str], **others: 
     return config, config.export[0]
 
 
-def config_for_file(
-    to: str | None, bits: int | None, settings: list[str], **others: Any
-) -> tuple[DLQATConfig, str | None]:
-    """As `config_for`, for a GGUF file that is trained and written again.
+def config_for_file(format: str, to: str | None, bits: int | None, settings: list[str], **others: Any) -> DLQATConfig:
+    """As `config_for`, for a quantized file that is trained and written again in its own format.
 
     Raises:
         ValueError: for a destination or bits: the file has its own.
     """
     for option, value in (("--to", to), ("--bits", bits)):
-        if value is not None and value != "gguf":
-            raise ValueError(f"{option} {value} has no meaning for a GGUF file, which keeps its types; leave it out.")
+        if value is not None and value != format:
+            raise ValueError(
+                f"{option} {value} has no meaning for a quantized file, which keeps its types; leave it out."
+            )
     options = {"bits", "export", *others}
     fields = {"task_type": "CAUSAL_LM", **others, **dict(_setting(entry, options) for entry in settings)}
-    return DLQATConfig(**fields), "gguf"
+    return DLQATConfig(**fields)
 
 
 def _setting(entry: str, options: set[str]) -> tuple[str, Any]:

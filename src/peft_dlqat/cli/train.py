@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..export import export_model
 from ..export.folder import check_free
 from ..formats import FORMATS
-from ..large.load_quantized import load_quantized
+from ..large.load_quantized import is_quantized, load_quantized, open_quantized
 from ..summary import summarize
 from ..train.callback import DLQATCallback
 from .destination import DESTINATIONS, config_for, config_for_file
@@ -83,9 +83,11 @@ def train(argv: list[str]) -> int:
         description="Fine-tune a language model on text or chat, and write the file that an engine loads.",
     )
     args, settings = parser.parse_args_and_config(argv)
-    in_file = args.model.endswith(".gguf")
+    in_file = is_quantized(args.model)
+    format: str | None
     if in_file:
-        config, format = config_for_file(args.to, args.bits, args.set, r=args.r, lora_alpha=args.lora_alpha)
+        format = open_quantized(args.model, args.base).format
+        config = config_for_file(format, args.to, args.bits, args.set, r=args.r, lora_alpha=args.lora_alpha)
     else:
         config, format = config_for(args.to, args.bits, args.set, r=args.r, lora_alpha=args.lora_alpha)
     output = Path(args.output)
@@ -131,6 +133,7 @@ def train(argv: list[str]) -> int:
     if format is None:
         return 0
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    result = export_model(trained, output / format, format, tokenizer=tokenizer, overwrite=True)
+    kept = in_file and format != "gguf"  # a folder has its own tokenizer
+    result = export_model(trained, output / format, format, tokenizer=None if kept else tokenizer, overwrite=True)
     print(f"{format}: {output / format}" + ("" if result is None else f"\n{result}"))
     return 0

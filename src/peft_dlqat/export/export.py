@@ -15,11 +15,12 @@ from huggingface_hub import HfApi
 from torch import nn
 
 from ..console import progress_bar, say
-from ..formats import FORMATS, Format, Outline, TensorInfo, describe, expected_file
+from ..formats import FORMATS, Format, Outline, TensorInfo, describe, expected_file, writer_of
 from ..formats.engines import TRANSFORMERS
 from ..formats.expected import megabytes
 from ..formats.tensor_files import write_json
 from ..layer import is_calibrated
+from ..messages import shown
 from ..module_names import folded
 from ..quant.quantizer import QuantizedWeight
 from ..record import weight_checksum
@@ -108,11 +109,13 @@ def export_model(
     _check_embeddings(embeddings, target)
     source = open_source(model_or_adapter, base, adapter_name)
     _check_base(source)
+    outline = source.outline(chosen or source.dtype, embeddings or "", max_shard_size)
+    target = writer_of(target, outline)
     _check_held(source, target)
     _warn_if_unfinished(source)
-    outline = source.outline(chosen or source.dtype, embeddings or "", max_shard_size)
-    if target.copies(outline):
-        _check_copied(source, dtype, embeddings, template)
+    copied = source.origin if target is not FORMATS[format] else None
+    if copied is not None:
+        _check_copied(source, output, dtype=dtype, embeddings=embeddings, template=template, tokenizer=tokenizer)
     elif template is not None:
         if dtype is not None:
             raise ValueError(
@@ -131,7 +134,11 @@ def export_model(
     ids = prompt_ids(source.config, set())
     trained = _trained(source, ids, notes)
     with whole_or_nothing(output) as folder:
-        beside = _companions(source, folder, tokenizer, notes if template is None else [])
+        beside: Path | None
+        if copied is not None and copied.is_folder:
+            beside = copied.path
+        else:
+            beside = _companions(source, folder, tokenizer, notes if template is None else [])
         rounded = _write(source, target, outline, folder, notes)
         manifest = _manifest(source, target, outline, rounded, notes)
         logits = {TRAINED: trained} | _rounded_logits(source, target, outline, ids, manifest.exact)
@@ -348,21 +355,27 @@ def _check_base(source: Source) -> None:
         )
 
 
-def _check_copied(
-    source: Source, dtype: str | torch.dtype | None, embeddings: str | None, template: str | Path | None
-) -> None:
+def _check_copied(source: Source, output: Path, **given: Any) -> None:
     """Refuse what a copy of the file that the model was opened from cannot hold.
+
+    Args:
+        source: the model.
+        output: where the copy goes.
+        given: arguments of `export_model` on what the file has of its own; None where they were left out.
 
     Raises:
         ValueError: for types, which are the file's; or if a tensor without codes is not the file's any more.
     """
-    for name, chosen in (("dtype", dtype), ("embeddings", embeddings), ("template", template)):
-        if chosen is not None:
-            raise ValueError(
-                f"{name}={chosen!r} has no meaning here: the file that the model was opened from is written again, "
-                f"with the types that it has; leave {name} out."
-            )
     assert source.origin is not None
+    path, is_folder = source.origin.path, source.origin.is_folder
+    for name, chosen in given.items():
+        if chosen is not None and (is_folder or name != "tokenizer"):
+            raise ValueError(
+                f"{name}={shown(chosen)} has no meaning here: {path}, from which the model was opened, is written "
+                f"again, with the types and files that it has; leave {name} out."
+            )
+    if is_folder and output.is_relative_to(path.resolve()):
+        raise ValueError(f"out_dir={str(output)!r} lies in {path}, of which a copy is made; name a folder outside.")
     in_full = [tensor.name for tensor in source.tensors if tensor.name not in source.origin.names]
     for tensor, value in source.read(in_full):
         assert isinstance(value, torch.Tensor)

@@ -11,9 +11,10 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ..files import unfinished
+from ..formats.safetensors_folder import OURS
 
 # By which an exported folder is known.
-MANIFEST = "dlqat_export.json"
+MANIFEST = f"{OURS}.json"
 
 TOKENIZER_FILES = (
     "tokenizer*",

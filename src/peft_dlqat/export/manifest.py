@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -13,15 +12,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..files import save_tensors
+from ..files import save_tensors, sha256_of
 from ..formats import FORMATS
+from ..formats.safetensors_folder import OURS
 from ..formats.tensor_files import write_json
 from ..messages import cut, shown
 from .folder import MANIFEST
 
 # In a folder of its own: engines read every safetensors file that lies beside config.json.
-REFERENCE = "dlqat_export/reference.safetensors"
-REPORT = "dlqat_export/report.txt"  # of an export with which an engine disagrees
+REFERENCE = f"{OURS}/reference.safetensors"
+REPORT = f"{OURS}/report.txt"  # of an export with which an engine disagrees
 TRAINED, WRITTEN = "logits", "written"
 _LOSS = {"max_difference", "kl", "top1"}  # the fields of `verify.LogitDifference`
 _PACKAGES = ("peft-dlqat", "torch", "transformers", "peft")
@@ -84,7 +84,7 @@ class Manifest:
         """Write it, with the checksums of all files that lie there."""
         packages = (*_PACKAGES, FORMATS[self.format].package)
         self.versions = {package: found for package in packages if package and (found := _version(package))}
-        self.files = {name: sha256(folder / name) for name in files_of(folder)}
+        self.files = {name: sha256_of(folder / name) for name in files_of(folder)}
         write_json(folder / MANIFEST, asdict(self))
 
 
@@ -163,12 +163,3 @@ def load_reference(folder: Path, *names: str) -> tuple[torch.Tensor, torch.Tenso
     if ids.dtype != torch.int64 or ids.dim() != 2 or logits.dim() != 3 or logits.shape[:2] != ids.shape:
         raise ValueError(f"{path} holds no prompts with the logits of each token; export the model again.")
     return ids, logits
-
-
-def sha256(path: Path) -> str:
-    """A file's checksum."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**24):
-            digest.update(chunk)
-    return digest.hexdigest()

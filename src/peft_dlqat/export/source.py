@@ -17,7 +17,7 @@ from ..contents import Contents, plain_name, resolve
 from ..file_layers import in_file
 from ..formats import TensorInfo
 from ..large.checkpoint import Checkpoint, empty_model, weights_folder
-from ..large.load_quantized import load_quantized
+from ..large.load_quantized import is_quantized, load_quantized
 from ..layer import DLQATLayer
 from ..model import check_what_was_loaded
 from ..quant.fixed_point import IN_FILE
@@ -134,7 +134,7 @@ def open_source(
     if not isinstance(config, DLQATConfig):
         raise ValueError(f"{adapter} holds a {config.peft_type} adapter; only DL-QAT adapters can be exported.")
     if config.storage == IN_FILE:  # `base` is the file, or what says its config
-        is_file = base is not None and Path(base).is_file()
+        is_file = base is not None and is_quantized(base)
         file = base if is_file else config.base_model_name_or_path
         if file is not None:
             return Source(load_quantized(file, adapter, None if is_file else base)[0], "default")

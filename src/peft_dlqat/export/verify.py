@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from ..console import progress_bar
+from ..files import sha256_of
 from ..formats import FORMATS, Engine
 from ..messages import cut
 from ..train.divergence import kl
-from .manifest import REFERENCE, WRITTEN, files_of, load_manifest, load_reference, sha256
+from .manifest import REFERENCE, WRITTEN, files_of, load_manifest, load_reference
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def verify_export(out_dir: str | Path, engines: list[str] | None = None) -> Veri
     manifest = load_manifest(folder)
     listed = {REFERENCE: "", **manifest.files}
     changed = [
-        name for name, digest in listed.items() if not (folder / name).is_file() or sha256(folder / name) != digest
+        name for name, digest in listed.items() if not (folder / name).is_file() or sha256_of(folder / name) != digest
     ]
     # But for what the Hub or a system adds: .gitattributes, .cache/...
     added = [name for name in files_of(folder) if name not in listed and not name.startswith(".")]

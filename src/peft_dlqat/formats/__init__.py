@@ -4,8 +4,10 @@ A format of your own is one object in `FORMATS`: the config's check, the table o
 verification then know it.
 """
 
+from .awq import AWQ
 from .base import Format, Outline, TensorInfo, describe
 from .compressed_tensors import CompressedTensors
+from .copied import writer_of
 from .dense import Dense
 from .engines import Engine
 from .expected import ExpectedFile, expected_file
@@ -14,7 +16,9 @@ from .gptq import GPTQ
 from .mlx import MLX
 from .presets import find_preset
 
-FORMATS: dict[str, Format] = {format.name: format for format in (CompressedTensors(), GGUF(), MLX(), GPTQ(), Dense())}
+FORMATS: dict[str, Format] = {
+    format.name: format for format in (CompressedTensors(), GGUF(), MLX(), GPTQ(), AWQ(), Dense())
+}
 
 __all__ = [
     "FORMATS",
@@ -26,4 +30,5 @@ __all__ = [
     "describe",
     "expected_file",
     "find_preset",
+    "writer_of",
 ]

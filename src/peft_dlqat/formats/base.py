@@ -21,6 +21,7 @@ from ..quant.grid import SCALE_DTYPES, Grid
 from ..quant.quantizer import QuantizedWeight
 from ..quant.super_blocks import K_QUANTS, SUPER_BLOCK
 from .engines import Engine
+from .layout import Layout
 from .presets import Preset
 from .q8_0 import Q8_0_BLOCK, held_q8_0
 from .tensor_files import TensorFiles
@@ -28,7 +29,7 @@ from .tensor_files import TensorFiles
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from .gguf_file import Origin
+    from .origin import Origin
 
 # Bits a number of the types that dense tensors may have.
 DENSE_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "q8_0": 8.5}
@@ -265,10 +266,6 @@ class Format(ABC):
         kinds = Counter(outline.adapted.values()).most_common()
         return next(filter(None, (self.advice(grid, common) for grid, _ in kinds)), "")
 
-    def copies(self, outline: Outline) -> bool:
-        """Whether the file that the model was opened from is written again, with its trained blocks replaced."""
-        return False
-
     def check_model(self, outline: Outline) -> None:
         """Refuse a model that the format cannot describe as it is, before anything is computed.
 
@@ -368,6 +365,14 @@ class Format(ABC):
     def tensors(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """What safetensors files hold of one adapted weight, by names within its module."""
         raise NotImplementedError(f"{self.name} keeps no codes in safetensors files.")
+
+    def layout(self, section: Mapping[str, Any]) -> Layout | None:
+        """How a folder keeps its weights whose config.json has this section on quantization; None for another format.
+
+        Raises:
+            ValueError: for a section of this format that cannot be opened.
+        """
+        return None
 
     def config(self, outline: Outline) -> dict[str, Any]:
         """The sections that config.json gets, such as `quantization_config`."""

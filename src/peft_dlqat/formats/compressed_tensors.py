@@ -6,20 +6,27 @@ Codes in int32 words along in, scales [out, n_groups], zero points packed along 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from ..messages import shown
 from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
 from .base import Add, Format, Outline, per_group
+from .bit_stream import from_words, to_words
 from .engines import TRANSFORMERS
+from .layout import Layout, checked_grid, signed, signed_zeros, unsigned, unsigned_zeros
 from .presets import Preset
+
+_PACKED = "pack-quantized"
 
 
 class CompressedTensors(Format):
@@ -53,7 +60,7 @@ or `vllm serve THIS_REPOSITORY`."""
         """Codes, scales and zero points, nothing padded."""
         zero_bits = grid.bits if grid.zero_point == "integer" else 0
         shared = torch.finfo(self.scale_dtype(grid)).bits + zero_bits
-        return f"pack-quantized int{grid.bits}", grid.bits + per_group(grid, shared)
+        return f"{_PACKED} int{grid.bits}", grid.bits + per_group(grid, shared)
 
     def scale_dtype(self, grid: Grid) -> torch.dtype:
         """Beside zero points float32: transformers' loader multiplies in the dtype of the scale, and then rounds."""
@@ -86,18 +93,12 @@ or `vllm serve THIS_REPOSITORY`."""
         return "zero_point='none' keeps each layer's own grid" if _mixed(outline) else super().advice_for(outline)
 
     def tensors(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """By the library's own packing."""
-        from compressed_tensors.compressors.pack_quantized import pack_to_int32
+        """As the library packs them."""
+        return _tensors(weight, self.scale_dtype(weight.grid))
 
-        bits = weight.grid.bits
-        found = {
-            "weight_packed": pack_to_int32(weight.codes, bits),
-            "weight_scale": weight.scale.to(self.scale_dtype(weight.grid)),
-            "weight_shape": torch.tensor(weight.codes.shape),
-        }
-        if weight.zero is not None:
-            found["weight_zero_point"] = pack_to_int32(weight.zero.to(torch.int8), bits, packed_dim=0)
-        return found
+    def layout(self, section: Mapping[str, Any]) -> Layout | None:
+        """Of what is packed."""
+        return _PackedLayout(section) if section.get("quant_method") == self.name else None
 
     def config(self, outline: Outline) -> dict[str, Any]:
         """One config group a kind of grid."""
@@ -122,10 +123,10 @@ or `vllm serve THIS_REPOSITORY`."""
                 group_size=None if group_size == -1 else group_size,
             )
             targets = ["Linear"] if len(kinds) == 1 else modules
-            groups[f"group_{index}"] = QuantizationScheme(targets=targets, weights=args, format="pack-quantized")
+            groups[f"group_{index}"] = QuantizationScheme(targets=targets, weights=args, format=_PACKED)
         config = QuantizationConfig(
             config_groups=groups,
-            format="pack-quantized",
+            format=_PACKED,
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=[name for name in outline.linears if f"{name}.weight" not in outline.adapted],
         )
@@ -162,3 +163,113 @@ def _mixed(outline: Outline) -> bool:
     """Whether grids differ, and some have zero points."""
     kinds = set(_by_row(outline).values())
     return len(kinds) > 1 and any(grid.zero_point != "none" for grid in kinds)
+
+
+class _PackedLayout(Layout):
+    """Weights by a `quantization_config`.
+
+    Raises:
+        ValueError: for other formats of the library, quantized activations, and what it does beside.
+    """
+
+    format = "compressed-tensors"
+    parts = MappingProxyType({"weight_packed": 0, "weight_scale": 0, "weight_zero_point": 0})
+    fixed = MappingProxyType(
+        {
+            "weight_shape": "its weight_shape is another than the config's",
+            "weight_g_idx": "its inputs are not grouped with their neighbours, as with actorder='group'",
+        }
+    )
+
+    def __init__(self, section: Mapping[str, Any]) -> None:
+        for name in ("kv_cache_scheme", "transform_config", "sparsity_config"):
+            if section.get(name):
+                raise ValueError(f"{name}={shown(section[name])} makes another model of its weights")
+        self._ignored = [str(name) for name in section.get("ignore") or ()]
+        # By the target that a module is found by; names stand before regexes, and these before classes.
+        self._schemes: dict[str, Mapping[str, Any]] = {}
+        for scheme in section.get("config_groups", {}).values():
+            own = _scheme(scheme, section.get("format"))
+            self._schemes |= {str(target): own for target in scheme.get("targets") or ()}
+        self._padded = _version(section.get("version")) < (0, 18)
+        self.regexes = tuple(
+            name.removeprefix("re:") for name in (*self._ignored, *self._schemes) if name.startswith("re:")
+        )
+
+    def grid(self, module: str, kinds: Iterable[str], in_features: int, scale_dtype: torch.dtype) -> Grid | None:
+        """Of the group that targets the module."""
+        names = {module, *kinds}
+        if any(_matches(entry, names, module) for entry in self._ignored):
+            return None
+        found = sorted(
+            (target for target in self._schemes if _matches(target, names, module)),
+            key=lambda target: (target != module, not target.startswith("re:"), target),
+        )
+        if not found:
+            return None
+        own = self._schemes[found[0]]
+        by_row = own.get("strategy") == "channel" or own.get("group_size") == -1
+        size = in_features if by_row else own.get("group_size")
+        kind = "none" if own.get("symmetric", True) else "integer"
+        grid = checked_grid(own.get("num_bits", 8), size, kind, scale_dtype, range(2, 9))  # type: ignore[arg-type]
+        if self._padded and 32 % grid.bits:
+            raise ValueError(
+                f"it has {grid.bits} bits, which compressed-tensors packed otherwise before version 0.18; load it "
+                "with the version that wrote it, and save it with a newer one"
+            )
+        return grid
+
+    def weight(self, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
+        """Rows of words, zero points packed along the outputs."""
+        scale = tensors["weight_scale"].float()
+        codes = signed(from_words(tensors["weight_packed"], grid.bits, scale.shape[1] * grid.group_size), grid.bits)
+        zero = None
+        if grid.zero_point == "integer":
+            zero = signed_zeros(from_words(tensors["weight_zero_point"].t(), grid.bits, len(codes)).t(), grid)
+        return QuantizedWeight(codes, scale, zero, grid)
+
+    def tensors(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """With the scales' own dtype."""
+        return _tensors(weight, weight.grid.scale_dtype)
+
+
+def _tensors(weight: QuantizedWeight, scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    bits = weight.grid.bits
+    found = {
+        "weight_packed": to_words(unsigned(weight.codes, bits), bits),
+        "weight_scale": weight.scale.to(scale_dtype),
+        "weight_shape": torch.tensor(weight.codes.shape),
+    }
+    if weight.zero is not None:
+        found["weight_zero_point"] = to_words(unsigned_zeros(weight).t(), bits).t().contiguous()
+    return found
+
+
+def _scheme(scheme: Any, format: str | None) -> Mapping[str, Any]:
+    """What a config group says of weights.
+
+    Raises:
+        ValueError: for what is not packed integers of a group or a row, or rounds more than the weights.
+    """
+    if not isinstance(scheme, Mapping):
+        raise ValueError(f"its config group {shown(scheme)} is none")
+    own, found = scheme.get("weights") or {}, scheme.get("format") or format
+    if found != _PACKED:
+        raise ValueError(f"its format is {shown(found)}, and only {_PACKED!r} can be opened")
+    for name in ("input_activations", "output_activations"):
+        if scheme.get(name):
+            raise ValueError(f"it has {name}, which are rounded too; only weights may be")
+    for name, known in (("type", ("int",)), ("strategy", ("group", "channel", None)), ("dynamic", (False,))):
+        if own.get(name, known[0]) not in known:
+            raise ValueError(f"{name}={shown(own[name])} of its weights must be {known[0]!r}")
+    return own  # type: ignore[no-any-return]
+
+
+def _matches(target: str, names: set[str], module: str) -> bool:
+    """Whether a target is a module's name, that of a class, or a regex that its name begins with."""
+    return re.match(target[3:], module) is not None if target.startswith("re:") else target in names
+
+
+def _version(text: Any) -> tuple[int, ...]:
+    """The first two numbers of a version; of none, the oldest."""
+    return tuple(int(part) for part in re.findall(r"\d+", str(text or "0"))[:2])

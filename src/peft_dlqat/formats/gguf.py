@@ -25,14 +25,13 @@ from .base import DENSE_BITS, IN_FLOAT16, Add, Format, Outline, TensorInfo
 from .engines import Engine, float32_logits
 from .gguf_blocks import BlockType, Signed, Ternary, Unsigned
 from .gguf_checks import check_config
-from .gguf_file import GGUFFile
+from .gguf_file import FILE, GGUFFile
 from .gguf_k_quants import K_QUANT_TYPES
 from .gguf_metadata import ARCHITECTURES, architecture, rope_factors, write_metadata
 from .gguf_vocab import write_sampling, write_vocab
 from .presets import Preset
 from .q8_0 import encode_q8_0
 
-FILE = "model.gguf"
 # A new type is one entry.
 BLOCK_TYPES: tuple[BlockType, ...] = (
     Ternary("TQ2_0", 2, 2.0625, 256),
@@ -152,11 +151,8 @@ llama-cli -hf THIS_REPOSITORY
         return 2000 + vocabulary + sum(len(tensor.name) + 55 for tensor in outline.tensors)
 
     def rounded(self, outline: Outline, tensor: TensorInfo, value: torch.Tensor) -> torch.Tensor:
-        """Through the type's bytes and back; of a file that is written again, its own."""
+        """Through the type's bytes and back."""
         import gguf
-
-        if outline.origin is not None:
-            return outline.origin.dense.get(tensor.name, value)
 
         kind = self.dense_type(outline, tensor)
         return torch.from_numpy(gguf.dequantize(float_bytes(value, kind), gguf.GGMLQuantizationType[kind]))
@@ -169,26 +165,8 @@ llama-cli -hf THIS_REPOSITORY
 
         return GGUFTemplate(GGUFFile.open(template), outline, weights)
 
-    def copies(self, outline: Outline) -> bool:
-        """Where it came from a GGUF file."""
-        return outline.origin is not None
-
-    def size(self, outline: Outline) -> int:
-        """As a format's; of a file that is written again, its own."""
-        return super().size(outline) if outline.origin is None else outline.origin.file.path.stat().st_size
-
-    def narrowed(self, outline: Outline, dense: Iterable[tuple[TensorInfo, torch.Tensor]]) -> Outline:
-        """As a format's; a file that is written again keeps its types."""
-        return super().narrowed(outline, dense) if outline.origin is None else outline
-
-    def fit(self, tensor: TensorInfo, weight: QuantizedWeight, grid: Grid) -> torch.Tensor | QuantizedWeight:
-        """As a format's; blocks of a file fit it as they are."""
-        return super().fit(tensor, weight, grid) if weight.blocks is None else weight
-
     def check_model(self, outline: Outline) -> None:
         """Refuse an architecture, tensors or settings that llama.cpp does not know."""
-        if outline.origin is not None:
-            return
         check_config(outline.config)
         architecture(outline.config).tensor_names(outline.config, [tensor.name for tensor in outline.tensors])
 
@@ -196,17 +174,6 @@ llama-cli -hf THIS_REPOSITORY
     def writing(self, folder: Path, outline: Outline, notes: list[str]) -> Iterator[Add]:
         """One file, whose header names all tensors."""
         import gguf
-
-        if (origin := outline.origin) is not None:
-            with origin.written_to(folder / FILE, list(outline.adapted)) as put:
-
-                def replace_blocks(tensor: TensorInfo, value: torch.Tensor | QuantizedWeight) -> None:
-                    if isinstance(value, QuantizedWeight):
-                        assert value.blocks is not None
-                        put(tensor.name, value.blocks)
-
-                yield replace_blocks
-            return
 
         config, arch = outline.config, architecture(outline.config)
         names = arch.tensor_names(config, [tensor.name for tensor in outline.tensors])

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from ..files import sha256_of
 from ..messages import shown
+from ..quant.quantizer import QuantizedWeight
+from .origin import Origin, Put, copy_but
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _REMEDY = "the file is damaged or cut short; copy or download it again"
 _MOST_DIMENSIONS = 4
-_CHUNK = 2**24  # bytes that are copied at a time
+FILE = "model.gguf"  # what is written
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,7 @@ class GGUFFile:
 
     def sha256(self) -> str:
         """The file's checksum, in hexadecimal digits."""
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while part := file.read(_CHUNK):
-                digest.update(part)
-        return digest.hexdigest()
+        return sha256_of(self.path)
 
     def read(self, name: str) -> torch.Tensor:
         """The bytes of a tensor, uint8 [..., bytes of a row]; a copy, since another process may write the file."""
@@ -119,48 +116,44 @@ class GGUFFile:
 
 
 @dataclass(frozen=True)
-class Origin:
+class GGUFOrigin(Origin):
     """The file that a model's weights come from.
 
     Attributes:
         file: the file.
-        sha256: its checksum, in hexadecimal digits.
-        names: GGUF's name of each weight that is kept as the file has it, by the model's own.
         orders: which of the file's rows stands where in the model, by the model's names.
-        checksums: of the model's tensors without a grid, see `record`; by the model's names.
         dense: vectors that the model has in a narrower dtype, as the file has them; by the model's names.
     """
 
-    file: GGUFFile
-    sha256: str
-    names: dict[str, str] = field(default_factory=dict)
+    format: str = "gguf"
+    file: GGUFFile = field(kw_only=True)
     orders: dict[str, torch.Tensor] = field(default_factory=dict)
-    checksums: dict[str, int] = field(default_factory=dict)
     dense: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size
+
+    def exact(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Of a vector; other tensors have no more digits than the model's."""
+        return self.dense.get(name, value)
+
     @contextmanager
-    def written_to(self, target: Path, replaced: Iterable[str]) -> Iterator[Callable[[str, torch.Tensor], None]]:
-        """Inside the block, call what it gives with the name and the bytes [out, row_bytes] of each weight.
-
-        All else is copied. Of a replaced weight nothing is: its place is empty until it is written.
-
-        Args:
-            target: the new file.
-            replaced: names of the weights that will come, as the model has them.
-
-        Raises:
-            ValueError: if the file is no longer the one that was opened.
-        """
+    def written_to(self, folder: Path, replaced: Iterable[str]) -> Iterator[Put]:
+        """One file."""
         missing = set(replaced)
-        places = sorted((self.file.tensors[self.names[name]] for name in missing), key=lambda tensor: tensor.start)
-        ends = [(place.start, place.start + place.size) for place in places]
-        with target.open("w+b") as new:
-            self._copy(new, ends)
+        places = [self.file.tensors[self.names[name]] for name in missing]
+        with (folder / FILE).open("w+b") as new:
+            self.check_unchanged(
+                copy_but(self.path, new, [(place.start, place.start + place.size) for place in places])
+            )
 
-            def put(name: str, blocks: torch.Tensor) -> None:
+            def put(name: str, weight: QuantizedWeight) -> None:
+                assert weight.blocks is not None
                 place = self.file.tensors[self.names[name]]
-                ordered = torch.empty_like(blocks)
-                ordered[self.orders[name]] = blocks
+                ordered = torch.empty_like(weight.blocks)
+                ordered[self.orders[name]] = weight.blocks
                 if ordered.nbytes != place.size:
                     raise ValueError(f"{name} has {ordered.nbytes:,} bytes, and its place in the file {place.size:,}.")
                 new.seek(place.start)
@@ -169,26 +162,6 @@ class Origin:
 
             yield put
         assert not missing, missing
-
-    def _copy(self, new: BinaryIO, gaps: list[tuple[int, int]]) -> None:
-        """Copy the file but for some places, and check that it is the one that was opened."""
-        digest, at, size = hashlib.sha256(), 0, self.file.path.stat().st_size
-        bounds = sorted({0, size, *(end for gap in gaps for end in gap)})
-        inside = {start for start, _ in gaps}
-        with self.file.path.open("rb") as old:
-            for at, end in pairwise(bounds):
-                for start in range(at, end, _CHUNK):
-                    part = old.read(min(_CHUNK, end - start))
-                    digest.update(part)
-                    if at not in inside:
-                        new.seek(start)
-                        new.write(part)
-        new.truncate(size)
-        if digest.hexdigest() != self.sha256:
-            raise ValueError(
-                f"{self.file.path} has changed since it was opened, and so cannot be written again; put the file "
-                "back, or open the new one and train again."
-            )
 
 
 class _Reader:

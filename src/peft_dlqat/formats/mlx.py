@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from ..messages import shown
 from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
 from .base import Format, Outline
-from .bit_stream import bit_stream
+from .bit_stream import from_words, to_words
 from .engines import Engine
+from .layout import Layout, checked_grid, signed, unsigned
 from .presets import Preset
 
 _GROUPS = (128, 64, 32)
+# Models of which mlx-lm changes no number, name or shape when it loads them. Of others it adds 1 to norms, say.
+_AS_IN_TRANSFORMERS = frozenset(
+    (
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "granite"),
+        *("olmo2", "cohere", "cohere2", "starcoder2", "stablelm"),
+    )
+)
 
 
 def _mlx_lm(folder: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -65,10 +76,14 @@ mlx_lm.generate --model THIS_REPOSITORY --prompt ...
             biases = weight.scale * (grid.qmin - zero)  # exact in float32: a 16-bit scale times a small integer
         times = grid.group_size // _group(grid)
         return {
-            "weight": bit_stream(weight.codes.to(torch.int16) - grid.qmin, grid.bits).view(torch.uint32),
+            "weight": to_words(unsigned(weight.codes, grid.bits), grid.bits).view(torch.uint32),
             "scales": weight.scale.to(dtype).repeat_interleave(times, dim=-1),
             "biases": biases.to(dtype).repeat_interleave(times, dim=-1),
         }
+
+    def layout(self, section: Mapping[str, Any]) -> Layout | None:
+        """Of a section that names no method."""
+        return None if "quant_method" in section else _MLXLayout(section)
 
     def config(self, outline: Outline) -> dict[str, Any]:
         """Each layer's bits and group, where they are not the first's; mlx-lm leaves a layer without scales alone."""
@@ -93,3 +108,40 @@ def _rope(outline: Outline) -> dict[str, Any]:
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     plain = rope.get("rope_type", "default") == "default"
     return {"rope_theta": rope["rope_theta"]} | ({} if plain else {"rope_scaling": scaling})
+
+
+class _MLXLayout(Layout):
+    """Weights by the `quantization` of a config.json.
+
+    Raises:
+        ValueError: for modes other than affine.
+    """
+
+    format = "mlx"
+    parts = MappingProxyType({"scales": 0, "weight": 0, "biases": 0})
+    fixed = MappingProxyType({})
+    models = _AS_IN_TRANSFORMERS
+
+    def __init__(self, section: Mapping[str, Any]) -> None:
+        self._section = section
+        for own in (section, *(value for value in section.values() if isinstance(value, Mapping))):
+            if (mode := own.get("mode", "affine")) != "affine":
+                raise ValueError(f"its mode is {shown(mode)}, and only 'affine' can be opened")
+
+    def grid(self, module: str, kinds: Iterable[str], in_features: int, scale_dtype: torch.dtype) -> Grid | None:
+        """As the config says for the module, or for all."""
+        own = self._section.get(module, {})
+        if own is False:
+            return None
+        settings = self._section if own is True else {**self._section, **own}
+        return checked_grid(settings.get("bits"), settings.get("group_size"), "float", scale_dtype, (2, 3, 4, 5, 6, 8))
+
+    def weight(self, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
+        """With biases as offsets."""
+        scales, words = tensors["scales"], tensors["weight"].view(torch.int32)
+        codes = signed(from_words(words, grid.bits, scales.shape[1] * grid.group_size), grid.bits)
+        return QuantizedWeight(codes, scales.float(), tensors["biases"].float(), grid)
+
+    def tensors(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """As they are written for models of 16 bits."""
+        return MLX().tensors(weight)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..base_weights import BaseChanges
 from ..config import DLQATConfig
+from ..formats.safetensors_folder import weight_files
 from ..layer import DLQATLayer
-from ..messages import cut, shown
 from ..targets import check_target
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 
 
-def weights_folder(model_id: str | Path, revision: str | None = None) -> Path:
+def weights_folder(model_id: str | Path, revision: str | None = None, patterns: list[str] | None = _FILES) -> Path:
     """The folder that holds a model's config and safetensors: itself, or where a hub id was downloaded to.
+
+    Args:
+        model_id: the folder, or the hub id.
+        revision: of the hub id.
+        patterns: files that are downloaded; None for all but weights of other kinds.
 
     Raises:
         FileNotFoundError: for what can only be a path, and is no folder.
@@ -35,7 +39,8 @@ def weights_folder(model_id: str | Path, revision: str | None = None) -> Path:
         return folder
     if isinstance(model_id, Path) or folder.is_absolute() or len(folder.parts) > 2 or model_id.startswith("."):
         raise FileNotFoundError(f"there is no folder {str(model_id)!r}; give a model's folder or hub id.")
-    return Path(snapshot_download(str(model_id), revision=revision, allow_patterns=_FILES))
+    others = None if patterns else ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
+    return Path(snapshot_download(str(model_id), revision=revision, allow_patterns=patterns, ignore_patterns=others))
 
 
 def empty_model(
@@ -86,26 +91,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, config: DLQATConfig) -> None:
-        index = folder / "model.safetensors.index.json"
-        files = {"model.safetensors"}
-        if index.is_file():
-            try:
-                files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(
-                    f"{index} is damaged ({type(error).__name__}: {cut(error)}); copy or download it again."
-                ) from error
-            strange = [name for name in files if not _is_file_name(name)]
-            if strange or not files:
-                raise ValueError(
-                    f"{index} is damaged: {shown(strange[0]) if strange else 'no file'} is no name of a file beside "
-                    "it; copy or download it again."
-                )
-        missing_files = sorted(name for name in files if not (folder / name).is_file())
-        if missing_files:
-            raise FileNotFoundError(
-                f"{folder} has no {missing_files[0]}; save the model with save_pretrained(), which writes safetensors."
-            )
+        files = set(weight_files(folder).values())
         shapes: dict[str, list[int]] = {}
         self._file: dict[str, Path] = {}
         for file in sorted(files):
@@ -154,12 +140,6 @@ class Checkpoint:
         """Put tensors back to the meta device."""
         for name in names:
             replace_tensor(model, name, lambda old: old.to("meta"))
-
-
-def _is_file_name(name: Any) -> bool:
-    return (
-        isinstance(name, str) and name != "" and Path(name).name == name and len(name.encode(errors="replace")) < 256
-    )
 
 
 def _float_tensors(file: Path) -> dict[str, list[int]]:

@@ -15,14 +15,62 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from ..file_layers import FileEmbedding, FileLinear, is_lookup
+from ..file_layers import can_keep, keep_in_file
 from ..formats.gguf_checks import check_basics, check_metadata
-from ..formats.gguf_file import FileTensor, GGUFFile, Origin
+from ..formats.gguf_file import FileTensor, GGUFFile, GGUFOrigin
 from ..formats.gguf_metadata import ARCHITECTURES
 from ..module_names import folded
-from ..quant.ggml import GGML_TYPES, GGMLType
+from ..quant.ggml import GGML_TYPES
 from ..record import weight_checksum
 from .checkpoint import replace_tensor
+from .quantized_file import QuantizedFile
+
+_FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+class GGUFModel(QuantizedFile):
+    """A GGUF file.
+
+    Args:
+        path: the file.
+        base: folder or hub id of the base model's config and tokenizer; None for those of the file itself.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for what is no whole GGUF file.
+    """
+
+    format = "gguf"
+
+    def __init__(self, path: str | Path, base: str | Path | None = None) -> None:
+        self.file, self.base = GGUFFile.open(path), base
+        self.path = self.file.path
+
+    @property
+    def frozen_types(self) -> dict[str, int]:
+        """Those that GGML rounds to by tables."""
+        return {name: count for name, count in self.file.types.items() if name not in (*GGML_TYPES, *_FLOATS)}
+
+    def read_config(self) -> PretrainedConfig:
+        """From the base, or as transformers reads it from the file."""
+        return read_config(self.file, self.base)
+
+    def read_tokenizer(self) -> Any:
+        """From the base, or as transformers reads it from the file."""
+        return read_tokenizer(self.file, self.base)
+
+    def sha256(self) -> str:
+        """Of the file."""
+        return self.file.sha256()
+
+    def fill(self, sha256: str, model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str) -> GGUFOrigin:
+        """Tensor by tensor, in the file's order."""
+        placing = _Placing(self.file, sha256, model, dtype)
+        placing.check()
+        for name in sorted(self.file.tensors, key=lambda name: self.file.tensors[name].start):
+            placing.place(name, device)
+        model.tie_weights()
+        return placing.origin
 
 
 def read_config(file: GGUFFile, base: str | Path | None) -> PretrainedConfig:
@@ -128,7 +176,7 @@ class _Placing:
             self.names = get_gguf_hf_weights_map(model, self.processor, file.architecture)
         # What was decoded into full precision, by what transformers does with several tensors of one name.
         self.parsed: dict[str, dict[str, Any]] = {"tensors": {}}
-        self.origin = Origin(file, sha256)
+        self.origin = GGUFOrigin(file.path, sha256, file=file)
 
     def check(self) -> None:
         """Refuse a file and a config that do not go together, by names and sizes.
@@ -176,13 +224,13 @@ class _Placing:
         module = self.model.get_submodule(known.rpartition(".")[0])
         kind = GGML_TYPES.get(tensor.type)
         order = self.order(tensor) if kind is not None and known.endswith(".weight") else None
-        if kind is not None and order is not None and self._keeps(module, tensor):
+        if kind is not None and order is not None and can_keep(module, tensor.shape):
             on_meta = torch.device(device).type == "meta"  # nobody wants more than sizes
             packed = self.file.empty(name) if on_meta else self.file.read(name)
             if not on_meta and not kind.is_finite(packed):
                 raise ValueError(f"{self.file.path}: {name} holds NaN or infinity; the file is broken.")
             packed = packed if _is_identity(order) else packed[order]
-            self._replace(known.rpartition(".")[0], module, packed.to(device), kind)
+            keep_in_file(self.model, module, packed.to(device), kind.name, kind.grid, self.dtype)
             self.origin.names[known], self.origin.orders[known] = name, order
             return
         self._decode(tensor, known, device)
@@ -197,27 +245,6 @@ class _Placing:
         if found.shape != rows.shape or not np.array_equal(np.sort(found, 0), rows):
             return None
         return torch.from_numpy(found[:, 0]).long()
-
-    def _keeps(self, module: nn.Module, tensor: FileTensor) -> bool:
-        """Whether a module computes with its weight in a way that a decoded one can replace."""
-        if isinstance(module, nn.Linear):
-            plain = type(module).forward is nn.Linear.forward
-            return plain and tensor.shape == (module.out_features, module.in_features)
-        if not isinstance(module, nn.Embedding) or tensor.shape != (module.num_embeddings, module.embedding_dim):
-            return False
-        return is_lookup(module)
-
-    def _replace(self, path: str, module: nn.Module, packed: torch.Tensor, kind: GGMLType) -> None:
-        """Put layers that keep a file's bytes into the places of all that share a weight."""
-        weight, shared = module.weight, None
-        for name, other in list(self.model.named_modules()):
-            if getattr(other, "weight", None) is not weight:
-                continue
-            make: Any = FileEmbedding if isinstance(other, nn.Embedding) else FileLinear
-            new = make(other, packed, kind.name, self.dtype).train(other.training)
-            shared = new.kept if shared is None else shared
-            new.weight = shared
-            self.model.set_submodule(name, new)
 
     def _decode(self, tensor: FileTensor, known: str, device: torch.device | str) -> None:
         if torch.device(device).type == "meta":
@@ -278,29 +305,3 @@ def _is_constant(name: str) -> bool:
 
 def _is_identity(order: torch.Tensor) -> bool:
     return bool((order == torch.arange(len(order))).all())
-
-
-def fill(
-    file: GGUFFile, sha256: str, model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str
-) -> Origin:
-    """Read a file's tensors into an empty model: as they are where they have a grid, else decoded.
-
-    Args:
-        file: the file.
-        sha256: its checksum.
-        model: the model, on the meta device.
-        dtype: of what is decoded.
-        device: where the weights go; on the meta device nothing is read.
-
-    Returns:
-        Where the model's weights come from.
-
-    Raises:
-        ValueError: for a file and a model that do not go together; before any weight is read.
-    """
-    placing = _Placing(file, sha256, model, dtype)
-    placing.check()
-    for name in sorted(file.tensors, key=lambda name: file.tensors[name].start):
-        placing.place(name, device)
-    model.tie_weights()
-    return placing.origin

@@ -16,14 +16,13 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..config import DLQATConfig
-from ..formats.gguf_file import GGUFFile
 from ..layer import adapter_layers
 from ..quant.fixed_point import IN_FILE, STORAGES
 from ..quant.op import MOST_RECOMPUTED
 from ..quant.quantizer import piece_rows
 from .checkpoint import empty_model
-from .gguf_model import fill, read_config
-from .load_quantized import in_file_config
+from .load_quantized import in_file_config, is_quantized, open_quantized
+from .quantized_file import QuantizedFile
 
 # Bytes of optimiser state a trained number, beside the number and its gradient.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_fused": 8, "adamw_8bit": 2, "sgd": 0}
@@ -103,7 +102,8 @@ def estimate_memory(
 
     Args:
         config: the adapter; its weights are taken as packed already (see `load_packed`).
-        model: config of the model, or a hub id or folder with one, or a GGUF file that [`load_quantized`] opens.
+        model: config of the model, or a hub id or folder with one, or a quantized file or folder, as
+            [`load_quantized`] opens it.
         batch_size: sequences a step.
         sequence_length: tokens a sequence.
         gradient_checkpointing: whether decoder layers are computed again in backward.
@@ -139,9 +139,9 @@ def estimate_memory(
         raise ValueError(f"device={device!r} must be one of {', '.join(map(repr, DEVICES))}.")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"task_type={config.task_type!r}: only causal language models can be estimated.")
-    file = GGUFFile.open(model) if isinstance(model, str) and model.endswith(".gguf") else None
+    file = open_quantized(model, base) if isinstance(model, str) and is_quantized(model) else None
     if file is not None:
-        model_config = read_config(file, base)
+        model_config = file.read_config()
     else:
         model_config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
     adapted = (
@@ -187,12 +187,12 @@ def _on_meta(config: DLQATConfig, model_config: PretrainedConfig, dtype: torch.d
 
 
 def _of_file_on_meta(
-    config: DLQATConfig, file: GGUFFile, model_config: PretrainedConfig, dtype: torch.dtype
+    config: DLQATConfig, file: QuantizedFile, model_config: PretrainedConfig, dtype: torch.dtype
 ) -> PeftModel:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # the model itself will warn
         base = empty_model(model_config, dtype)
-        fill(file, "", base, dtype, "meta")
+        file.fill("", base, dtype, "meta")
         return get_peft_model(base, in_file_config(config), low_cpu_mem_usage=True)
 
 

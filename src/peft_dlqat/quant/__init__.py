@@ -1,3 +1,4 @@
 """The arithmetic, on tensors."""
 
-from . import ggml as ggml  # puts its types into FILE_STORAGES
+from . import affine as affine  # these put their kinds into FILE_STORAGES
+from . import ggml as ggml

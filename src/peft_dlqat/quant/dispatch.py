@@ -29,7 +29,7 @@ def harden(weight: torch.Tensor, quantizer: Quantizer) -> QuantizedWeight:
     blocks = None
     if (in_file := file_storage(quantizer.storage)) is not None:
         found = pieces(weight, quantizer)
-        blocks = torch.cat([in_file.write(own, codes[rows], of.scale, of.zero) for rows, own, of in found])
+        blocks = torch.cat([in_file.write(own, codes[rows], of.scale, of.zero, of.grid) for rows, own, of in found])
     return QuantizedWeight(codes, *shipped(weight, quantizer), quantizer.grid, blocks)
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .bit_stream import pack_bits, unpack_bits
 from .grid import Grid
 
 if TYPE_CHECKING:
@@ -74,26 +75,18 @@ class Storage:
         parts = 2 ** (self.bits - grid.bits)
         inside = ((units - codes + 0.5) * parts).floor_().clamp_(0, parts - 1)
         # Counted from the lowest, so that all are positive.
-        return self._pack(((codes - grid.qmin) * parts + inside).to(torch.uint8))
+        return pack_bits(((codes - grid.qmin) * parts + inside).to(torch.uint8), self.bits)
 
     def decode(self, packed: torch.Tensor, grid: Grid) -> torch.Tensor:
         """u, float32 [rows, in], from what `encode` packed."""
         parts = 2 ** (self.bits - grid.bits)
         # Exact: few bits before the point and few after it.
-        return self._unpack(packed).float().mul_(1 / parts).add_(grid.qmin - 0.5 + 0.5 / parts)
-
-    def _pack(self, numbers: torch.Tensor) -> torch.Tensor:
-        columns = numbers.unflatten(-1, (-1, 8 // self.bits)).unbind(-1)
-        packed = columns[0].clone()
-        for i, column in enumerate(columns[1:], 1):
-            packed |= column << (i * self.bits)
-        return packed
-
-    def _unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        if self.bits == 8:
-            return packed
-        mask = 2**self.bits - 1
-        return torch.stack([(packed >> start) & mask for start in range(0, 8, self.bits)], -1).flatten(-2)
+        return (
+            unpack_bits(packed, self.bits, packed.shape[-1] * 8 // self.bits)
+            .float()
+            .mul_(1 / parts)
+            .add_(grid.qmin - 0.5 + 0.5 / parts)
+        )
 
 
 # By the name that users write.

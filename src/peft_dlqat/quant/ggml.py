@@ -21,7 +21,7 @@ import torch
 
 from .fixed_point import FILE_STORAGES
 from .grid import Grid
-from .in_file import FileStorage
+from .in_file import FileStorage, moved_offset, offset_of
 from .super_blocks import K_QUANTS, SUPER_BLOCK, KQuant, from_super_scales
 
 _LARGEST = torch.finfo(torch.float16).max
@@ -95,12 +95,14 @@ class GGMLType(FileStorage):
     """A block type.
 
     Attributes:
+        grid: of its weights, the only one.
         block: weights in a block.
         size: bytes of a block.
         layout: what lies where, by name: "codes", "d", and "m", or "sc", "dmin" and "mn".
         quant: the K-quant that it is.
     """
 
+    grid: Grid = field(kw_only=True)
     block: int = field(kw_only=True)
     size: int = field(kw_only=True)
     layout: Mapping[str, Half | tuple[Bits, ...]] = field(kw_only=True, hash=False)
@@ -118,19 +120,19 @@ class GGMLType(FileStorage):
         """Codes, float32 [rows, in]."""
         return self._read("codes", packed).float().add_(self.grid.qmin)
 
-    def scales_and_zeros(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def scales_and_zeros(self, packed: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
         """s = d * sc, and b = M - qmin * s, as near as float32 has it."""
         s, M = self._values(self._numbers(packed))
-        return s, None if M is None else M - self.grid.qmin * s
+        return s, None if M is None else offset_of(M, s, grid)
 
     def ship(
-        self, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+        self, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """S, and M or None."""
         return self._values(self._moved(packed, scale, zero))
 
     def write(
-        self, packed: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+        self, packed: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> torch.Tensor:
         """New blocks: nothing is copied from W0's."""
         return self.pack(self._moved(packed, scale, zero) | {"codes": codes.to(torch.int16) - self.grid.qmin})
@@ -198,10 +200,7 @@ class GGMLType(FileStorage):
             moved["d"], moved["sc"] = _integers(own["d"], own["sc"], scale, *limits)
         if M is None or zero is None:
             return moved
-        # From M itself: float32 need not have an offset b that leads back to it.
-        qmin, S = self.grid.qmin, self._values(own | moved)[0]
-        way = (zero + qmin * S) - ((M - qmin * s) + qmin * s)
-        M = torch.where(way == 0, M, M + way)
+        M = moved_offset(M, s, zero, self._values(own | moved)[0], self.grid)
         if self.quant is None:
             moved["m"] = _half(M)
         else:

@@ -1,8 +1,8 @@
-"""W0 as a quantized file has it: the file's own bytes, whose codes are the start and whose scales and zeros stay.
+"""W0 as a quantized file has it: the file's own numbers, whose codes are the start and whose scales and zeros stay.
 
-A type of tensor that files have is one object in `FILE_STORAGES`, such as those of `ggml`. It says of the bytes of
-some rows what they mean, and writes such bytes again. So an untrained adapter gives the file back, byte for byte:
-nothing is found anew that the file says.
+A kind of tensor that files have is one object in `FILE_STORAGES`, such as those of `ggml`, or `affine`. It says of the
+bytes of some rows what they mean, and writes such bytes again. So an untrained adapter gives the file back, byte for
+byte: nothing is found anew that the file says.
 """
 
 from __future__ import annotations
@@ -21,29 +21,24 @@ _NO_STEP = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class FileStorage(Storage):
-    """A type of quantized tensors in files.
+    """A kind of quantized tensors in files.
 
-    W0 [out, in] lies in memory as uint8 [out, row_bytes(in)], the file's bytes of each row.
+    W0 [out, in] lies in memory as uint8 [out, row_bytes], in whole groups. Each method is told the grid of its codes.
+    Scales may be negative or 0 here, whatever the kind of zero.
 
     Attributes:
-        name: of the type.
-        grid: the grid of its weights. Scales may be negative or 0 here, whatever the kind of zero.
+        name: of the kind.
     """
 
     name: str = field(default="", kw_only=True)
-    grid: Grid = field(kw_only=True)
 
     @abstractmethod
-    def row_bytes(self, in_features: int) -> int:
-        """Bytes of a row."""
-
-    @abstractmethod
-    def scales_and_zeros(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def scales_and_zeros(self, packed: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
         """s, and z or b or None [rows, n_groups], float32, of the bytes of some rows."""
 
     @abstractmethod
     def ship(
-        self, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+        self, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `quantizer.ship`, rounded to what the type holds beside the numbers that these rows have.
 
@@ -52,7 +47,7 @@ class FileStorage(Storage):
 
     @abstractmethod
     def write(
-        self, packed: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+        self, packed: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> torch.Tensor:
         """The bytes of a weight, uint8 [rows, row_bytes].
 
@@ -61,6 +56,7 @@ class FileStorage(Storage):
             codes: int8 [rows, in].
             scale: [rows, n_groups], as `ship` takes it.
             zero: as `ship` takes it.
+            grid: of the codes.
         """
 
     def encode(self, units: torch.Tensor, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -80,5 +76,28 @@ class FileStorage(Storage):
 
 
 def file_storage(name: str) -> FileStorage | None:
-    """The type of tensors of this name; None for the storages that are of no file."""
+    """The kind of tensors of this name; None for the storages that are of no file."""
     return FILE_STORAGES.get(name)
+
+
+def offset_of(M: torch.Tensor, s: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The offset b of a file's scale s and offset M of the unsigned code, as near as float32 has it."""
+    return M - grid.qmin * s
+
+
+def moved_offset(
+    M: torch.Tensor, s: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """The unsigned code's offset for another b and scale: M itself where nothing has moved.
+
+    float32 need not have an offset b that leads back to M.
+
+    Args:
+        M: the file's.
+        s: the file's.
+        zero: the b that is wanted.
+        scale: the scale that ships.
+        grid: of the codes.
+    """
+    way = (zero + grid.qmin * scale) - (offset_of(M, s, grid) + grid.qmin * s)
+    return torch.where(way == 0, M, M + way)

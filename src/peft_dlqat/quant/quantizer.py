@@ -126,7 +126,7 @@ def decode_stored(packed: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
         decoded = packed.new_empty(quantizer.shape, dtype=torch.float32)
         for rows, piece, own in pieces(packed, quantizer):
             codes = grid.group(in_file.decode(piece, grid))
-            decoded[rows] = dequantize(codes, *in_file.ship(piece, own.scale, own.zero), grid, in_place=True)
+            decoded[rows] = dequantize(codes, *in_file.ship(piece, own.scale, own.zero, grid), grid, in_place=True)
         return decoded
     units = grid.group(ALL_STORAGES[quantizer.storage].decode(packed, grid))
     step, zero = quantizer.step.unsqueeze(-1), shipped_zero(quantizer.rounding_zero, grid)
@@ -195,7 +195,7 @@ def shipped(weight: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, t
     """
     in_file = file_storage(quantizer.storage)
     if in_file is not None:
-        return in_file.ship(weight, quantizer.scale, quantizer.zero)
+        return in_file.ship(weight, quantizer.scale, quantizer.zero, quantizer.grid)
     return ship(quantizer.scale, quantizer.zero, quantizer.grid)
 
 
