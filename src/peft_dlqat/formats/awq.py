@@ -27,11 +27,23 @@ _BITS = 4
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def _gptqmodel(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+def _gptqmodel(folder: Path, ids: torch.Tensor, as_float32: bool = True) -> torch.Tensor:
+    """By its own decoding of the weights in float32, or as users run it: its kernel rounds inputs to float16."""
     from gptqmodel import BACKEND, GPTQModel
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
-    model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH_AWQ, dtype=torch.float16)
-    return float32_logits(model.model.float(), ids)
+    model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH_AWQ, dtype=torch.float16).model.float()
+    for name, module in list(model.named_modules()) if as_float32 else ():
+        if hasattr(module, "qweight"):
+            with torch.device("meta"):
+                linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            size = group_of(module.group_size, module.in_features)
+            weight = dequantize_gemm(module.qweight, module.qzeros, module.scales.float(), module.bits, size).t()
+            linear.weight = torch.nn.Parameter(weight.contiguous())
+            if module.bias is not None:
+                linear.bias = torch.nn.Parameter(module.bias.float())
+            model.set_submodule(name, linear)
+    return float32_logits(model, ids)
 
 
 class AWQ(Format):
@@ -39,7 +51,16 @@ class AWQ(Format):
 
     name = "awq"
     multiple = 32
-    engines = (Engine("gptqmodel", "gptqmodel", _gptqmodel, 1e-9, largest_difference=1e-4, dense_dtype=torch.float16),)
+    engines = (
+        Engine(
+            "gptqmodel",
+            "gptqmodel",
+            _gptqmodel,
+            largest_difference=1e-4,
+            dense_dtype=torch.float16,
+            served=lambda folder, ids: _gptqmodel(folder, ids, as_float32=False),
+        ),
+    )
     usage = """\
 ```bash
 vllm serve THIS_REPOSITORY

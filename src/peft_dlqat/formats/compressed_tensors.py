@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
+from ..files import save_tensors
 from ..messages import shown
 from ..quant.grid import Grid
 from ..quant.quantizer import QuantizedWeight
@@ -29,6 +32,26 @@ from .presets import Preset
 _PACKED = "pack-quantized"
 
 
+def _transformers(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """In float32. Beside zero points transformers multiplies in the dtype of the scales: these are made float32."""
+    narrow = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+            if any(name.endswith(".weight_zero_point") for name in names):
+                narrow[file] = {name: tensors.get_tensor(name) for name in names}
+    if not narrow:
+        return TRANSFORMERS.logits(folder, ids)
+    with TemporaryDirectory(prefix="dlqat-") as made:
+        for path in folder.iterdir():
+            if path not in narrow and path.is_file():
+                (Path(made) / path.name).symlink_to(path.resolve())
+        for file, found in narrow.items():
+            wide = {key: value.float() if key.endswith(".weight_scale") else value for key, value in found.items()}
+            save_tensors(wide, Path(made) / file.name, metadata={"format": "pt"})
+        return TRANSFORMERS.logits(Path(made), ids)
+
+
 class CompressedTensors(Format):
     """2, 3, 4 and 8 bits, symmetric or with an integer zero, any group size."""
 
@@ -36,7 +59,7 @@ class CompressedTensors(Format):
     package = "compressed-tensors"
     minimum = "0.18"  # from which on 3 bits are packed without gaps; what 0.17 writes is another model to it
     extra = "compressed-tensors"
-    engines = (TRANSFORMERS,)
+    engines = (replace(TRANSFORMERS, logits=_transformers),)
     # Without zeros: vLLM's kernel for 2 and 3 bits has none, and grids that differ can stand side by side.
     presets = tuple(
         Preset(engine, {"bits": bits, "zero_point": "none", "group_size": 128})

@@ -133,6 +133,8 @@ class _GPTQLayout(Layout):
         if strange := [name for name in _NO_WEIGHTS if section.get(name)]:
             raise ValueError(f"{strange[0]}={shown(section[strange[0]])} makes another model of its weights")
         self._section, self._dynamic = section, section.get("dynamic") or {}
+        if not isinstance(self._dynamic, Mapping):
+            raise ValueError(f"dynamic={shown(self._dynamic)} must be an object, of settings by regex")
         self._version = 2 if versions == {"gptq_v2"} else 1
         # Which borrows in the place of a zero point of 0; others let it wrap around, or break its neighbours.
         meta = section.get("meta") or {}

@@ -21,10 +21,7 @@ from .presets import Preset
 _GROUPS = (128, 64, 32)
 # Models of which mlx-lm changes no number, name or shape when it loads them. Of others it adds 1 to norms, say.
 _AS_IN_TRANSFORMERS = frozenset(
-    (
-        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "granite"),
-        *("olmo2", "cohere", "cohere2", "starcoder2", "stablelm"),
-    )
+    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "granite", "olmo2")
 )
 
 

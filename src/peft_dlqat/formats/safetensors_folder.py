@@ -163,14 +163,14 @@ class FolderOrigin(Origin):
             def put(name: str, weight: QuantizedWeight) -> None:
                 found = self.layout.tensors(weight)
                 for part, place in self._places(name).items():
-                    value = found[part].contiguous()
+                    value = found[part]
                     if value.dtype != place.dtype or tuple(value.shape) != place.shape:
                         raise ValueError(
                             f"{name} has {part} {list(value.shape)} of {value.dtype}, and its place in the file "
                             f"{list(place.shape)} of {place.dtype}."
                         )
                     new[place.file].seek(place.start)
-                    new[place.file].write(value.view(torch.uint8).numpy().data)
+                    new[place.file].write(value.flatten().view(torch.uint8).numpy().data)
                 missing.remove(name)
 
             yield put

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,7 @@ def _layout(folder: SafetensorsFolder) -> Layout:
     try:
         for format in FORMATS.values():
             if (layout := format.layout(section)) is not None:
-                names = [tensor.rpartition(".")[0] for tensor in folder.tensors]
-                check_matching_ends({f"{name}_pattern": dict.fromkeys(layout.regexes)}, names)
+                _check_regexes(layout, name, {tensor.rpartition(".")[0] for tensor in folder.tensors})
                 return layout
     except (TypeError, AttributeError) as error:  # a list where there should be a dict, say
         raise ValueError(f"{folder.path}/config.json: {name} is damaged ({error}).") from error
@@ -135,6 +135,20 @@ def _layout(folder: SafetensorsFolder) -> Layout:
         f"{folder.path} is quantized by {shown(section.get('quant_method'))}, and only GPTQ, AWQ (version 'gemm'), "
         "compressed-tensors (format 'pack-quantized'), MLX (mode 'affine') and GGUF can be opened; use such a file."
     )
+
+
+def _check_regexes(layout: Layout, section: str, modules: Iterable[str]) -> None:
+    """Refuse regexes that are none, or take very long to match the modules' names.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for regex in layout.regexes:
+        try:
+            re.compile(regex)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{shown(regex)} is no regex ({error})") from error
+    check_matching_ends({f"{section}_pattern": dict.fromkeys(layout.regexes)}, modules)
 
 
 def _agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -324,5 +338,5 @@ def _of_rows(value: torch.Tensor, dim: int, start: int, stop: int, rows: int) ->
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    one, other = (value.contiguous().view(torch.uint8) for value in (one, other))
+    one, other = (value.flatten().view(torch.uint8) for value in (one, other))
     return torch.equal(one, other)
