@@ -80,6 +80,7 @@ def _section(config: DLQATConfig, directory: str | os.PathLike[str]) -> str:
 def _of_file(config: DLQATConfig) -> str:
     """The section of an adapter that belongs to a quantized file."""
     method, name = METHODS[config.method], Path(config.base_model_name_or_path or "FILE").name
+    format = '"gguf"' if name.endswith(".gguf") else "model.get_base_model().origin.format"
     return "\n".join(
         (
             f"# {method.title} adapter for {name}",
@@ -91,7 +92,7 @@ def _of_file(config: DLQATConfig) -> str:
             "from peft_dlqat import export_model, load_quantized",
             "",
             f'model, tokenizer = load_quantized("{name}", "THIS_REPOSITORY")',
-            'export_model(model, "out", "gguf")  # the file with the trained weights in it',
+            f'export_model(model, "out", {format})  # the file with the trained weights in it',
             "```",
             "",
             "| | |",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_dlqat import DLQATConfig, export_model
 from peft_dlqat.cli.destination import config_for_file
 from peft_dlqat.cli.main import main
 from peft_dlqat.formats.llama_cpp import logits
@@ -65,8 +68,29 @@ def test_a_quantized_file_is_trained_and_written_again(folder):
     written = out / "gguf" / "model.gguf"
     assert written.stat().st_size == file.stat().st_size
     assert written.read_bytes() != file.read_bytes()
-    with pytest.raises(ValueError, match="--bits 3 has no meaning for a GGUF file"):
-        config_for_file(None, 3, [])
+    with pytest.raises(ValueError, match="--bits 3 has no meaning for a quantized file"):
+        config_for_file("gguf", None, 3, [])
+
+
+@pytest.mark.slow
+def test_a_quantized_folder_is_trained_and_written_again(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    settings = {"bits": 4, "zero_point": "none", "scale_dtype": "float16", "init": "minmax", "group_size": 32}
+    source = tmp_path / "gptq"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it was not trained
+        export_model(
+            get_peft_model(model, DLQATConfig(**settings, task_type="CAUSAL_LM")), source, "gptq", verify=False
+        )
+    data = ["--dataset", str(folder / "chat.jsonl"), "--output", str(tmp_path / "out")]
+    assert main(["train", "--model", str(source), *data, *SHORT]) == 0
+    written = tmp_path / "out" / "gptq"
+    assert (written / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    old, new = (load_file(path / "model.safetensors") for path in (source, written))
+    assert any(not torch.equal(old[name], new[name]) for name in old if name.endswith("down_proj.scales"))
+    adapter = tmp_path / "out" / "adapter"
+    assert main(["export", str(adapter), "--to", "gptq", "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (written / "model.safetensors").read_bytes()
 
 
 def test_llama_cpp_writes_on_as_the_model_does(folder):

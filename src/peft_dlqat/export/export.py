@@ -62,7 +62,8 @@ def export_model(
             exported one tensor at a time: the full-precision model never is in memory.
         out_dir: folder to make. It appears when all is done; after an exception there is nothing, but where an engine
             disagrees, the finished files are in OUT_DIR.unproven.
-        format: "compressed-tensors", "gguf", "mlx", "gptq" or "dense"; the keys of `formats.FORMATS`.
+        format: "compressed-tensors", "gguf", "mlx", "gptq", "awq" or "dense"; the keys of `formats.FORMATS`. In the
+            format of the quantized file that the model was opened from, that file is written again.
         base: with an adapter on disk, folder or hub id of its base model in safetensors; by default the one that the
             adapter names.
         adapter_name: which adapter of a model; defaults to the active one.
