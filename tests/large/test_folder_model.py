@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from peft_dlqat import DLQATConfig, estimate_memory, export_model, load_quantized, summarize, verify_export
 from peft_dlqat.file_layers import in_file
+from peft_dlqat.large.load_quantized import is_quantized
 from peft_dlqat.layer import adapter_layers
 
 IDS = torch.arange(1, 33).view(2, 16)
@@ -430,3 +431,24 @@ def test_base_is_for_gguf_files(folder):
         load_quantized(path, DLQATConfig(**CONFIG), base=path)
     with pytest.raises(FileNotFoundError, match=r"there is no folder './nowhere'"):
         load_quantized("./nowhere", DLQATConfig(**CONFIG))
+
+
+def test_what_is_quantized_is_known_by_its_config(folder, tmp_path):
+    assert is_quantized(folder("mlx", 4, 64, BF16)) and is_quantized("somewhere.gguf")
+    model_of("llama").save_pretrained(tmp_path / "plain")
+    assert not is_quantized(tmp_path / "plain") and not is_quantized(tmp_path / "nowhere")
+    for section, expected in (
+        ({"quant_method": "awq", "version": "gemv"}, True),  # which says so itself
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, False),
+    ):
+        (tmp_path / "plain" / "config.json").write_text(json.dumps({"quantization_config": section}))
+        assert is_quantized(tmp_path / "plain") is expected
+    (tmp_path / "plain" / "quantize_config.json").write_text("{}")
+    assert is_quantized(tmp_path / "plain")
+
+
+def test_no_other_weights_may_lie_beside(folder, tmp_path):
+    path = spoilt(folder("gptq", 4, "none"), tmp_path / "model")
+    save_file({"a": torch.ones(1)}, path / "consolidated.safetensors")
+    with pytest.raises(ValueError, match=r"has consolidated.safetensors beside the files that its weights are in"):
+        opened(path)

@@ -133,7 +133,8 @@ class _AWQLayout(Layout):
 
     def grid(self, module: str, kinds: Iterable[str], in_features: int, scale_dtype: torch.dtype) -> Grid | None:
         """One for all but the modules that are named."""
-        if any(str(name) in module for name in self._section.get("modules_to_not_convert") or ()):
+        left_out = [str(name) for name in self._section.get("modules_to_not_convert") or ()]
+        if any(f".{name}." in f".{module}." for name in left_out):
             return None
         size = group_of(self._section.get("group_size", 128), in_features)
         return checked_grid(self._section.get("bits", _BITS), size, "integer", scale_dtype, (_BITS,))

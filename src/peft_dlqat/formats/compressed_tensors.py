@@ -211,7 +211,7 @@ class _PackedLayout(Layout):
         self._ignored = [str(name) for name in section.get("ignore") or ()]
         # By the target that a module is found by; names stand before regexes, and these before classes.
         self._schemes: dict[str, Mapping[str, Any]] = {}
-        for scheme in section.get("config_groups", {}).values():
+        for scheme in (section.get("config_groups") or {}).values():
             own = _scheme(scheme, section.get("format"))
             self._schemes |= {str(target): own for target in scheme.get("targets") or ()}
         self._padded = _version(section.get("version")) < (0, 18)
@@ -275,7 +275,7 @@ def _scheme(scheme: Any, format: str | None) -> Mapping[str, Any]:
         ValueError: for what is not packed integers of a group or a row, or rounds more than the weights.
     """
     if not isinstance(scheme, Mapping):
-        raise ValueError(f"its config group {shown(scheme)} is none")
+        raise ValueError(f"its config group {shown(scheme)} names a preset, and must say bits and groups itself")
     own, found = scheme.get("weights") or {}, scheme.get("format") or format
     if found != _PACKED:
         raise ValueError(f"its format is {shown(found)}, and only {_PACKED!r} can be opened")

@@ -82,6 +82,11 @@ class SafetensorsFolder:
         config = read_json(path / "config.json")
         files = weight_files(path)
         tensors: dict[str, StoredTensor] = {}
+        if others := sorted({file.name for file in path.glob("*.safetensors")} - set(files.values())):
+            raise ValueError(
+                f"{path} has {others[0]} beside the files that its weights are in, and engines may read either; "
+                "remove what is not of the model."
+            )
         for file in sorted(set(files.values())):
             for name, tensor in _header(path / file).items():
                 if name in tensors:

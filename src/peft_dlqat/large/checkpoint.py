@@ -20,6 +20,7 @@ from ..formats.safetensors_folder import weight_files
 from ..layer import DLQATLayer
 from ..targets import check_target
 
+_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 
 
@@ -39,8 +40,8 @@ def weights_folder(model_id: str | Path, revision: str | None = None, patterns: 
         return folder
     if isinstance(model_id, Path) or folder.is_absolute() or len(folder.parts) > 2 or model_id.startswith("."):
         raise FileNotFoundError(f"there is no folder {str(model_id)!r}; give a model's folder or hub id.")
-    others = None if patterns else ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
-    return Path(snapshot_download(str(model_id), revision=revision, allow_patterns=patterns, ignore_patterns=others))
+    which: dict[str, Any] = {"allow_patterns": patterns} if patterns else {"ignore_patterns": _OTHER_WEIGHTS}
+    return Path(snapshot_download(str(model_id), revision=revision, **which))
 
 
 def empty_model(

@@ -97,9 +97,13 @@ class FolderModel(QuantizedFile):
         return placing.origin
 
 
-def has_section(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that weights are quantized."""
-    return any(config.get(name) for name in _SECTIONS)
+def is_of_a_layout(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that weights are quantized in a format of which some are opened here."""
+    section = next((found for name in _SECTIONS if (found := config.get(name))), None)
+    try:
+        return isinstance(section, dict) and any(format.layout(section) is not None for format in FORMATS.values())
+    except (ValueError, TypeError, AttributeError):
+        return True
 
 
 def _layout(folder: SafetensorsFolder) -> Layout:

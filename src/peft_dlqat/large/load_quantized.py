@@ -15,7 +15,7 @@ from ..file_layers import FileLinear
 from ..quant.fixed_point import IN_FILE
 from ..quant.ggml import GGML_TYPES
 from .checkpoint import empty_model, weights_folder
-from .folder_model import OF_GPTQ, FolderModel, has_section
+from .folder_model import OF_GPTQ, FolderModel, is_of_a_layout
 from .gguf_model import GGUFModel
 from .quantized_file import QuantizedFile
 
@@ -124,7 +124,7 @@ def is_quantized(path: str | Path) -> bool:
     if (Path(path) / OF_GPTQ).is_file():
         return True
     try:
-        return has_section(PretrainedConfig.get_config_dict(str(path))[0])
+        return is_of_a_layout(PretrainedConfig.get_config_dict(str(path))[0])
     except (OSError, ValueError):
         return False
 

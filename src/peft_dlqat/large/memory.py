@@ -139,7 +139,8 @@ def estimate_memory(
         raise ValueError(f"device={device!r} must be one of {', '.join(map(repr, DEVICES))}.")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"task_type={config.task_type!r}: only causal language models can be estimated.")
-    file = open_quantized(model, base) if isinstance(model, str) and is_quantized(model) else None
+    here = isinstance(model, str) and (Path(model).exists() or model.endswith(".gguf"))  # nothing is downloaded
+    file = open_quantized(str(model), base) if here and is_quantized(str(model)) else None
     if file is not None:
         model_config = file.read_config()
     else:
