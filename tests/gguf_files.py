@@ -110,6 +110,50 @@ def write_gguf(
     return path
 
 
+@torch.no_grad()
+def write_experts(model: PreTrainedModel, path: Path) -> Path:
+    """Write a Qwen3-MoE, whose stacked experts a file holds as gate and up, apart; all in Q4_K and Q6_K."""
+    config = model.config
+    head_dim = config.head_dim
+    with closing(gguf.GGUFWriter(path=str(path), arch="qwen3moe")) as writer:
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_tokenizer_model("none")
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config.num_hidden_layers)
+        for name, value in model.state_dict().items():
+            block = f"blk.{name.split('.')[2]}" if ".layers." in name else ""
+            if name.endswith("experts.gate_up_proj"):
+                gate, up = value.chunk(2, 1)
+                parts = {f"{block}.ffn_gate_exps.weight": gate, f"{block}.ffn_up_exps.weight": up}
+            elif name.endswith("experts.down_proj"):
+                parts = {f"{block}.ffn_down_exps.weight": value}
+            else:
+                parts = {names.get_name(name, try_suffixes=(".weight",)): value}
+            for known, part in parts.items():
+                kind = "F32" if part.dim() == 1 or "gate_inp" in known else "Q6_K" if "down" in known else "Q4_K"
+                if kind == "F32":
+                    writer.add_tensor(known, part.numpy())
+                    continue
+                found = quantized(part.flatten(0, -2), kind).unflatten(0, part.shape[:-1])
+                writer.add_tensor(known, found.numpy(), raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    return path
+
+
 def type_of(name: str, mixture: str) -> str:
     """The type that a mixture has for a tensor of GGUF's name."""
     return next(kind for key, kind in MIXTURES.get(mixture, {"": mixture}).items() if re.search(key, name))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import perturb, random_model, train
 from export_models import CONFIGS, GEMMA, SHAPE, llama2_tokenizer
-from gguf_files import write_gguf
+from gguf_files import write_experts, write_gguf
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from peft_dlqat import (
     DistillationLoss,
@@ -130,6 +130,27 @@ def test_it_is_written_again(opened, tmp_path, kind, mixture):
     (tmp_path / "trained" / "config.json").write_text((path.parent / "config.json").read_text())
     with torch.no_grad():
         assert torch.equal(decoded(written)(IDS).logits, model(IDS).logits)
+
+
+def test_of_a_mixture_of_experts_the_linear_layers_train(tmp_path):
+    kind = Qwen3MoeConfig(
+        **SMALL, head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, norm_topk_prob=True
+    )
+    random_model(kind).config.save_pretrained(tmp_path)
+    path = write_experts(random_model(kind), tmp_path / "experts.gguf")
+    with pytest.warns(UserWarning, match="experts"):
+        model, _ = load_quantized(path, DLQATConfig(**CONFIG), base=tmp_path, dtype=torch.float32)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, config=kind, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected.eval()(IDS).logits)
+    with pytest.warns(UserWarning, match="never trained"):
+        export_model(model, tmp_path / "same", "gguf", verify=False)
+    assert (tmp_path / "same" / "model.gguf").read_bytes() == path.read_bytes()
+    perturb(model)
+    export_model(model, tmp_path / "trained", "gguf")  # asks llama.cpp
+    old, new = GGUFFile.open(path), GGUFFile.open(tmp_path / "trained" / "model.gguf")
+    changed = {name for name in old.tensors if not torch.equal(old.read(name), new.read(name))}
+    assert changed == {f"blk.0.attn_{name}.weight" for name in ("q", "k", "v", "output")}
 
 
 def test_types_without_a_grid_stay_as_they_are(opened):

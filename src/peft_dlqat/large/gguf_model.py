@@ -83,10 +83,11 @@ def read_config(file: GGUFFile, base: str | Path | None) -> PretrainedConfig:
         ValueError: for an architecture whose rows or config are not known, and a config that is not the file's.
     """
     from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, TENSOR_PROCESSORS
 
     own = {arch.name for arch in ARCHITECTURES.values()}
-    if file.architecture not in (set(GGUF_SUPPORTED_ARCHITECTURES) - set(GGUF_CONFIG_ARCHS)) | own:
+    theirs = {*GGUF_SUPPORTED_ARCHITECTURES, *TENSOR_PROCESSORS} - {*GGUF_CONFIG_ARCHS}
+    if file.architecture not in theirs | own:
         raise ValueError(
             f"{file.path} is of architecture {file.architecture!r}, for which it is not known here how its tensors "
             "are ordered; use a file of another model."
@@ -171,12 +172,16 @@ class _Placing:
         self.processor = make(config=model.config.get_text_config().to_dict())
         self.state = model.state_dict(keep_vars=True)
         self.names: dict[str, str] = get_gguf_hf_weights_map(_Root(model), self.processor, file.architecture)
-        if not all(name in self.names or _is_constant(name) for name in file.tensors):
+        if not all(self._known(name) or _is_constant(name) for name in file.tensors):
             # Looks at each module by itself, which is slow.
             self.names = get_gguf_hf_weights_map(model, self.processor, file.architecture)
-        # What was decoded into full precision, by what transformers does with several tensors of one name.
+        # What was decoded into full precision, by the model's names: of some a file has two halves.
         self.parsed: dict[str, dict[str, Any]] = {"tensors": {}}
         self.origin = GGUFOrigin(file.path, sha256, file=file)
+
+    def _known(self, name: str) -> str:
+        """The model's name of one of the file's tensors, which for stacked experts is no "weight"; "" for none."""
+        return self.names.get(name) or self.names.get(name.removesuffix(".weight"), "")
 
     def check(self) -> None:
         """Refuse a file and a config that do not go together, by names and sizes.
@@ -184,7 +189,7 @@ class _Placing:
         Raises:
             ValueError: naming the tensors.
         """
-        strange = [name for name in self.file.tensors if name not in self.names and not _is_constant(name)]
+        strange = [name for name in self.file.tensors if not self._known(name) and not _is_constant(name)]
         if strange:
             raise ValueError(
                 f"{self.file.path} has {len(strange)} tensors that {type(self.model).__name__} has no place for: "
@@ -192,7 +197,7 @@ class _Placing:
             )
         covered: dict[int, str] = {}
         for name, tensor in self.file.tensors.items():
-            known = self.names.get(name, "")
+            known = self._known(name)
             if (own := self.state.get(known)) is None:
                 continue
             if own.dim() == len(tensor.shape) == 2 and sorted(own.shape) != sorted(tensor.shape):
@@ -218,8 +223,8 @@ class _Placing:
 
     def place(self, name: str, device: torch.device | str) -> None:
         """Read one of the file's tensors into the model."""
-        tensor, known = self.file.tensors[name], self.names.get(name)
-        if known is None:
+        tensor, known = self.file.tensors[name], self._known(name)
+        if not known:
             return
         module = self.model.get_submodule(known.rpartition(".")[0])
         kind = GGML_TYPES.get(tensor.type)
@@ -257,20 +262,17 @@ class _Placing:
         )
         if result.name is not None:
             self.parsed["tensors"][known] = torch.from_numpy(np.copy(result.weights))
-        for key, value in self.parsed["tensors"].items():  # some come in halves
-            exact, value = value, value.to(device, self.dtype)
-            self.parsed["tensors"][key] = value
-            if value.dim() == 1 and not torch.equal(value.cpu().float(), exact.cpu().float()):
-                self.origin.dense[key] = exact
-            if value.shape != self.state[key].shape:
-                raise ValueError(
-                    f"{self.file.path} has {tensor.name} of {list(value.shape)}, and the config makes {key} "
-                    f"{list(self.state[key].shape)}; give the config of the file's own model by base=..."
-                )
-            _put(self.model, key, value)
-            self.origin.checksums[key] = weight_checksum(value)
-        if result.name is not None:
-            self.parsed["tensors"].clear()
+        exact = self.parsed["tensors"][known]
+        self.parsed["tensors"][known] = value = exact.to(device, self.dtype)
+        if value.dim() == 1 and not torch.equal(value.cpu().float(), exact.cpu().float()):
+            self.origin.dense[known] = exact
+        if value.shape != self.state[known].shape:
+            raise ValueError(
+                f"{self.file.path} has {tensor.name} of {list(value.shape)}, and the config makes {known} "
+                f"{list(self.state[known].shape)}; give the config of the file's own model by base=..."
+            )
+        _put(self.model, known, value)
+        self.origin.checksums[known] = weight_checksum(value)
 
 
 def _processor_of_norms(offset: float) -> Any:
