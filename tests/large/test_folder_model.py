@@ -343,6 +343,8 @@ def test_what_cannot_be_opened(folder, name, tmp_path):
         ("awq", (4, "integer"), {"zero_point": False}, "zero_point=False"),
         ("awq", (4, "integer"), {"bits": 8}, "bits=8 must be one of 4"),
         ("awq", (4, "integer"), {"modules_to_not_convert": ["q_proj"]}, "the config says that it is not"),
+        ("awq", (4, "integer"), {"modules_to_not_convert": 3}, "'int' object is not iterable"),
+        ("mlx", (3, 32, F16), {"group_size": 96}, "group_size=96 must be one of 128, 64, 32"),
         ("mlx", (3, 32, F16), {"mode": "mxfp4"}, "its mode is 'mxfp4', and only 'affine'"),
         ("mlx", (3, 32, F16), {Q: {"bits": 4}}, "weight is .* but 4 bits in groups of 32"),
         ("mlx", (3, 32, F16), {Q: False}, "the config says that it is not"),

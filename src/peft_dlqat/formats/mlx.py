@@ -131,7 +131,9 @@ class _MLXLayout(Layout):
         if own is False:
             return None
         settings = self._section if own is True else {**self._section, **own}
-        return checked_grid(settings.get("bits"), settings.get("group_size"), "float", scale_dtype, (2, 3, 4, 5, 6, 8))
+        if (size := settings.get("group_size")) not in _GROUPS:
+            raise ValueError(f"group_size={shown(size)} must be one of {', '.join(map(str, _GROUPS))}")
+        return checked_grid(settings.get("bits"), size, "float", scale_dtype, (2, 3, 4, 5, 6, 8))
 
     def weight(self, tensors: Mapping[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
         """With biases as offsets."""

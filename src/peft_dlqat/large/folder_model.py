@@ -15,7 +15,7 @@ from ..file_layers import can_keep, keep_in_file
 from ..formats import FORMATS
 from ..formats.layout import Layout
 from ..formats.safetensors_folder import FolderOrigin, SafetensorsFolder, StoredTensor, read_json
-from ..messages import shown
+from ..messages import cut, shown
 from ..module_names import folded
 from ..quant.affine import AFFINE, row_bytes
 from ..quant.grid import SCALE_DTYPES, Grid
@@ -190,8 +190,8 @@ class _Placing:
             try:
                 self.grids[module] = self._grid(module)
                 taken |= {f"{module}.{part}" for part in self._check_tensors(module, self.grids[module])}
-            except ValueError as error:
-                raise ValueError(f"{self.folder.path} cannot be opened: {module}: {error}.") from None
+            except (ValueError, TypeError, AttributeError) as error:  # an integer where there should be a list, say
+                raise ValueError(f"{self.folder.path} cannot be opened: {module}: {cut(error)}.") from error
             self._cover(covered, f"{module}.weight")
             self.origin.names[f"{module}.weight"] = module
         strange = []

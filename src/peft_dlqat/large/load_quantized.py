@@ -37,13 +37,9 @@ def load_quantized(
     `export_model(model, out, FORMAT)`, with the file's own format, writes the file again, with the trained weights in
     the places of the old ones; of a folder all other files are copied.
 
-    | format               | what is trained                                                                    |
-    |----------------------|------------------------------------------------------------------------------------|
-    | "gguf"               | Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q2_K to Q6_K; other types are decoded, and frozen |
-    | "gptq"               | versions 1 and 2, 2, 3, 4 and 8 bits, without desc_act's order of inputs           |
-    | "awq"                | version "gemm", 4 bits                                                             |
-    | "compressed-tensors" | "pack-quantized", 2 to 8 bits, in groups or rows, weights only                     |
-    | "mlx"                | mode "affine", 2, 3, 4, 5, 6 and 8 bits                                            |
+    Of GGUF, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q2_K to Q6_K are trained. Weights of other types are decoded and stay
+    frozen. Of GPTQ, both versions are opened, but no order of inputs (desc_act=True); of AWQ, version "gemm"; of
+    compressed-tensors, "pack-quantized" weights, with nothing else rounded; of MLX, mode "affine".
 
     Args:
         path: a GGUF file; or the folder or hub id of a model in one of the other formats, with config.json and
