@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from peft_dlqat import DLQATConfig, estimate_memory, export_model, load_quantized, summarize, verify_export
 from peft_dlqat.file_layers import in_file
+from peft_dlqat.large import folder_model
 from peft_dlqat.large.load_quantized import is_quantized
 from peft_dlqat.layer import adapter_layers
 
@@ -454,3 +455,15 @@ def test_no_other_weights_may_lie_beside(folder, tmp_path):
     save_file({"a": torch.ones(1)}, path / "consolidated.safetensors")
     with pytest.raises(ValueError, match=r"has consolidated.safetensors beside the files that its weights are in"):
         opened(path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [("gptq", 3, "integer"), ("awq", 4, "integer"), ("compressed-tensors", 3, False, 32, F16), ("mlx", 6, 32, BF16)],
+    ids=str,
+)
+def test_some_rows_at_a_time_are_read_as_all(folder, settings, monkeypatch):
+    expected = adapter_layers(opened(folder(*settings)))[1]
+    monkeypatch.setattr(folder_model, "_PIECE", 2**13)  # 32 rows
+    for name, layer in adapter_layers(opened(folder(*settings)))[1].items():
+        assert torch.equal(layer.frozen.as_kept(), expected[name].frozen.as_kept())

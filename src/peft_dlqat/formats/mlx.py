@@ -41,7 +41,7 @@ class MLX(Format):
 
     name = "mlx"
     library = "mlx"
-    engines = (Engine("mlx-lm", "mlx_lm", _mlx_lm, largest_kl=1e-10, largest_difference=1e-4),)
+    engines = (Engine("mlx-lm", "mlx_lm", _mlx_lm, largest_difference=1e-4),)
     # It keeps a bias a group in any case.
     presets = tuple(Preset("mlx", {"bits": bits, "zero_point": "float", "group_size": 128}) for bits in (2, 3, 4, 8))
     usage = """\

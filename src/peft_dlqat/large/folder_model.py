@@ -30,7 +30,7 @@ OF_GPTQ = "quantize_config.json"
 # What two sections may say in different ways.
 _OF_NO_WEIGHT = {"meta", "damp_percent", "model_name_or_path", "model_file_base_name"}
 # Weights that are brought into the rows that are kept, at a time; zero points of 32 rows fill whole words.
-_PIECE, _ROWS = 2**21, 32
+_PIECE, _ROWS = 2**18, 32
 # Buffers of old models that follow from the config; transformers passes them over, too.
 _MADE_ANEW = ("rotary_emb.inv_freq", ".masked_bias")
 
