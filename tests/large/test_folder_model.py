@@ -15,6 +15,7 @@ from export_models import SHAPE, adapted, llama2_tokenizer
 from quantized_folders import changed, compressed, digests, of_mlx
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers.core_model_loading import WeightRenaming
 
 from peft_dlqat import DLQATConfig, estimate_memory, export_model, load_quantized, summarize, verify_export
 from peft_dlqat.file_layers import in_file
@@ -467,3 +468,10 @@ def test_some_rows_at_a_time_are_read_as_all(folder, settings, monkeypatch):
     monkeypatch.setattr(folder_model, "_PIECE", 2**13)  # 32 rows
     for name, layer in adapter_layers(opened(folder(*settings)))[1].items():
         assert torch.equal(layer.frozen.as_kept(), expected[name].frozen.as_kept())
+
+
+def test_what_transformers_converts_is_refused(folder, monkeypatch):
+    changes = [WeightRenaming("mlp.up_proj", "mlp.up_proj")]  # another tensor of the same name, as with a transpose
+    monkeypatch.setattr(folder_model, "get_model_conversion_mapping", lambda model: changes)
+    with pytest.raises(ValueError, match=r"1 tensors that transformers converts .*: .*mlp.up_proj"):
+        opened(folder("gptq", 4, "none"))

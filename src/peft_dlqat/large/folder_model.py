@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..file_layers import can_keep, keep_in_file
 from ..formats import FORMATS
@@ -194,6 +195,7 @@ class _Placing:
                 raise ValueError(f"{self.folder.path} cannot be opened: {module}: {cut(error)}.") from error
             self._cover(covered, f"{module}.weight")
             self.origin.names[f"{module}.weight"] = module
+        self._check_taken_as_they_are([*self.origin.names, *(self.folder.tensors.keys() - taken)])
         strange = []
         for name in self.folder.tensors.keys() - taken:
             if name in self.state:
@@ -212,6 +214,16 @@ class _Placing:
             raise ValueError(
                 f"{self.folder.path} lacks {len(missing)} tensors of {type(self.model).__name__}: {folded(missing)}; "
                 "its config.json is another model's, or it is not whole: copy or download it again."
+            )
+
+    def _check_taken_as_they_are(self, names: Iterable[str]) -> None:
+        """Refuse names that stand for something else when transformers loads them: renamed, stacked or transposed."""
+        changes = get_model_conversion_mapping(self.model)
+        changed = sorted(name for name in names if any(change.rename_source_key(name)[1] for change in changes))
+        if changed:
+            raise ValueError(
+                f"{self.folder.path} has {len(changed)} tensors that transformers converts when it loads a "
+                f"{type(self.model).__name__}, and cannot be kept so: {folded(changed)}; use another model."
             )
 
     def _cover(self, covered: dict[int, str], name: str) -> None:
