@@ -63,7 +63,7 @@ SETTINGS = [
     ({"storage": "int8", "method": "l4q"}, ("trains the step",)),
     ({"gradient": "lowrank"}, ("magnitude='row'",)),
     ({"gradient": "lowrank", "method": "lrqat"}, ("use method='dlqat'",)),
-    ({"export": ["ggml"]}, ("export='ggml'", "'compressed-tensors', 'gguf', 'mlx', 'gptq', 'dense'")),
+    ({"export": ["ggml"]}, ("export='ggml'", "'compressed-tensors', 'gguf', 'mlx', 'gptq', 'awq', 'dense'")),
     (
         {"export": ["gguf", "compressed-tensors"], "zero_point": "float"},
         ("compressed-tensors cannot hold bits=4, group_size=128, zero_point='float'", "use zero_point='integer'"),

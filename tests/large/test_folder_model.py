@@ -444,6 +444,7 @@ def test_what_is_quantized_is_known_by_its_config(folder, tmp_path):
     for section, expected in (
         ({"quant_method": "awq", "version": "gemv"}, True),  # which says so itself
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, False),
+        ({"load_in_4bit": True}, False),
     ):
         (tmp_path / "plain" / "config.json").write_text(json.dumps({"quantization_config": section}))
         assert is_quantized(tmp_path / "plain") is expected

@@ -79,8 +79,9 @@ mlx_lm.generate --model THIS_REPOSITORY --prompt ...
         }
 
     def layout(self, section: Mapping[str, Any]) -> Layout | None:
-        """Of a section that names no method."""
-        return None if "quant_method" in section else _MLXLayout(section)
+        """Of a section that names no method, but bits and groups."""
+        known = "quant_method" not in section and {"bits", "group_size"} <= section.keys()
+        return _MLXLayout(section) if known else None
 
     def config(self, outline: Outline) -> dict[str, Any]:
         """Each layer's bits and group, where they are not the first's; mlx-lm leaves a layer without scales alone."""
