@@ -28,7 +28,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 import transformers
@@ -124,6 +123,8 @@ def types_of(file: Path) -> dict[str, str]:
 
 def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """A weight [out, in] in one of GGML's types, by llama.cpp's rounding."""
+    import gguf
+
     spec = importlib.util.find_spec("xllamacpp.xllamacpp")
     if spec is None or spec.origin is None:
         raise SystemExit("llama.cpp's rounding needs xllamacpp: pip install xllamacpp")

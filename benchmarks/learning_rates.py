@@ -75,17 +75,18 @@ def measure(task: Task, objective: str, config: dict[str, Any], batch: int, step
 def report(runs: list[dict[str, Any]]) -> str:
     """A row for each work, the figure of each rate beside it, and how far the usual rate is from the best."""
     rates = sorted({run["lr"] for run in runs})
-    lines = ["model | bits | trained on | tokens a step | steps | " + " | ".join(f"{lr:g}" for lr in rates) + " | "]
-    lines.append("|".join(["---"] * (len(rates) + 6)))
+    head = ["", "bits", "trained on", "tokens a step", "steps", *(f"{lr:g}" for lr in rates), "2e-4 above the best"]
     works: dict[tuple[Any, ...], dict[float, float]] = {}
     for run in runs:
         work = tuple(run[key] for key in ("model", "bits", "objective", "tokens", "steps"))
         works.setdefault(work, {})[run["lr"]] = run[JUDGED_BY[run["objective"]]]
+    rows = []
     for work, figures in sorted(works.items()):
         cells = [f"{figures[lr]:.4f}" if lr in figures else "" for lr in rates]
-        away = f"{figures[USUAL] / min(figures.values()) - 1:+.1%}" if USUAL in figures else ""
-        lines.append(" | ".join([*map(str, work), *cells, away]))
-    return "\n".join(lines)
+        away = f"{figures[USUAL] / min(figures.values()) - 1:.1%}" if USUAL in figures else ""
+        rows.append([*map(str, work), *cells, away])
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0].replace("|  |", "| |"), "|---" * len(head) + "|", *lines[1:]])
 
 
 def main() -> None:

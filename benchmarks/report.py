@@ -12,9 +12,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import finetune_file
+import learning_rates
 from run import rates_of
 from runs import BY_DEFAULT, Results, Run, best_rates, kl, next_rates, that_count, whole
 
@@ -61,9 +64,9 @@ QUESTIONS = {
     "r = 64": "rank-64",
     "integer zeros": "integer-zero",
     "no zeros": "symmetric",
-    "only `bits=3` is set": "bits-only",
     "gradients are clipped to a norm of 1, the Trainer's default": "clipped",
 }
+ZEROS = ("stories260k", "embedded", "SmolLM2-135M")
 # Settings of shortcuts.json, by what they are set against.
 SHORTCUTS = {
     "3bit-row": ("3bit-row-bf16-gradient", "3bit-row-lowrank", "3bit-row-int8", "3bit-row-int4"),
@@ -176,6 +179,17 @@ def questions() -> str:
     of_each = "; ".join(f"{version}: {', '.join(changes)}" for version, changes in sorted(versions.items()))
     note = f"\n\nBy version of transformers, {of_each}." if len(versions) > 1 else ""
     return markdown(["changed", "bits per weight", "held-out KL", "runs"], rows) + note
+
+
+def zeros() -> str:
+    """Held-out KL of DL-QAT by the kind of zero, one line a model and number of bits."""
+    rows = []
+    kinds = ("none", "integer", "float")
+    for model, bits, (suffix, when) in product(ZEROS, (4, 3, 2), (("-fit", "before training"), ("", "after it"))):
+        found = [counting(model, f"{bits}bit-{kind}{suffix}").get(BY_DEFAULT) for kind in kinds]
+        if all(found):
+            rows.append([model, str(bits), when, *(f"{kl(runs or []):.4f}" for runs in found)])
+    return markdown(["", "bits", "", *kinds], rows)
 
 
 def tasks() -> str:
@@ -320,8 +334,11 @@ def tables() -> dict[str, dict[str, str]]:
     if (RESULTS / "card.jsonl").exists():
         lines = [json.loads(line) for line in (RESULTS / "card.jsonl").read_text().splitlines()]
         speed |= {"card-layer": card_layers(lines), "card-model": card_models(lines)}
+    for name, module in (("learning-rates", learning_rates), ("finetune-file", finetune_file)):
+        if module.RESULTS.exists():
+            compared[name] = module.report(json.loads(module.RESULTS.read_text())["runs"])
     return {
-        "benchmarks.md": {**compared, "questions": questions(), "tasks": tasks(), "cost": cost()},
+        "benchmarks.md": {**compared, "questions": questions(), "zeros": zeros(), "tasks": tasks(), "cost": cost()},
         "speed.md": speed,
     }
 

@@ -66,9 +66,9 @@ class Task:
     def batches(self, steps: int, size: int, seed: int, split: str = "train") -> list[torch.Tensor]:
         """Rows of a split for `steps` batches of `size`, shuffled anew each epoch."""
         generator, count = torch.Generator().manual_seed(seed), len(self.ids[split])
-        epochs = -(-steps * size // count)
+        epochs = max(1, -(-steps * size // count))
         order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
-        return list(order[: steps * size].split(size))
+        return list(order[: steps * size].split(size)) if steps else []
 
     def calibration(self, size: int, seed: int, steps: int, data: str) -> Batches:
         """Batches to calibrate on, as many as are asked for and at least what a fit to the inputs takes.

@@ -39,7 +39,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     method.add_argument(
         "--group_size", type=int, help=f"inputs that share a scale; -1: a whole row; {_defaults('group_size')}"
     )
-    method.add_argument("--zero_point", choices=["integer", "none", "float"], default="integer")
+    method.add_argument("--zero_point", choices=["none", "integer", "float"], default="none")
     method.add_argument("--r", type=positive, default=8, help="rank, of DL-QAT and LoRA")
     method.add_argument(
         "--set",

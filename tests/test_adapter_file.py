@@ -312,7 +312,7 @@ def test_transformers_own_loading_of_a_module_that_trains_in_full(tmp_path):
 def test_transformers_own_loading_is_checked_at_the_first_forward(storage, is_trainable, tmp_path):
     """It puts tensors into the model past PEFT's loading."""
     model = tiny_model()
-    model.add_adapter(DLQATConfig(bits=3, group_size=32, storage=storage))
+    model.add_adapter(DLQATConfig(bits=3, group_size=32, zero_point="integer", storage=storage))
     calibrate(model, lm_batches(1), steps=0, progress=False)
     perturb(model)
     model.save_pretrained(tmp_path)

@@ -50,7 +50,7 @@ VALUES = [
 ]
 # Settings that do not go together, or that are wrong inside, and what is said.
 SETTINGS = [
-    ({"scale_dtype": "k_quant"}, ("bits=4, zero_point='integer', group_size=128", *K_QUANT)),
+    ({"scale_dtype": "k_quant"}, ("bits=4, zero_point='none', group_size=128", *K_QUANT)),
     (
         {"scale_dtype": "k_quant", "bits": 3, "zero_point": "none"},
         ("bits=3, zero_point='none', group_size=128", *K_QUANT),
@@ -70,7 +70,10 @@ SETTINGS = [
     ),
     ({"export": ["gguf"], "bits": 3, "group_size": 16}, ("gguf cannot hold", "group_size=16", "use group_size=32")),
     ({"export": ["gguf"], "scale_dtype": "float32"}, ("scale_dtype='float32'", "use scale_dtype='bfloat16'")),
-    ({"export": ["gguf"], "bits_pattern": {"down_proj": 8}}, ("bits=8", "use zero_point='none' or bits=7")),
+    (
+        {"export": ["gguf"], "zero_point": "integer", "bits_pattern": {"down_proj": 8}},
+        ("bits=8", "use zero_point='none' or bits=7"),
+    ),
     ({"bits_pattern": {"q_proj": 1}}, ("bits_pattern['q_proj']=1", *BITS)),
     ({"bits_pattern": {"q_proj": "3"}}, ("bits_pattern['q_proj']='3'", *BITS)),
     ({"group_size_pattern": {"q_proj": 0}}, ("group_size_pattern['q_proj']=0", *GROUP_SIZE)),

@@ -29,7 +29,7 @@ def test_of_a_whole_model_with_its_vocabulary(tmp_path, capsys):
 
 
 def test_counts_and_bits():
-    model = adapted("llama", bits=3, group_size=32)
+    model = adapted("llama", bits=3, group_size=32, zero_point="integer")
     found = summarize(model)
     weights = sum(p.numel() for n, p in base_model().named_parameters() if "_proj" in n)
     everything = sum(p.numel() for p in base_model().parameters())
@@ -45,7 +45,7 @@ def test_the_text(capsys):
     capsys.readouterr()
     get_peft_model(
         base,
-        DLQATConfig(bits=3, init="minmax", bits_pattern={"layers.0.mlp.*": 4}, export=["gguf"]),
+        DLQATConfig(bits=3, zero_point="integer", init="minmax", bits_pattern={"layers.0.mlp.*": 4}, export=["gguf"]),
     )
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Adapter 'default': 14 of 15 linear layers, 1.2 M weights, at 3.")

@@ -201,8 +201,8 @@ class DLQATConfig(PeftConfig):
             in_features, a smaller one of 64 and 32 is used, or else the row, with one warning; it is refused where
             that takes over half a bit a weight more. A size above a layer's in_features
             is refused, but for the default, which adapts to any layer.
-        zero_point: "integer" (asymmetric; the kind that most engines read), "none" (symmetric, signed scale) or
-            "float" (any real offset; GGUF Q4_1 and MLX hold it).
+        zero_point: "none" (symmetric, signed scale; the kind that every format holds and every engine has kernels
+            for), "integer" or "float" (any real offset: the lowest loss at 2 bits; GGUF Q4_1 and MLX hold it).
         scale_dtype: how scales ship and, rounded straight-through, train: "bfloat16", "float16", "float32", or
             "k_quant" for the grids of GGUF's K-quants: Q3_K and Q6_K have bits=3 or 6, zero_point="none",
             group_size=16; Q2_K bits=2, zero_point="float", group_size=16; Q4_K and Q5_K bits=4 or 5,
@@ -255,8 +255,8 @@ class DLQATConfig(PeftConfig):
     group_size: int = _setting(
         DEFAULT_GROUP_SIZE, "Input channels that share a scale; -1 for one scale a row.", _check_group_size
     )
-    zero_point: Literal["integer", "none", "float"] = _setting(
-        "integer", "Kind of zero: 'integer', 'none' (symmetric) or 'float'.", _one_of(ZERO_POINTS)
+    zero_point: Literal["none", "integer", "float"] = _setting(
+        "none", "Kind of zero: 'none' (symmetric), 'integer' or 'float'.", _one_of(ZERO_POINTS)
     )
     scale_dtype: Literal["bfloat16", "float16", "float32", "k_quant"] = _setting(
         "bfloat16", "How scales ship: a dtype, or 'k_quant' for GGUF's K-quants.", _one_of(SCALE_DTYPES)

@@ -178,9 +178,9 @@ def test_the_manifest_says_what_is_there(tmp_path):
     assert content["format"] == "dense" and content["exact"] and content["versions"]["torch"]
     assert content["grids"] == [
         {
-            "grid": "bits=3, group_size=32, zero_point='integer', scale_dtype='bfloat16'",
+            "grid": "bits=3, group_size=32, zero_point='none', scale_dtype='bfloat16'",
             "stored": "float32",
-            "trained": "bits=3, group_size=32, zero_point='integer', scale_dtype='bfloat16'",
+            "trained": "bits=3, group_size=32, zero_point='none', scale_dtype='bfloat16'",
             "weights": 2,
         }
     ]
@@ -197,7 +197,7 @@ def test_the_manifest_says_what_is_there(tmp_path):
 def test_manifest_and_card_say_the_grid_that_is_written(tmp_path):
     """Where grids differ and have zero points, compressed-tensors has the widest for all."""
     pytest.importorskip("compressed_tensors")
-    model = adapted(bits=3, bits_pattern={"q_proj": 4})
+    model = adapted(bits=3, zero_point="integer", bits_pattern={"q_proj": 4})
     export_model(model, tmp_path / "out", "compressed-tensors", verify=False)
     rows = load_manifest(tmp_path / "out").grids
     assert all("bits=4, group_size=32" in row["grid"] and "int4" in row["stored"] for row in rows), rows

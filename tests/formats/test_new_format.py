@@ -60,7 +60,7 @@ def toy(monkeypatch):
 def test_the_config_asks_it():
     assert DLQATConfig(export=["toy"], zero_point="none").export == ["toy"]
     with pytest.raises(ValueError, match=r"toy cannot hold bits=4, .*zero_point='integer'.* use zero_point='none'"):
-        DLQATConfig(export=["toy"], bits=4)
+        DLQATConfig(export=["toy"], bits=4, zero_point="integer")
 
 
 def test_the_table_has_it():
@@ -85,7 +85,7 @@ def test_a_model_is_exported_verified_and_described(tmp_path, capsys):
 
 def test_what_it_does_not_hold_is_refused_with_the_formats_that_do(tmp_path):
     with pytest.raises(ValueError, match=r"toy cannot hold .* Every weight is held by 'compressed-tensors', 'gguf', "):
-        export_model(adapted(bits=3), tmp_path / "out", "toy")
+        export_model(adapted(bits=3, zero_point="integer"), tmp_path / "out", "toy")
     with pytest.raises(ValueError, match=r"compressed-tensors cannot .* Every weight is held by .*'toy'\."):
         export_model(adapted(bits=5, zero_point="none"), tmp_path / "out", "compressed-tensors")
     with pytest.raises(ValueError, match="toy cannot pack Conv1D layers"):

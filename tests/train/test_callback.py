@@ -184,7 +184,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"bits_pattern": {"q_proj": 2}}, "bits: 3 in the file, 2 here"),
     ({"lora_alpha": 16}, "lora scaling: 2 in the file, 4 here"),
     ({"use_rslora": True}, "lora scaling: 2 in the file, 4 here"),
-    ({"zero_point": "none"}, "unexpected .*dlqat_zero_point"),
+    ({"zero_point": "integer"}, "missing .*dlqat_zero_point"),
     ({"zero_point": "float"}, "missing .*dlqat_offset"),
     ({"scale_dtype": "float16"}, "scale_dtype: 'bfloat16' in the file, 'float16' here"),
     ({"r": 8}, r"is \[4, \d+\], not \[8, \d+\]"),
