@@ -228,8 +228,8 @@ class DLQATConfig(PeftConfig):
             cost, without the clip's mask, for magnitude="row" or False (see `peft_dlqat.quant.lowrank`).
         init: how the first scales and zeros are found: "mse" (least squared error over clipped ranges; those that the
             weights lie on, where they do, as after quantization-aware training) or "minmax".
-        export: formats that the model is to be exported to ("gguf", "compressed-tensors", "mlx", "gptq", "dense"): a
-            grid that one of them cannot hold exactly is refused now rather than after training.
+        export: formats that the model is to be exported to ("gguf", "compressed-tensors", "mlx", "gptq", "awq",
+            "dense"): a grid that one of them cannot hold exactly is refused now rather than after training.
         file_sha256: checksum of the quantized file that the adapter belongs to; set by [`load_quantized`].
         init_weights: True starts B at zero, so that a fresh adapter is exactly round-to-nearest; False starts it
             at random, for tests.
