@@ -409,10 +409,8 @@ def draw(model: str, folder: Path) -> None:
         row_wise = []
         for name, row in rivals.items():
             config = settings[name]
-            if (
-                who in row
-                and {key: value for key, value in config.items() if key not in ("bits", "group_size")} == plain
-            ):
+            of_these = config.keys() == {*plain, "bits", "group_size"} and plain.items() <= config.items()
+            if who in row and of_these:
                 point = row[who][0]["bits_per_weight"], kl(row[who])
                 axis.scatter(
                     *point, color=colours[who], marker=f"${config['bits']}$", s=50, zorder=2 + (who == BY_DEFAULT)
