@@ -111,8 +111,14 @@ def write_gguf(
 
 
 @torch.no_grad()
-def write_experts(model: PreTrainedModel, path: Path) -> Path:
-    """Write a Qwen3-MoE, whose stacked experts a file holds as gate and up, apart; all in Q4_K and Q6_K."""
+def write_experts(model: PreTrainedModel, path: Path, without: str = "none") -> Path:
+    """Write a Qwen3-MoE, whose stacked experts a file holds as gate and up, apart; all in Q4_K and Q6_K.
+
+    Args:
+        model: the model.
+        path: the file.
+        without: a part of the names of tensors that are left out.
+    """
     config = model.config
     head_dim = config.head_dim
     with closing(gguf.GGUFWriter(path=str(path), arch="qwen3moe")) as writer:
@@ -142,6 +148,8 @@ def write_experts(model: PreTrainedModel, path: Path) -> Path:
             else:
                 parts = {names.get_name(name, try_suffixes=(".weight",)): value}
             for known, part in parts.items():
+                if without in known:
+                    continue
                 kind = "F32" if part.dim() == 1 or "gate_inp" in known else "Q6_K" if "down" in known else "Q4_K"
                 if kind == "F32":
                     writer.add_tensor(known, part.numpy())

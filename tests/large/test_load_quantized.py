@@ -151,6 +151,10 @@ def test_of_a_mixture_of_experts_the_linear_layers_train(tmp_path):
     old, new = GGUFFile.open(path), GGUFFile.open(tmp_path / "trained" / "model.gguf")
     changed = {name for name in old.tensors if not torch.equal(old.read(name), new.read(name))}
     assert changed == {f"blk.0.attn_{name}.weight" for name in ("q", "k", "v", "output")}
+    for half in ("ffn_gate_exps", "ffn_up_exps"):
+        path = write_experts(random_model(kind), tmp_path / "half.gguf", without=half)
+        with pytest.raises(ValueError, match=f"lacks blk.0.{half}; it is not whole"):
+            load_quantized(path, DLQATConfig(**CONFIG), base=tmp_path)
 
 
 def test_types_without_a_grid_stay_as_they_are(opened):

@@ -6,6 +6,7 @@ row numbers, so that blocks can be put in the same order without decoding them.
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,9 @@ class _Placing:
         """The model's name of one of the file's tensors, which for stacked experts is no "weight"; "" for none."""
         return self.names.get(name) or self.names.get(name.removesuffix(".weight"), "")
 
+    def _in_file(self, name: str) -> bool:
+        return name in self.file.tensors or f"{name}.weight" in self.file.tensors
+
     def check(self) -> None:
         """Refuse a file and a config that do not go together, by names and sizes.
 
@@ -195,6 +199,10 @@ class _Placing:
                 f"{self.file.path} has {len(strange)} tensors that {type(self.model).__name__} has no place for: "
                 f"{folded(strange)}; give the config of its own model by base=..."
             )
+        parts = Counter(self.names.values())  # of stacked experts two: gate and up
+        halves = [name for name, known in self.names.items() if parts[known] > 1 and not self._in_file(name)]
+        if halves:
+            raise ValueError(f"{self.file.path} lacks {folded(halves)}; it is not whole: copy or download it again.")
         covered: dict[int, str] = {}
         for name, tensor in self.file.tensors.items():
             known = self._known(name)
