@@ -60,6 +60,18 @@ def test_what_is_replaced_is_not_copied(path, tmp_path):
     assert (new / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
 
 
+def test_other_weights_are_not_copied(path, tmp_path):
+    origin, new = origin_of(path), tmp_path / "new"
+    new.mkdir()
+    (path / "original").mkdir()
+    for name in ("pytorch_model.bin", "original/model.safetensors", "model.gguf", "tokenizer.model", "original/a.txt"):
+        (path / name).write_bytes(b"x")
+    with origin.written_to(new, []):
+        pass
+    found = {str(file.relative_to(new)) for file in new.rglob("*") if file.is_file()}
+    assert found == {"config.json", "model.safetensors", "tokenizer.model", "original/a.txt"}
+
+
 def test_a_weight_that_does_not_fit_its_place_is_refused(path, tmp_path):
     wide = Grid(4, 32, "none", torch.float32)
     weight = QuantizedWeight(torch.zeros(32, 64, dtype=torch.int8), torch.ones(32, 2), None, wide)

@@ -23,6 +23,8 @@ from .origin import Origin, Put, copy_but
 
 # What an export adds to a folder begins so.
 OURS = "dlqat_export"
+# Weights of other kinds, which an export in place of a folder's own would leave as they were before training.
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _REMEDY = "copy or download it again"
 _DTYPES = {
@@ -107,9 +109,16 @@ class SafetensorsFolder:
         return of_files({file.name: sha256_of(file) for file in self.files})
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor; a copy, since another process may write the file."""
+        """A tensor; a copy, since another process may write the file.
+
+        Raises:
+            ValueError: for a dtype that no model has here, and a file that has been cut since.
+        """
         tensor = self.tensors[name]
-        assert tensor.dtype is not None
+        if tensor.dtype is None:
+            raise ValueError(
+                f"{tensor.file} has {name} in a dtype that is none of {', '.join(_DTYPES)}; use another file"
+            )
         found = bytearray(tensor.size)
         with tensor.file.open("rb") as file:
             file.seek(tensor.start)
@@ -143,7 +152,7 @@ class FolderOrigin(Origin):
 
     @contextmanager
     def written_to(self, folder: Path, replaced: Iterable[str]) -> Iterator[Put]:
-        """Every file of the folder is copied, but for those whose names begin with a dot, and an export's own."""
+        """Every file of the folder is copied, but for other weights, hidden files, and those of an export."""
         missing = set(replaced)
         gaps: dict[Path, list[StoredTensor]] = {file: [] for file in self.folder.files}
         for name in missing:
@@ -156,6 +165,8 @@ class FolderOrigin(Origin):
                 inside = path.relative_to(self.path)
                 if not path.is_file() or any(part.startswith((".", OURS)) for part in inside.parts):
                     continue
+                if path not in gaps and any(path.match(other) for other in ("*.safetensors", *OTHER_WEIGHTS)):
+                    continue  # not those that were trained
                 (folder / inside).parent.mkdir(parents=True, exist_ok=True)
                 if path not in gaps:
                     shutil.copyfile(path, folder / inside)

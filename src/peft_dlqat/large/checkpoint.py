@@ -16,11 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..base_weights import BaseChanges
 from ..config import DLQATConfig
-from ..formats.safetensors_folder import weight_files
+from ..formats.safetensors_folder import OTHER_WEIGHTS, weight_files
 from ..layer import DLQATLayer
 from ..targets import check_target
 
-_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 
 
@@ -40,7 +39,7 @@ def weights_folder(model_id: str | Path, revision: str | None = None, patterns: 
         return folder
     if isinstance(model_id, Path) or folder.is_absolute() or len(folder.parts) > 2 or model_id.startswith("."):
         raise FileNotFoundError(f"there is no folder {str(model_id)!r}; give a model's folder or hub id.")
-    which: dict[str, Any] = {"allow_patterns": patterns} if patterns else {"ignore_patterns": _OTHER_WEIGHTS}
+    which: dict[str, Any] = {"allow_patterns": patterns} if patterns else {"ignore_patterns": list(OTHER_WEIGHTS)}
     return Path(snapshot_download(str(model_id), revision=revision, **which))
 
 
