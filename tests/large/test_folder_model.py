@@ -14,7 +14,7 @@ from conftest import perturb, random_model, train
 from export_models import SHAPE, adapted, llama2_tokenizer
 from quantized_folders import changed, compressed, digests, of_mlx
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers.core_model_loading import WeightRenaming
 
 from peft_dlqat import DLQATConfig, estimate_memory, export_model, load_quantized, summarize, verify_export
@@ -239,6 +239,8 @@ def test_in_16_bits_the_numbers_of_the_file_stay(folder, tmp_path):
 def test_sizes_are_told_without_reading(folder):
     path = folder("compressed-tensors", 4, False, 128, F16)
     estimate = estimate_memory(DLQATConfig(**CONFIG), str(path), 1, 64)
+    with pytest.raises(ValueError, match="qwen3 has quantized weights, whose sizes its files tell; download"):
+        estimate_memory(DLQATConfig(**CONFIG), AutoConfig.from_pretrained(path), 1, 64)
     model = opened(path)
     frozen = sum(layer.get_base_layer().weight.nbytes for layer in adapter_layers(model)[1].values())
     assert estimate.frozen == frozen
@@ -303,6 +305,8 @@ REFUSED = {
     "marlin": ({"is_marlin_format": True}, None, "only 'gptq' and 'gptq_v2' can be opened"),
     "other words": ({"pack_dtype": "int64"}, None, "pack_dtype='int64' must be 'int32'"),
     "an adapter of its own": ({"adapter": {"name": "lora"}}, None, "makes another model of its weights"),
+    "rounded inputs": ({"activation": {"mode": "w4afp8"}}, None, "activation=.* makes another model of its weights"),
+    "bits of a fraction": ({"bits": 4.0}, None, "bits=4.0 must be one of 2, 3, 4, 8"),
     "layers that are not quantized": ({"dynamic": {r"-:.*q_proj": {}}}, None, "the config says that it is not"),
     "no regex": ({"dynamic": {"+:(": {}}}, None, "'\\(' is no regex"),
     "no dict": ({"dynamic": ["q_proj"]}, None, r"dynamic=\['q_proj'\] must be an object"),
@@ -319,6 +323,16 @@ REFUSED = {
         None,
         lambda tensors: tensors.update({f"{Q}.bias": torch.ones(256)}),
         "no place for: .*q_proj.b",
+    ),
+    "a bias of bytes": (
+        None,
+        lambda tensors: tensors.update({f"{Q}.bias": torch.zeros(256, dtype=torch.int8)}),
+        "q_proj.bias in a dtype that is none of F64",
+    ),
+    "an order of bytes": (
+        None,
+        with_changed("g_idx", lambda tensor: tensor.to(torch.int8)),
+        "q_proj.g_idx in a dtype that is none of F64",
     ),
     "a tensor less": (None, lambda tensors: tensors.pop("model.norm.weight"), "lacks 1 tensors .*: model.norm.weight"),
     "another size": (
@@ -476,3 +490,15 @@ def test_what_transformers_converts_is_refused(folder, monkeypatch):
     monkeypatch.setattr(folder_model, "get_model_conversion_mapping", lambda model: changes)
     with pytest.raises(ValueError, match=r"1 tensors that transformers converts .*: .*mlp.up_proj"):
         opened(folder("gptq", 4, "none"))
+
+
+def test_experts_are_refused_as_what_they_are(folder, monkeypatch, tmp_path):
+    def as_experts(tensors):
+        for name in [name for name in tensors if "mlp.up_proj" in name]:
+            tensors[name.replace("up_proj", "experts.0.up_proj")] = tensors.pop(name)
+
+    changes = [WeightRenaming(r"mlp.experts.0.up_proj", "mlp.experts.up_proj")]
+    monkeypatch.setattr(folder_model, "get_model_conversion_mapping", lambda model: changes)
+    path = spoilt(folder("gptq", 4, "none"), tmp_path / "model", None, as_experts)
+    with pytest.raises(ValueError, match=r"1 tensors that transformers converts .*experts.0.up_proj"):
+        opened(path)

@@ -33,7 +33,9 @@ _IN_OUTPUT = "OUTPUT/checkpoints"  # until `train` knows where that is
 class TrainArguments:
     """What is trained, on what, and where it will run."""
 
-    model: str = field(metadata={"help": "Hub id or folder of a causal language model, or a GGUF file."})
+    model: str = field(
+        metadata={"help": "Hub id or folder of a causal language model, quantized or not, or a GGUF file."}
+    )
     dataset: str = field(
         metadata={
             "help": "Hub id, file (.jsonl, .json, .csv, .parquet, .txt) or folder, with a column `text` or "

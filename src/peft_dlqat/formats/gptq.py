@@ -24,8 +24,8 @@ from .layout import Layout, checked_grid, group_of, signed, signed_zeros, unsign
 from .presets import Preset
 
 _BITS = (2, 3, 4, 8)
-# Of what gptqmodel puts into a config, what makes another model of the weights.
-_NO_WEIGHTS = ("adapter", "rotation")
+# Of what gptqmodel puts into a config, what makes another model of the weights: the last rounds the inputs.
+_NO_WEIGHTS = ("adapter", "rotation", "activation")
 
 
 def _gptqmodel(folder: Path, ids: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ def checked_grid(bits: Any, size: Any, zero_point: ZeroPoint, dtype: torch.dtype
     Raises:
         ValueError: for what is no grid of the format.
     """
-    if bits not in allowed or isinstance(bits, bool):
+    if bits not in allowed or type(bits) is not int:
         raise ValueError(f"bits={shown(bits)} must be one of {', '.join(map(str, allowed))}")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"group_size={shown(size)} must be a positive integer, or -1")

@@ -185,6 +185,7 @@ class _Placing:
         """
         first = next(iter(self.layout.parts))
         modules = [name.removesuffix(f".{first}") for name in self.folder.tensors if name.endswith(f".{first}")]
+        self._check_taken_as_they_are(f"{module}.weight" for module in modules)
         covered: dict[int, str] = {}
         taken: set[str] = set()
         for module in modules:
@@ -195,7 +196,7 @@ class _Placing:
                 raise ValueError(f"{self.folder.path} cannot be opened: {module}: {cut(error)}.") from error
             self._cover(covered, f"{module}.weight")
             self.origin.names[f"{module}.weight"] = module
-        self._check_taken_as_they_are([*self.origin.names, *(self.folder.tensors.keys() - taken)])
+        self._check_taken_as_they_are(self.folder.tensors.keys() - taken)
         strange = []
         for name in self.folder.tensors.keys() - taken:
             if name in self.state:

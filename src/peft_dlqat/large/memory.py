@@ -21,6 +21,7 @@ from ..quant.fixed_point import IN_FILE, STORAGES
 from ..quant.op import MOST_RECOMPUTED
 from ..quant.quantizer import piece_rows
 from .checkpoint import empty_model
+from .folder_model import is_of_a_layout
 from .load_quantized import in_file_config, is_quantized, open_quantized
 from .quantized_file import QuantizedFile
 
@@ -102,8 +103,8 @@ def estimate_memory(
 
     Args:
         config: the adapter; its weights are taken as packed already (see `load_packed`).
-        model: config of the model, or a hub id or folder with one, or a quantized file or folder, as
-            [`load_quantized`] opens it.
+        model: config of the model, or a hub id or folder with one, or a quantized file or folder on this machine,
+            as [`load_quantized`] opens it.
         batch_size: sequences a step.
         sequence_length: tokens a sequence.
         gradient_checkpointing: whether decoder layers are computed again in backward.
@@ -119,7 +120,8 @@ def estimate_memory(
         A [`MemoryEstimate`].
 
     Raises:
-        ValueError: for an unknown optimiser or device, another task, or sizes below 1.
+        ValueError: for an unknown optimiser or device, another task, sizes below 1, or a quantized model by its hub id
+            or config alone.
 
     Example:
         ```py
@@ -145,6 +147,11 @@ def estimate_memory(
         model_config = file.read_config()
     else:
         model_config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
+        if is_of_a_layout(model_config.to_dict()):
+            name = model if isinstance(model, str) else model_config.model_type
+            raise ValueError(
+                f"{name} has quantized weights, whose sizes its files tell; download the model, and give its folder."
+            )
     adapted = (
         _on_meta(config, model_config, dtype) if file is None else _of_file_on_meta(config, file, model_config, dtype)
     )
