@@ -372,6 +372,7 @@ def test_what_cannot_be_opened(folder, name, tmp_path):
         ),
         ("compressed-tensors", (3, True, 32, BF16), {"kv_cache_scheme": {"num_bits": 8}}, "makes another model"),
         ("compressed-tensors", (3, True, 32, BF16), {"ignore": ["re:.*q_proj"]}, "the config says that it is not"),
+        ("compressed-tensors", (3, True, 32, BF16), {"sparsity_config": {"format": "sparse-bitmask"}}, "another mod"),
     ],
 )
 def test_what_cannot_be_opened_of_other_formats(folder, format, settings, config, message, tmp_path):
@@ -401,6 +402,12 @@ def test_schemes_that_cannot_be_opened(folder, change, message, tmp_path):
         opened(spoilt(path, tmp_path / "model", section))
 
 
+def test_pruned_weights_that_are_stored_as_others_are_opened(folder, tmp_path):
+    path, pruned = folder("compressed-tensors", 3, True, 32, BF16), {"format": "dense", "global_sparsity": 0.1}
+    spoilt(path, tmp_path / "model", {"sparsity_config": pruned})
+    assert torch.equal(logits_of(opened(tmp_path / "model")), logits_of(opened(path)))
+
+
 def test_two_sections_must_agree(folder, tmp_path):
     path = spoilt(folder("gptq", 4, "none"), tmp_path / "model")
     section = json.loads((path / "config.json").read_text())["quantization_config"]
@@ -425,6 +432,20 @@ def test_a_tied_head_has_one_weight(folder, tmp_path):
         ValueError, match=r"lm_head.weight beside those for .*embed_tokens.weight|but its config ties the"
     ):
         opened(path)
+
+    def copied(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    def head_alone(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    one = opened(spoilt(folder("gptq", 4, "none"), tmp_path / "two", None, copied, tie_word_embeddings=True))
+    two = opened(spoilt(folder("gptq", 4, "none"), tmp_path / "one", None, head_alone, tie_word_embeddings=True))
+    assert torch.equal(logits_of(one), logits_of(two))
+    assert one.get_output_embeddings().weight is one.get_input_embeddings().weight
+    for model, name in ((one, "two"), (two, "one")):
+        export_untrained(model, tmp_path / "same", "gptq", overwrite=True)
+        assert digests(tmp_path / "same") == digests(tmp_path / name)
     path = folder("mlx", 3, 32, F16)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="which are the same tensor; use exclude_modules"):
         opened(path, target_modules=["lm_head"])

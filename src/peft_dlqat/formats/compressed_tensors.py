@@ -206,7 +206,9 @@ class _PackedLayout(Layout):
 
     def __init__(self, section: Mapping[str, Any]) -> None:
         for name in ("kv_cache_scheme", "transform_config", "sparsity_config"):
-            if section.get(name):
+            found = section.get(name)
+            # Pruned weights that are stored like all others are no other model.
+            if found and not (name == "sparsity_config" and found.get("format") == "dense"):
                 raise ValueError(f"{name}={shown(section[name])} makes another model of its weights")
         self._ignored = [str(name) for name in section.get("ignore") or ()]
         # By the target that a module is found by; names stand before regexes, and these before classes.

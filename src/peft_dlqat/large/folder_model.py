@@ -228,11 +228,20 @@ class _Placing:
             )
 
     def _cover(self, covered: dict[int, str], name: str) -> None:
-        """Refuse a second tensor for one of the model."""
-        if (first := covered.setdefault(id(self.state[name]), name)) != name:
+        """Refuse a second tensor for one of the model, but for a copy."""
+        first = covered.setdefault(id(self.state[name]), name)
+        if first != name and not self._is_copy(name, first):
             raise ValueError(
-                f"{self.folder.path} has tensors for {name} beside those for {first}, but its config ties the two."
+                f"{self.folder.path} has tensors for {name} beside those for {first}, and others, but its config ties "
+                "the two; use another file of the model."
             )
+
+    def _is_copy(self, name: str, other: str) -> bool:
+        """Whether two tensors are the same, neither quantized: some files have those of a tied head twice."""
+        one, two = (None if key in self.origin.names else self.folder.tensors.get(key) for key in (name, other))
+        if one is None or two is None or (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        return _same_bytes(self.folder.read(name), self.folder.read(other))
 
     def _grid(self, module: str) -> Grid:
         """The grid of a module by the config and the dtype of its scales."""
@@ -336,8 +345,9 @@ class _Placing:
     def put(self, name: str, device: torch.device | str) -> None:
         """Read a tensor that is not quantized into the model."""
         value = self.folder.read(name).to(device, self.dtype)
-        replace_tensor(self.model, name, lambda _: value)
-        self.origin.checksums[name] = weight_checksum(value)
+        for tied in [other for other, own in self.state.items() if own is self.state[name]]:
+            replace_tensor(self.model, tied, lambda _: value)
+            self.origin.checksums[tied] = weight_checksum(value)
 
 
 def _empty(grid: Grid, rows: int, columns: int) -> QuantizedWeight:
