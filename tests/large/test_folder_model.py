@@ -310,6 +310,11 @@ REFUSED = {
     "layers that are not quantized": ({"dynamic": {r"-:.*q_proj": {}}}, None, "the config says that it is not"),
     "no regex": ({"dynamic": {"+:(": {}}}, None, "'\\(' is no regex"),
     "no dict": ({"dynamic": ["q_proj"]}, None, r"dynamic=\['q_proj'\] must be an object"),
+    "no codes at all": (
+        None,
+        lambda tensors: [tensors.pop(name) for name in [*tensors] if name.endswith("qweight")],
+        "quantized in gptq as its config.json says, but none of its tensors is a 'qweight'",
+    ),
     "no zeros": (None, without("qzeros"), "q_proj: it has no qzeros"),
     "no scales": (None, without("scales"), "q_proj: it has no scales"),
     "order of inputs": (None, with_changed("g_idx", first(3)), "not grouped with their neighbours, as with desc_act"),

@@ -124,7 +124,10 @@ def _layout(folder: SafetensorsFolder) -> Layout:
     (name, section), *others = sections.items()
     for other, more in others:
         if not isinstance(section, dict) or not isinstance(more, dict) or not _agree(section, more):
-            raise ValueError(f"{folder.path} says in {name} and in {other} how it is quantized, and not the same.")
+            raise ValueError(
+                f"{folder.path} says in {name} and in {other} how it is quantized, and not the same; "
+                "remove the one that is not of these weights."
+            )
     if not isinstance(section, dict):
         raise ValueError(f"{folder.path}/config.json: {name}={shown(section)} is no section.")
     try:
@@ -185,6 +188,11 @@ class _Placing:
         """
         first = next(iter(self.layout.parts))
         modules = [name.removesuffix(f".{first}") for name in self.folder.tensors if name.endswith(f".{first}")]
+        if not modules:
+            raise ValueError(
+                f"{self.folder.path} is quantized in {self.layout.format} as its config.json says, but none of its "
+                f"tensors is a {first!r}; use another file of the model, or mend the config."
+            )
         self._check_taken_as_they_are(f"{module}.weight" for module in modules)
         covered: dict[int, str] = {}
         taken: set[str] = set()
