@@ -628,7 +628,7 @@ def test_a_base_weight_that_is_no_number_is_refused(value, dtype, kind, name):
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_a_quantized_base_layer_is_not_adapted(kind):
     base = Net(QUANTIZED[kind]())
-    remedy = "peft_dlqat.load_packed(" if "bitsandbytes" in kind else "load the base model in bfloat16"
+    remedy = "peft_dlqat.load_packed(" if "bitsandbytes" in kind else "peft_dlqat.load_quantized"
     with refused(TypeError, "cannot adapt second", "quantized already", remedy, model=base):
         get_peft_model(base, small_config(target_modules=["first", "second"]))
 

@@ -238,6 +238,8 @@ def check_float_weight(layer: nn.Module, action: str) -> None:
             if packed and action.startswith("adapt")
             else "load the base model in bfloat16, float16 or float32"
         )
+        if action.startswith("adapt") and not packed:
+            instead += ", or open files of GPTQ, AWQ, compressed-tensors, MLX or GGUF by peft_dlqat.load_quantized"
         raise TypeError(
             f"cannot {action} {type(layer).__name__} (weight: {found}): its weight is quantized already, and rounding "
             f"onto a second grid would change it; {instead}."

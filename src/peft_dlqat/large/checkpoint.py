@@ -108,8 +108,8 @@ class Checkpoint:
             raise ValueError(
                 f"the files in {folder} lack {len(missing)} of the model's {len(state)} floating-point tensors, or "
                 f"have them in another shape: {', '.join(missing[:5])}. Load the model with from_pretrained(), which "
-                "may rename or convert them, and save it with save_pretrained(); weights that are quantized already "
-                "cannot be used."
+                "may rename or convert them, and save it with save_pretrained(); for weights that are quantized "
+                "already use load_quantized."
             )
 
     def load(self, model: nn.Module, names: list[str], device: torch.device | str = "cpu") -> None:
