@@ -83,7 +83,7 @@ def report(runs: list[dict[str, Any]]) -> str:
     rows = []
     for work, figures in sorted(works.items()):
         cells = [f"{figures[lr]:.4f}" if lr in figures else "" for lr in rates]
-        away = f"{figures[USUAL] / min(figures.values()) - 1:.1%}" if USUAL in figures else ""
+        away = f"{figures[USUAL] / min(figures.values()) - 1:.1%}" if USUAL in figures and len(figures) > 1 else ""
         rows.append([*map(str, work), *cells, away])
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
     return "\n".join([lines[0].replace("|  |", "| |"), "|---" * len(head) + "|", *lines[1:]])
