@@ -149,6 +149,7 @@ def test_a_plan_names_the_size_that_the_file_has(folder, capsys):
         (["plan", "{base}", "--bits", "3", "--set", "colour=red"], "colour=red"),
         (["plan", "{base}", "--bits", "3", "--set", "bits=2"], "an option of its own"),
         (["plan", "{base}", "--bits", "3", "--to", "vllm:4"], "different widths"),
+        (["plan", "small.gguf", "--bits", "3"], "small.gguf is quantized, and is written again with its own types"),
         (
             ["train", "--to", "gguf:Q3_K", "--model", "{base}", "--dataset", "{chat}", "--output", "{taken}"],
             "not empty",

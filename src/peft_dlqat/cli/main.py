@@ -185,10 +185,16 @@ def _plan(args: argparse.Namespace) -> int:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from ..large.load_quantized import is_quantized
     from ..large.memory import estimate_memory
     from ..summary import summarize
     from .destination import config_for
 
+    if is_quantized(args.model):
+        raise ValueError(
+            f"{args.model} is quantized, and is written again with its own types and size; ask estimate_memory in "
+            "Python how much its training takes, and train it by `dlqat train`."
+        )
     config, _ = config_for(args.to, args.bits, args.set)
     outline = AutoConfig.from_pretrained(args.model)
     with torch.device("meta"):
