@@ -21,10 +21,10 @@ import hashlib
 import importlib.util
 import json
 import math
-import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from runs import keep
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from training import plain_arguments
+from transformers import AutoModelForCausalLM, Trainer
 
 from peft_dlqat import DLQATConfig, export_model
 from peft_dlqat.formats.gguf_file import GGUFFile
@@ -64,17 +66,7 @@ def train(model: nn.Module, ids: torch.Tensor, steps: int, seed: int) -> float:
     """With the Trainer's own AdamW, schedule and clipping; returns the seconds."""
     data = [{"input_ids": row, "labels": row} for row in ids]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            learning_rate=RATE,
-            max_steps=steps,
-            per_device_train_batch_size=BATCH,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            seed=seed,
-        )
+        arguments = plain_arguments(folder, RATE, steps, BATCH, seed)
         started = time.time()
         Trainer(model=model, args=arguments, train_dataset=data).train()
     return round(time.time() - started, 1)
@@ -194,20 +186,14 @@ def main() -> None:
     texts = {"train": rows(tokenizer, args.train), "test": rows(tokenizer, args.test, args.test_tokens)}
     digest = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in texts.values())).hexdigest()[:16]
     same = {"file": args.file.name, "tokens": digest, "steps": args.steps}
-
-    def keep(model: str, seed: int, make: Any) -> None:
-        what = {**same, "model": model, "seed": seed}
-        if not any(run.items() >= what.items() for run in runs):
-            runs.append({**what, **make()})
-            RESULTS.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
-            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-
     size = args.file.stat().st_size
-    keep("file", 0, lambda: {"perplexity": perplexity(start, texts["test"]), "bytes": size})
+    as_it_is = {**same, "model": "file", "seed": 0}
+    keep(RESULTS, runs, as_it_is, lambda: {"perplexity": perplexity(start, texts["test"]), "bytes": size})
     for seed in args.seeds:
         for name, run in (("dlqat", run_dlqat), ("lora", run_lora)):
             if name in args.models:
-                keep(name, seed, lambda run=run, seed=seed: run(args.file, texts, args.steps, seed))
+                what = {**same, "model": name, "seed": seed}
+                keep(RESULTS, runs, what, partial(run, args.file, texts, args.steps, seed))
     print(report(runs))
 
 

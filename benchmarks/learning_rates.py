@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import warnings
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 import transformers
 from peft import get_peft_model
+from runs import keep
 from tokens import EMBEDDED, make_tokens
 from torch import nn
-from training import Task
-from transformers import Trainer, TrainingArguments
+from training import Task, plain_arguments
+from transformers import Trainer
 
 from peft_dlqat import DLQATCallback, DLQATConfig, distillation_loss
 
@@ -54,18 +55,7 @@ def measure(task: Task, objective: str, config: dict[str, Any], batch: int, step
     """Held-out figures after a run."""
     data = [{"input_ids": ids, "row": row} for row, ids in enumerate(task.ids["train"])]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            learning_rate=lr,
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            seed=0,
-        )
+        arguments = plain_arguments(folder, lr, steps, batch, seed=0)
         torch.manual_seed(0)
         model = get_peft_model(task.load_model(), DLQATConfig(**config, task_type="CAUSAL_LM"))
         _Rows(task, objective, model=model, args=arguments, train_dataset=data, callbacks=[DLQATCallback()]).train()
@@ -75,10 +65,20 @@ def measure(task: Task, objective: str, config: dict[str, Any], batch: int, step
 def report(runs: list[dict[str, Any]]) -> str:
     """A row for each work, the figure of each rate beside it, and how far the usual rate is from the best."""
     rates = sorted({run["lr"] for run in runs})
-    head = ["", "bits", "trained on", "tokens a step", "steps", *(f"{lr:g}" for lr in rates), "2e-4 above the best"]
+    head = [
+        "",
+        "bits",
+        "zero_point",
+        "trained on",
+        "tokens a step",
+        "steps",
+        *(f"{lr:g}" for lr in rates),
+        "2e-4 above the best",
+    ]
     works: dict[tuple[Any, ...], dict[float, float]] = {}
     for run in runs:
-        work = tuple(run[key] for key in ("model", "bits", "objective", "tokens", "steps"))
+        zeros = run["config"].get("zero_point", "none")
+        work = (run["model"], run["bits"], zeros, *(run[key] for key in ("objective", "tokens", "steps")))
         works.setdefault(work, {})[run["lr"]] = run[JUDGED_BY[run["objective"]]]
     rows = []
     for work, figures in sorted(works.items()):
@@ -124,10 +124,7 @@ def main() -> None:
             "steps": args.steps,
             "lr": lr,
         }
-        if not any(run.items() >= what.items() for run in runs):
-            runs.append({**what, **measure(task, objective, config, batch, args.steps, lr)})
-            RESULTS.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
-            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+        keep(RESULTS, runs, what, partial(measure, task, objective, config, batch, args.steps, lr))
     print(report(runs))
 
 

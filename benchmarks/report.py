@@ -16,7 +16,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import finetune_file
 import learning_rates
 from run import rates_of
 from runs import BY_DEFAULT, Results, Run, best_rates, kl, next_rates, that_count, whole
@@ -334,9 +333,7 @@ def tables() -> dict[str, dict[str, str]]:
     if (RESULTS / "card.jsonl").exists():
         lines = [json.loads(line) for line in (RESULTS / "card.jsonl").read_text().splitlines()]
         speed |= {"card-layer": card_layers(lines), "card-model": card_models(lines)}
-    for name, module in (("learning-rates", learning_rates), ("finetune-file", finetune_file)):
-        if module.RESULTS.exists():
-            compared[name] = module.report(json.loads(module.RESULTS.read_text())["runs"])
+    compared["learning-rates"] = learning_rates.report(json.loads(learning_rates.RESULTS.read_text())["runs"])
     return {
         "benchmarks.md": {**compared, "questions": questions(), "zeros": zeros(), "tasks": tasks(), "cost": cost()},
         "speed.md": speed,

@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,14 @@ class Results:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
         temporary.replace(self.path)
+
+
+def keep(path: Path, runs: list[Run], what: Run, make: Callable[[], Run]) -> None:
+    """Run what is not among `runs` yet, and keep it in their file."""
+    if not any(run.items() >= what.items() for run in runs):
+        runs.append({**what, **make()})
+        path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+        print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
 
 
 def kl(runs: list[Run]) -> float:

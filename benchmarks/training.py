@@ -14,7 +14,7 @@ import torch
 from peers.common import Batches, Prepared, grid_for, with_divisors
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments, get_scheduler
 from transformers.pytorch_utils import Conv1D
 
 from peft_dlqat import DLQATConfig, distillation_loss, evaluate_tasks
@@ -172,6 +172,22 @@ def accuracies(task: Task, model: PreTrainedModel, tasks: dict[str, Any] | None)
     # Not those that a group is made of, nor what has no accuracy, as a perplexity.
     names = [name for name in resolve_tasks(tasks["names"]) if "acc" in found.get(name, {})]
     return {"tasks": {name: found[name]["acc"] for name in names}}
+
+
+def plain_arguments(folder: str, lr: float, steps: int, batch_size: int, seed: int) -> TrainingArguments:
+    """The Trainer's own AdamW, linear schedule and clipping; nothing is logged or saved, and all columns are kept."""
+    return TrainingArguments(
+        folder,
+        learning_rate=lr,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=seed,
+    )
 
 
 def bits_per_weight(model: PreTrainedModel, setting: dict[str, Any]) -> float:
